@@ -1,0 +1,319 @@
+"""Every refusal that Tursi makes on purpose, in one flat list.
+
+A class has a stable ``code`` for programs; its message is one clear sentence
+for people that says what to do. ``tursi.faces.STATUS`` gives each code its
+HTTP status. Whatever is raised and isn't listed here is a defect and gets an
+incident id.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class TursiError(Exception):
+    """Something that Tursi refuses or can't do.
+
+    ``message`` is shown to the user as it is. ``param`` names the offending
+    field of a request (a dotted path). ``retry_after`` is a whole number of
+    seconds (1-120) after which the same request may succeed; ``None`` where
+    waiting doesn't help. ``reference`` points at evidence, such as the id of
+    the worker life that failed.
+    """
+
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        param: str | None = None,
+        retry_after: int | None = None,
+        reference: str | None = None,
+    ) -> None:
+        text = message or (self.__doc__ or "").strip().splitlines()[0]
+        super().__init__(text)
+        self.message = text
+        self.param = param
+        self.retry_after = retry_after
+        self.reference = reference
+
+
+# -- requests ---------------------------------------------------------------
+
+
+class InvalidRequest(TursiError):
+    """The request is not what this route takes."""
+
+    code = "invalid_request"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """The input is longer than the model takes."""
+
+    code = "context_length_exceeded"
+
+
+class TaskNotSupported(InvalidRequest):
+    """This model does another task."""
+
+    code = "task_not_supported"
+
+
+class UnsupportedMediaType(TursiError):
+    """The body's Content-Type isn't one that this route takes."""
+
+    code = "unsupported_media_type"
+
+
+class PayloadTooLarge(TursiError):
+    """The body is larger than the limit."""
+
+    code = "payload_too_large"
+
+
+class RouteNotFound(TursiError):
+    """There is nothing at this path."""
+
+    code = "route_not_found"
+
+
+class MethodNotAllowed(TursiError):
+    """This path doesn't take that method."""
+
+    code = "method_not_allowed"
+
+
+class HostRefused(TursiError):
+    """The Host header names a host that this server doesn't answer for."""
+
+    code = "host_refused"
+
+
+class OriginRefused(TursiError):
+    """Requests from web pages of another origin aren't answered."""
+
+    code = "origin_refused"
+
+
+class RoleNotOffered(TursiError):
+    """This listener doesn't offer that; use the control socket."""
+
+    code = "role_not_offered"
+
+
+class ModelNotFound(TursiError):
+    """No deployment has this name."""
+
+    code = "model_not_found"
+
+
+class DeploymentNotFound(TursiError):
+    """No deployment has this name; `tursi ps` lists them."""
+
+    code = "deployment_not_found"
+
+
+class QueueFull(TursiError):
+    """The deployment's queue is full; try again shortly."""
+
+    code = "queue_full"
+
+
+class ModelLoading(TursiError):
+    """The model is still loading; try again shortly."""
+
+    code = "model_loading"
+
+
+class DeploymentUnavailable(TursiError):
+    """The deployment is not serving."""
+
+    code = "deployment_unavailable"
+
+
+class WorkerLost(TursiError):
+    """The worker ended while it held this request."""
+
+    code = "worker_lost"
+
+
+class DeadlineExceeded(TursiError):
+    """The request took longer than its deadline."""
+
+    code = "deadline_exceeded"
+
+
+class RequestCancelled(TursiError):
+    """The client went away."""
+
+    code = "request_cancelled"
+
+
+class ShuttingDown(TursiError):
+    """The daemon is stopping."""
+
+    code = "shutting_down"
+
+
+class InternalError(TursiError):
+    """Tursi failed; the log has the details under this incident id."""
+
+    code = "internal_error"
+
+
+# -- loading a model (the worker's last words) --------------------------------
+
+
+class LoadError(TursiError):
+    """The model could not be loaded."""
+
+    code = "load_failed"
+    exit_status: ClassVar[int] = 70
+
+
+class ModelFilesMissing(LoadError):
+    """The model's folder lacks what is needed to load it."""
+
+    code = "model_files_missing"
+    exit_status = 66
+
+
+class WeightsCorrupt(LoadError):
+    """The model's weights are damaged or don't fit its configuration."""
+
+    code = "weights_corrupt"
+    exit_status = 65
+
+
+class ArchitectureUnsupported(LoadError):
+    """The installed transformers doesn't know this architecture."""
+
+    code = "architecture_unsupported"
+    exit_status = 78
+
+
+class TaskUnsuitable(LoadError):
+    """The model can't do the task that was asked for."""
+
+    code = "task_unsuitable"
+    exit_status = 78
+
+
+class ModelRefused(LoadError):
+    """The model needs code or pickle files, which Tursi doesn't run."""
+
+    code = "model_refused"
+    exit_status = 77
+
+
+class DeviceUnavailable(LoadError):
+    """The device that was asked for isn't there."""
+
+    code = "device_unavailable"
+    exit_status = 69
+
+
+class OutOfMemory(LoadError):
+    """There isn't enough memory to load the model."""
+
+    code = "out_of_memory"
+    exit_status = 71
+
+
+# -- fetching a model -----------------------------------------------------------
+
+
+class FetchError(TursiError):
+    """The model could not be downloaded."""
+
+    code = "fetch_failed"
+
+
+class RepositoryNotFound(FetchError):
+    """The hub has no such repository, or hides it without a token."""
+
+    code = "repository_not_found"
+
+
+class RevisionNotFound(FetchError):
+    """The repository has no such revision."""
+
+    code = "revision_not_found"
+
+
+class RepositoryGated(FetchError):
+    """The repository is gated; accept its terms on the hub and give Tursi a token."""
+
+    code = "repository_gated"
+
+
+class HubUnreachable(FetchError):
+    """The hub can't be reached."""
+
+    code = "hub_unreachable"
+
+
+class DiskFull(FetchError):
+    """There isn't enough disk space."""
+
+    code = "disk_full"
+
+
+class SafetensorsMissing(FetchError):
+    """The repository has no safetensors weights."""
+
+    code = "safetensors_missing"
+
+
+# -- the daemon itself ------------------------------------------------------------
+
+
+class ConfigurationError(TursiError):
+    """The configuration is wrong."""
+
+    code = "configuration_error"
+
+
+class AlreadyRunning(TursiError):
+    """A daemon already uses this state folder."""
+
+    code = "already_running"
+
+
+class AddressInUse(TursiError):
+    """Another process already listens there."""
+
+    code = "address_in_use"
+
+
+class DatabaseError(TursiError):
+    """The database can't be used."""
+
+    code = "database_error"
+
+
+class DatabaseBusy(TursiError):
+    """The database is busy; try again shortly."""
+
+    code = "database_busy"
+
+
+class DatabaseFull(TursiError):
+    """The disk that holds the database is full; nothing was changed."""
+
+    code = "database_full"
+
+
+def by_code() -> dict[str, type[TursiError]]:
+    """Every error class by its code, for turning a code on the wire into an error."""
+    found: dict[str, type[TursiError]] = {}
+    waiting: list[type[TursiError]] = [TursiError]
+    while waiting:
+        cls = waiting.pop()
+        # The first class that declares a code owns it: a subclass that
+        # inherits its parent's is no error of its own.
+        found.setdefault(cls.code, cls)
+        waiting.extend(cls.__subclasses__())
+    found[InternalError.code] = InternalError
+    return found
