@@ -1,0 +1,429 @@
+"""The words of the domain: frozen values that every floor speaks.
+
+Times are UTC epoch seconds (``float``), sizes are bytes, durations are seconds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from tursi.errors import InvalidRequest
+
+DEFAULT_PORT = 8430
+"""The TCP port of the default inference listener on 127.0.0.1."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+
+
+class Task(StrEnum):
+    """What a model does, by the Hugging Face pipeline name."""
+
+    FEATURE_EXTRACTION = "feature-extraction"
+    TEXT_CLASSIFICATION = "text-classification"
+    FILL_MASK = "fill-mask"
+    TEXT_GENERATION = "text-generation"
+
+    @classmethod
+    def parse(cls, name: str) -> Task:
+        """The task with this name or common alias; ``InvalidRequest`` if there is none."""
+        wanted = name.strip().lower()
+        wanted = _TASK_ALIASES.get(wanted, wanted)
+        try:
+            return cls(wanted)
+        except ValueError:
+            known = ", ".join(task.value for task in cls)
+            raise InvalidRequest(
+                f"Tursi doesn't know the task {name!r}; choose one of: {known}.", param="task"
+            ) from None
+
+
+_TASK_ALIASES: Mapping[str, str] = {
+    "embedding": "feature-extraction",
+    "embeddings": "feature-extraction",
+    "sentence-similarity": "feature-extraction",
+    "sentiment-analysis": "text-classification",
+    "chat": "text-generation",
+}
+
+
+class Phase(StrEnum):
+    """The states of a worker (shared/reliability 2.2; docs/reliability.rst draws them)."""
+
+    STOPPED = "stopped"
+    QUEUED = "queued"
+    SPAWNING = "spawning"
+    LOADING = "loading"
+    WARMING = "warming"
+    READY = "ready"
+    SUSPECT = "suspect"
+    DRAINING = "draining"
+    STOPPING = "stopping"
+    KILLING = "killing"
+    SETTLING = "settling"
+    BACKOFF = "backoff"
+    QUARANTINED = "quarantined"
+    FAILED = "failed"
+    WEDGED = "wedged"
+
+
+class Desired(StrEnum):
+    """What the operator wants of a deployment."""
+
+    RUNNING = "running"
+    STOPPED = "stopped"
+
+
+class FailureClass(StrEnum):
+    """Why a worker life ended unasked."""
+
+    TRANSIENT = "transient"
+    PERMANENT = "permanent"
+    CONFIGURATION = "configuration"
+    WEIGHTS = "weights"
+    NOT_FOUND = "not-found"
+    REFUSED = "refused"
+    ENVIRONMENT = "environment"
+    RESOURCE = "resource"
+    SOFTWARE = "software"
+    GPU_CONTEXT = "gpu-context"
+    OUT_OF_MEMORY = "out-of-memory"
+    EXTERNAL_KILL = "external-kill"
+    CRASH = "crash"
+    HUNG = "hung"
+    HOST = "host"
+    PROTOCOL = "protocol"
+
+
+class Role(StrEnum):
+    """What a listener answers."""
+
+    INFERENCE = "inference"
+    HEALTH = "health"
+    METRICS = "metrics"
+    CONTROL = "control"
+
+
+def deployment_name(text: str) -> str:
+    """``text`` if it can name a deployment, else ``InvalidRequest``."""
+    if not _NAME.fullmatch(text):
+        raise InvalidRequest(
+            "A deployment's name has 1 to 96 letters, digits, '.', '_' and '-', "
+            "and begins with a letter or digit.",
+            param="name",
+        )
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Where a model comes from: a folder on disk or a hub repository."""
+
+    repository: str | None = None
+    revision: str | None = None
+    folder: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Reference:
+        """Read ``/abs/folder`` or ``[org/]name[@revision]``.
+
+        Whether a relative path exists is for the caller to know (the CLI makes
+        it absolute): the daemon's working directory means nothing to a user.
+        """
+        if "\0" in text or not text or len(text) > 4096:
+            raise InvalidRequest("The model must be a folder or a hub name.", param="model")
+        if text.startswith("/"):
+            return cls(folder=text)
+        repository, at, revision = text.partition("@")
+        if (
+            not _REPOSITORY.fullmatch(repository)
+            or (at and not _REVISION.fullmatch(revision))
+            or ".." in text
+        ):
+            raise InvalidRequest(
+                f"{text[:200]!r} is neither an absolute folder nor a hub name like "
+                "'org/name' or 'org/name@revision'.",
+                param="model",
+            )
+        return cls(repository=repository, revision=revision or None)
+
+    def __str__(self) -> str:
+        """The reference as the user would write it."""
+        if self.folder is not None:
+            return self.folder
+        return f"{self.repository}@{self.revision}" if self.revision else str(self.repository)
+
+    @property
+    def short_name(self) -> str:
+        """The last segment, which names a deployment when the user doesn't."""
+        text = self.folder or self.repository or ""
+        last = text.rstrip("/").rpartition("/")[2]
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", last).lstrip("._-")[:96] or "model"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a user asks of a deployment; equal requests need no new generation."""
+
+    model: str
+    task: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """What a generation's request turned out to mean, once known."""
+
+    folder: str
+    task: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    commit: str | None = None
+    files: tuple[str, ...] = ()
+    size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One immutable version of a deployment."""
+
+    number: int
+    request: Request
+    created_at: float
+    created_by: str
+    resolution: Resolution | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """A model that the user wants served, as the store has it."""
+
+    name: str
+    desired: Desired
+    replicas: int
+    generation: Generation
+    created_at: float
+    updated_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLife:
+    """One life of a worker: from its spawn to its end, as the store has it."""
+
+    uuid: str
+    deployment: str
+    generation: int
+    replica: int
+    boot_id: str
+    spawned_at: float
+    keeper_pid: int | None = None
+    keeper_start_time: int | None = None
+    worker_pid: int | None = None
+    ready_at: float | None = None
+    ended_at: float | None = None
+    intent: str | None = None
+    failure: FailureClass | None = None
+    reason: str | None = None
+    exit_status: int | None = None
+    signal: int | None = None
+    peak_rss: int | None = None
+    cpu_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened, and because of what; append-only."""
+
+    id: int
+    at: float
+    kind: str
+    deployment: str | None
+    message: str
+    cause: str | None = None
+    worker: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a step has come; ``done`` and ``total`` are in ``unit`` where known."""
+
+    stage: str
+    done: float | None = None
+    total: float | None = None
+    unit: str = "bytes"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    """A replica as it is now."""
+
+    name: str
+    replica: int
+    phase: Phase
+    since: float
+    uuid: str | None = None
+    generation: int | None = None
+    pid: int | None = None
+    reason: str | None = None
+    failure: FailureClass | None = None
+    restarts: int = 0
+    next_try_at: float | None = None
+    progress: Progress | None = None
+    in_flight: int = 0
+    rss: int | None = None
+    cpu_seconds: float | None = None
+    task: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentStatus:
+    """A deployment as the control API shows it: desired and observed."""
+
+    name: str
+    model: str
+    task: str | None
+    desired: Desired
+    phase: Phase
+    replicas: int
+    ready: int
+    generation: int
+    device: str | None
+    dtype: str | None
+    commit: str | None
+    created_at: float
+    updated_at: float
+    reason: str | None = None
+    failure: FailureClass | None = None
+    next_try_at: float | None = None
+    progress: Progress | None = None
+    queued: int = 0
+    in_flight: int = 0
+    workers: tuple[WorkerStatus, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What one answer cost; sent by the worker with the end of each answer."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    batch_size: int = 0
+    queue_seconds: float = 0.0
+    compute_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Minute:
+    """Statistics of one deployment over one minute."""
+
+    deployment: str
+    minute: int
+    requests: int = 0
+    errors: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+    queue_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogueEntry:
+    """A model on this machine's disk."""
+
+    name: str
+    folder: str
+    size: int
+    commit: str | None = None
+    used_by: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Folders:
+    """Where the daemon keeps what; the CLI needs the same answers."""
+
+    state: Path
+    runtime: Path
+    cache: Path
+    configuration: Path
+
+    @property
+    def socket(self) -> Path:
+        """The Unix socket with all roles."""
+        return self.runtime / "control.sock"
+
+    @property
+    def database(self) -> Path:
+        """The SQLite file."""
+        return self.state / "tursi.sqlite"
+
+    @property
+    def logs(self) -> Path:
+        """The folder with a log file per worker life."""
+        return self.state / "workers"
+
+
+def folders(environ: Mapping[str, str], uid: int) -> Folders:
+    """Folders by FHS for root and by XDG for everyone else.
+
+    ``TURSI_STATE_DIR``, ``TURSI_RUNTIME_DIR``, ``TURSI_CACHE_DIR`` and
+    ``TURSI_CONFIG`` name them one by one and win.
+    """
+    home = Path(environ.get("HOME") or "/")
+    if uid == 0:
+        state, runtime = Path("/var/lib/tursi"), Path("/run/tursi")
+        cache, configuration = Path("/var/cache/tursi"), Path("/etc/tursi/tursi.toml")
+    else:
+        state = _xdg(environ, "XDG_STATE_HOME", home / ".local/state") / "tursi"
+        cache = _xdg(environ, "XDG_CACHE_HOME", home / ".cache") / "tursi"
+        configuration = _xdg(environ, "XDG_CONFIG_HOME", home / ".config") / "tursi/tursi.toml"
+        runtime = _xdg(environ, "XDG_RUNTIME_DIR", state.parent) / "tursi"
+        if "XDG_RUNTIME_DIR" not in environ:
+            runtime = state / "run"
+    return Folders(
+        state=Path(environ.get("TURSI_STATE_DIR") or state),
+        runtime=Path(environ.get("TURSI_RUNTIME_DIR") or runtime),
+        cache=Path(environ.get("TURSI_CACHE_DIR") or cache),
+        configuration=Path(environ.get("TURSI_CONFIG") or configuration),
+    )
+
+
+def _xdg(environ: Mapping[str, str], variable: str, default: Path) -> Path:
+    # The XDG specification says to ignore relative values.
+    value = environ.get(variable, "")
+    return Path(value) if Path(value).is_absolute() else default
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOrder:
+    """What the daemon tells a fresh worker to load (the body of a LOAD frame)."""
+
+    deployment: str
+    folder: str
+    task: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int = 1
+    max_batch_tokens: int = 1024
+    max_sequences: int = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a worker says of the model it has loaded (the body of a READY frame)."""
+
+    task: str
+    device: str
+    dtype: str
+    max_length: int | None = None
+    dimensions: int | None = None
+    parameters: int | None = None
+    load_seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
