@@ -55,7 +55,7 @@ class ContextLengthExceeded(InvalidRequest):
 
 
 class TaskNotSupported(InvalidRequest):
-    """This model does another task."""
+    """The model does another task."""
 
     code = "task_not_supported"
 
@@ -79,7 +79,7 @@ class RouteNotFound(TursiError):
 
 
 class MethodNotAllowed(TursiError):
-    """This path doesn't take that method."""
+    """The path doesn't take that method."""
 
     code = "method_not_allowed"
 
@@ -97,7 +97,7 @@ class OriginRefused(TursiError):
 
 
 class RoleNotOffered(TursiError):
-    """This listener doesn't offer that; use the control socket."""
+    """The listener doesn't offer that; use the control socket."""
 
     code = "role_not_offered"
 

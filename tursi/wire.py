@@ -80,6 +80,7 @@ class Ask(NamedTuple):
 
     route: str
     request_id: str
+    content_type: str
     seconds: float
     """How long the daemon will wait from now on."""
     body: bytes
@@ -101,7 +102,7 @@ class End(NamedTuple):
 
 
 _HEADER = struct.Struct(">IBQ")
-_ASK = struct.Struct(">fBB")
+_ASK = struct.Struct(">fBBB")
 _HEAD = struct.Struct(">HB")
 _END = struct.Struct(">IIHff")
 _TOKEN = struct.Struct(">QI")
@@ -164,22 +165,33 @@ def encode_ask(ask: Ask) -> bytes:
     """The body of a REQUEST frame."""
     route = ask.route.encode("ascii")
     request_id = ask.request_id.encode("utf-8")[:255]
-    return _ASK.pack(ask.seconds, len(route), len(request_id)) + route + request_id + ask.body
+    content_type = ask.content_type.encode("utf-8")[:255]
+    return b"".join(
+        (
+            _ASK.pack(ask.seconds, len(route), len(request_id), len(content_type)),
+            route,
+            request_id,
+            content_type,
+            ask.body,
+        )
+    )
 
 
 def decode_ask(body: bytes) -> Ask:
     """Read a REQUEST frame's body."""
     try:
-        seconds, route_length, id_length = _ASK.unpack_from(body)
+        seconds, route_length, id_length, type_length = _ASK.unpack_from(body)
         route_end = _ASK.size + route_length
         id_end = route_end + id_length
-        if id_end > len(body):
+        type_end = id_end + type_length
+        if type_end > len(body):
             raise WireError("a REQUEST frame is cut short")
         return Ask(
             route=body[_ASK.size : route_end].decode("ascii"),
             request_id=body[route_end:id_end].decode("utf-8", "replace"),
+            content_type=body[id_end:type_end].decode("utf-8", "replace"),
             seconds=seconds,
-            body=body[id_end:],
+            body=body[type_end:],
         )
     except (struct.error, UnicodeDecodeError) as error:
         raise WireError(f"a REQUEST frame can't be read: {error}") from error
@@ -210,16 +222,13 @@ def decode_head(body: bytes) -> Head:
 def encode_end(end: End) -> bytes:
     """The body of an END frame."""
     usage = end.usage
-    return (
-        _END.pack(
-            min(usage.prompt_tokens, 0xFFFFFFFF),
-            min(usage.completion_tokens, 0xFFFFFFFF),
-            min(usage.batch_size, 0xFFFF),
-            usage.queue_seconds,
-            usage.compute_seconds,
-        )
-        + end.error.encode("ascii")
-    )
+    return _END.pack(
+        min(usage.prompt_tokens, 0xFFFFFFFF),
+        min(usage.completion_tokens, 0xFFFFFFFF),
+        min(usage.batch_size, 0xFFFF),
+        usage.queue_seconds,
+        usage.compute_seconds,
+    ) + end.error.encode("ascii")
 
 
 def decode_end(body: bytes) -> End:

@@ -1,0 +1,154 @@
+"""The configuration: one TOML file, read once into one frozen value.
+
+Defaults exist here and nowhere else; ``etc/tursi.toml`` shows them all, and a
+test compares the two.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from tursi.errors import ConfigurationError
+from tursi.model import DEFAULT_PORT, Role
+
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Size = Annotated[int, msgspec.Meta(ge=1024)]
+"""Bytes."""
+
+
+class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A table of the file; an unknown key in it is an error."""
+
+
+class Listener(_Table):
+    """Where to listen (a Twisted endpoint string) and what to answer there."""
+
+    endpoint: str
+    roles: tuple[Role, ...]
+
+
+class Http(_Table):
+    """The HTTP front."""
+
+    listeners: tuple[Listener, ...] = (
+        Listener(
+            endpoint=f"tcp:{DEFAULT_PORT}:interface=127.0.0.1:backlog=1024",
+            roles=(Role.INFERENCE, Role.HEALTH, Role.METRICS),
+        ),
+    )
+    """Besides the Unix socket in the runtime folder, which has every role."""
+    hosts: tuple[str, ...] = ()
+    """Names to answer for besides localhost, 127.0.0.1 and [::1]."""
+    max_control_body: Size = 1024 * 1024
+    max_inference_body: Size = 16 * 1024 * 1024
+    header_seconds: Positive = 10.0
+    body_seconds: Positive = 30.0
+    idle_seconds: Positive = 60.0
+    max_connections: Count = 1024
+
+
+class Requests(_Table):
+    """Admission of inference requests."""
+
+    deadline_seconds: Positive = 600.0
+    load_wait_seconds: Positive = 60.0
+    """How long a request waits for a model that is loading."""
+    max_queued: Count = 512
+    """Requests that may wait per deployment."""
+    max_in_flight: Count = 256
+    """Requests that one worker holds at a time."""
+    max_worker_bytes: Size = 64 * 1024 * 1024
+    """Bytes of request bodies that one worker holds at a time."""
+    max_stream_buffer: Size = 64 * 1024
+    """Bytes that wait for one slow reader before its stream is cut."""
+
+
+class Workers(_Table):
+    """Supervision of the inference processes; all durations in seconds."""
+
+    spawn_seconds: Positive = 15.0
+    load_stall_seconds: Positive = 300.0
+    load_seconds: Positive = 3600.0
+    warm_seconds: Positive = 120.0
+    drain_seconds: Positive = 30.0
+    stop_seconds: Positive = 10.0
+    kill_seconds: Positive = 5.0
+    settle_seconds: Positive = 5.0
+    good_seconds: Positive = 600.0
+    """Time READY after which earlier failures are forgotten."""
+    backoff_initial: Positive = 1.0
+    backoff_max: Positive = 300.0
+    backoff_jitter: Annotated[float, msgspec.Meta(ge=0, le=0.9)] = 0.2
+    max_failures: Count = 5
+    """Consecutive failures without a good period that end in quarantine."""
+    quarantine_seconds: Positive = 900.0
+    ping_seconds: Positive = 10.0
+    ping_timeout: Positive = 5.0
+    ping_misses: Count = 3
+    threads: Count = 1
+    """Compute threads of each worker."""
+    max_batch_tokens: Count = 1024
+    max_sequences: Count = 16
+    """Sequences that one worker generates at a time."""
+    log_bytes: Size = 8 * 1024 * 1024
+    """Size of one worker life's log, half of it in each of two files."""
+    log_bytes_per_second: Size = 1024 * 1024
+    log_lives: Count = 20
+    """Logs of earlier lives that are kept per deployment."""
+
+
+class Hub(_Table):
+    """Where models are downloaded from."""
+
+    endpoint: str = "https://huggingface.co"
+    token_file: str = ""
+    """A file with the hub token; empty means what huggingface_hub would use."""
+    offline: bool = False
+    stall_seconds: Positive = 120.0
+
+
+class Storage(_Table):
+    """The database."""
+
+    statistics_days: Count = 30
+    event_count: Count = 100_000
+    worker_lives: Count = 10_000
+
+
+class Configuration(_Table):
+    """Everything that can be set in the file."""
+
+    http: Http = Http()
+    requests: Requests = Requests()
+    workers: Workers = Workers()
+    hub: Hub = Hub()
+    storage: Storage = Storage()
+
+
+def parse(text: str, source: str) -> Configuration:
+    """Read the TOML ``text``; ``ConfigurationError`` names ``source`` and the key's path."""
+    try:
+        return msgspec.convert(tomllib.loads(text), Configuration)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"{source} isn't valid TOML: {error}") from None
+    except msgspec.ValidationError as error:
+        raise ConfigurationError(f"{source}: {error}") from None
+
+
+def load(path: Path | None, default: Path) -> Configuration:
+    """The configuration in ``path``, or in ``default`` if that exists, or all defaults."""
+    chosen = path or default
+    try:
+        text = chosen.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        if path is None:
+            return Configuration()
+        raise ConfigurationError(f"There is no configuration file {chosen}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{chosen} can't be read: {error}") from None
+    return parse(text, str(chosen))

@@ -1,0 +1,213 @@
+"""What a face is made of: routes, and calls that encode one answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from urllib.parse import unquote
+
+import msgspec
+
+from tursi import errors
+from tursi.errors import InvalidRequest, TursiError
+from tursi.model import Task, Usage
+from tursi.tasks import Delta, TaskRequest, TaskResult
+
+T = TypeVar("T")
+
+STATUS: Mapping[str, int] = {
+    errors.InvalidRequest.code: 400,
+    errors.ContextLengthExceeded.code: 400,
+    errors.TaskNotSupported.code: 400,
+    errors.HostRefused.code: 403,
+    errors.OriginRefused.code: 403,
+    errors.RoleNotOffered.code: 403,
+    errors.RouteNotFound.code: 404,
+    errors.ModelNotFound.code: 404,
+    errors.DeploymentNotFound.code: 404,
+    errors.MethodNotAllowed.code: 405,
+    errors.PayloadTooLarge.code: 413,
+    errors.UnsupportedMediaType.code: 415,
+    errors.QueueFull.code: 429,
+    errors.RequestCancelled.code: 499,
+    errors.WorkerLost.code: 502,
+    errors.ModelLoading.code: 503,
+    errors.DeploymentUnavailable.code: 503,
+    errors.ShuttingDown.code: 503,
+    errors.DatabaseBusy.code: 503,
+    errors.DeadlineExceeded.code: 504,
+    errors.DatabaseFull.code: 507,
+}
+"""HTTP status by error code, for the daemon and the worker alike; 500 for what isn't here."""
+
+
+def status_of(error: TursiError) -> int:
+    """The HTTP status of ``error``."""
+    return STATUS.get(error.code, 500)
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a codec may know besides the body."""
+
+    deployment: str
+    task: Task
+    request_id: str
+    created: int
+    """UTC epoch seconds to put into the answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole HTTP answer."""
+
+    status: int
+    content_type: str
+    body: bytes
+    headers: Mapping[str, str] | None = None
+
+
+class Call(Protocol):
+    """One decoded request: what to compute, and how to encode what comes of it."""
+
+    @property
+    def request(self) -> TaskRequest:
+        """What the engine is to do."""
+        ...
+
+    @property
+    def stream(self) -> bool:
+        """Whether the answer is a stream of events rather than one body."""
+        ...
+
+    def whole(self, result: TaskResult) -> Answer:
+        """The complete answer (``stream`` is false)."""
+        ...
+
+    def opening(self) -> bytes:
+        """The first bytes of a stream, before any token; may be empty."""
+        ...
+
+    def delta(self, delta: Delta) -> bytes:
+        """The bytes for one delta; may be empty."""
+        ...
+
+    def closing(self, usage: Usage) -> bytes:
+        """The last bytes of a stream that ended well."""
+        ...
+
+    def failure(self, error: TursiError) -> bytes:
+        """The last bytes of a stream that failed after it began."""
+        ...
+
+
+class Codec(Protocol):
+    """Decodes one route's bodies. Raises ``TursiError`` with the sentence for the client."""
+
+    def __call__(self, body: bytes, content_type: str, context: Context) -> Call:
+        """Decode ``body``, or raise the error to answer with."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One path that a client may POST to."""
+
+    name: str
+    """Stable, also on the wire to the worker: ``openai.embeddings``."""
+    path: str
+    """``{name}`` stands for a deployment's name."""
+    model: Literal["body", "path"]
+    """Where the model's name is."""
+    tasks: frozenset[Task]
+    decode: Codec
+    error: Callable[[TursiError], Answer]
+    """Shapes an error before any byte of an answer has left."""
+    failure: Callable[[TursiError], bytes]
+    """Shapes an error as the last bytes of a stream that has begun."""
+    summary: str
+    body: Any
+    """Type of the request body (msgspec), for the OpenAPI document."""
+    reply: Any
+    """Type of the reply, for the OpenAPI document."""
+
+
+class Match(NamedTuple):
+    """A route found for a path, with the model's name if the path has it."""
+
+    route: Route
+    model: str | None
+
+
+class Table:
+    """Finds routes by path."""
+
+    def __init__(self, routes: tuple[Route, ...]) -> None:
+        self._by_path = {route.path: route for route in routes if route.model == "body"}
+        self._by_name = {route.name: route for route in routes}
+        # Longest first: /models/a/v1/chat/completions is not the model
+        # "a/v1/chat/completions".
+        self._patterns = [
+            (_pattern(route.path), route)
+            for route in sorted(routes, key=lambda route: -len(route.path))
+            if route.model == "path"
+        ]
+
+    def find(self, path: str) -> Match | None:
+        """The route of a request path (still percent-encoded), or ``None``."""
+        found = self._by_path.get(path)
+        if found is not None:
+            return Match(found, None)
+        for pattern, candidate in self._patterns:
+            matched = pattern.fullmatch(path)
+            if matched:
+                return Match(candidate, unquote(matched[1]))
+        return None
+
+    def named(self, name: str) -> Route | None:
+        """The route that the wire calls ``name``."""
+        return self._by_name.get(name)
+
+
+def _pattern(path: str) -> re.Pattern[str]:
+    before, _, after = path.partition("{name}")
+    # A hub name may be written with its slash or with %2F.
+    return re.compile(re.escape(before) + "([^/]+(?:/[^/]+)?)" + re.escape(after))
+
+
+class _Model(msgspec.Struct):
+    model: str | msgspec.UnsetType | None = msgspec.UNSET
+
+
+_MODEL_DECODER = msgspec.json.Decoder(_Model)
+
+
+def model_of(body: bytes) -> str:
+    """The ``model`` field of a JSON body; the rest is for the worker to judge."""
+    found = decoded(_MODEL_DECODER, body).model
+    if not isinstance(found, str) or not found:
+        raise InvalidRequest("The body must name a model in its field 'model'.", param="model")
+    return found
+
+
+def decoded(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
+    """``body`` decoded, or ``InvalidRequest`` with one sentence that names the place."""
+    if not body:
+        raise InvalidRequest("The body is empty; send a JSON object.")
+    try:
+        # msgspec doesn't look at the UTF-8 of fields it skips.
+        body.decode("utf-8")
+        return decoder.decode(body)
+    except UnicodeDecodeError:
+        raise InvalidRequest("The body isn't valid UTF-8.") from None
+    except RecursionError:
+        raise InvalidRequest("The body is nested too deeply.") from None
+    except msgspec.ValidationError as error:
+        sentence, _, place = str(error).partition(" - at ")
+        path = place.strip("`").removeprefix("$").lstrip(".") or None
+        where = f" (at {path})" if path else ""
+        raise InvalidRequest(f"{sentence}{where}.", param=path) from None
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(f"The body isn't valid JSON: {error}.") from None
