@@ -1,0 +1,142 @@
+"""What to do next, decided purely from what is wanted and what is there.
+
+Boot, deploy, change, scale, removal, a worker's death and a finished download
+all end in one call of ``decide``; nothing else starts or retires a worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+from tursi.model import Phase
+
+LOAD_SLOTS = 2
+"""Workers that may load at the same time on one host: loading is bound by disk and memory."""
+
+_LOADING = frozenset({Phase.SPAWNING, Phase.LOADING, Phase.WARMING})
+_SERVING = frozenset({Phase.READY, Phase.SUSPECT})
+
+
+class Key(NamedTuple):
+    """Names a worker: one replica of one generation of a deployment."""
+
+    deployment: str
+    generation: int
+    replica: int
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One deployment as it should be; ``replicas`` is 0 for one that should be stopped."""
+
+    deployment: str
+    generation: int
+    replicas: int
+    resolved: bool
+    """Whether it is known which files the generation means."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One worker as it is."""
+
+    key: Key
+    phase: Phase
+    retiring: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Resolve:
+    """Find out (and fetch) which files the generation means."""
+
+    deployment: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Create:
+    """Make a worker, which then queues for a load slot."""
+
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """Let a queued worker spawn."""
+
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class Retire:
+    """Drain a worker, stop it and forget it."""
+
+    key: Key
+
+
+Action: TypeAlias = Resolve | Create | Admit | Retire
+
+
+def decide(wanted: Sequence[Wanted], seen: Sequence[Seen], slots: int = LOAD_SLOTS) -> list[Action]:
+    """The actions that bring ``seen`` nearer to ``wanted``.
+
+    Deciding again after acting yields nothing new, so it may be called at any
+    time. A new generation starts beside the old one, which goes on serving
+    until every replica of the new one is ready; if the new one fails, the old
+    one stays. A worker that is still retiring blocks a new one of its key, so
+    that no replica exists twice.
+    """
+    by_deployment: dict[str, list[Seen]] = {}
+    for worker in seen:
+        by_deployment.setdefault(worker.key.deployment, []).append(worker)
+    actions: list[Action] = []
+    for want in wanted:
+        actions += _deployment(want, by_deployment.pop(want.deployment, []))
+    for workers in by_deployment.values():
+        actions += _retire(workers)
+    return actions + _admissions(seen, actions, slots)
+
+
+def _deployment(want: Wanted, workers: Collection[Seen]) -> list[Action]:
+    actions: list[Action] = []
+    current = [worker for worker in workers if worker.key.generation == want.generation]
+    if want.replicas and not want.resolved:
+        # What an older generation serves goes on meanwhile.
+        return [Resolve(want.deployment, want.generation)]
+    there = {worker.key.replica for worker in current}
+    actions += [
+        Create(Key(want.deployment, want.generation, replica))
+        for replica in range(want.replicas)
+        if replica not in there
+    ]
+    actions += _retire([worker for worker in current if worker.key.replica >= want.replicas])
+    ready = sum(
+        1 for worker in current if worker.phase is Phase.READY and worker.key.replica < want.replicas
+    )
+    replaced = ready >= want.replicas
+    actions += _retire(
+        [
+            worker
+            for worker in workers
+            if worker.key.generation != want.generation
+            and (replaced or worker.phase not in _SERVING)
+        ]
+    )
+    return actions
+
+
+def _retire(workers: Collection[Seen]) -> list[Action]:
+    return [Retire(worker.key) for worker in workers if not worker.retiring]
+
+
+def _admissions(seen: Sequence[Seen], actions: Sequence[Action], slots: int) -> list[Action]:
+    leaving = {action.key for action in actions if isinstance(action, Retire)}
+    free = slots - sum(1 for worker in seen if worker.phase in _LOADING)
+    queued = [
+        worker.key
+        for worker in seen
+        if worker.phase is Phase.QUEUED and not worker.retiring and worker.key not in leaving
+    ]
+    return [Admit(key) for key in queued[: max(free, 0)]]
