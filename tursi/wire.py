@@ -101,6 +101,9 @@ class End(NamedTuple):
     error: str
 
 
+NO_USAGE = Usage()
+"""Of an answer that cost nothing, or nothing that is known."""
+
 _HEADER = struct.Struct(">IBQ")
 _ASK = struct.Struct(">fBBB")
 _HEAD = struct.Struct(">HB")

@@ -1,0 +1,190 @@
+"""One deployment in memory: what is wanted of it, its workers, its queue, and how it looks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from twisted.internet.defer import Deferred
+
+from tursi.errors import DeploymentUnavailable, TursiError
+from tursi.fleet.queue import RequestQueue
+from tursi.model import Deployment, DeploymentStatus, Desired, Phase, Progress, WorkerStatus
+from tursi.plan import Key, Seen, Wanted
+from tursi.supervision.worker import Worker
+
+_COMING = (
+    # The best news first: a deployment looks like its most advanced worker.
+    Phase.READY,
+    Phase.SUSPECT,
+    Phase.WARMING,
+    Phase.LOADING,
+    Phase.SPAWNING,
+    Phase.QUEUED,
+    Phase.SETTLING,
+    Phase.KILLING,
+    Phase.BACKOFF,
+    Phase.STOPPING,
+    Phase.DRAINING,
+)
+_ORDER = (*_COMING, Phase.QUARANTINED, Phase.WEDGED, Phase.FAILED, Phase.STOPPED)
+
+
+class Fetch:
+    """A generation's files being looked for or downloaded."""
+
+    def __init__(self, generation: int) -> None:
+        self.generation = generation
+        self.progress: Progress | None = None
+        self.error: TursiError | None = None
+        self.attempts = 0
+        self.retry_at: float | None = None
+        """UTC epoch seconds of the next attempt, where waiting may help."""
+        self.running: Deferred[None] | None = None
+
+    def cancel(self) -> None:
+        """Stop it; nobody wants its outcome any more."""
+        if self.running is not None:
+            self.running.cancel()
+            self.running = None
+
+
+class Member:
+    """A deployment that the fleet looks after."""
+
+    def __init__(
+        self, deployment: Deployment, make_queue: Callable[[Member], RequestQueue]
+    ) -> None:
+        self.deployment = deployment
+        self.workers: dict[Key, Worker] = {}
+        self.retiring: set[Key] = set()
+        self.leaving = False
+        """Whether it has been removed and only waits for its workers to end."""
+        self.fetch: Fetch | None = None
+        self.queue = make_queue(self)
+
+    # -- for the plan ------------------------------------------------------------
+
+    def wanted(self) -> Wanted | None:
+        """What the plan should bring about, or ``None`` when it has been removed."""
+        if self.leaving:
+            return None
+        deployment = self.deployment
+        running = deployment.desired is Desired.RUNNING
+        return Wanted(
+            deployment.name,
+            deployment.generation.number,
+            deployment.replicas if running else 0,
+            deployment.generation.resolution is not None,
+        )
+
+    def seen(self) -> Iterable[Seen]:
+        """Its workers as the plan sees them."""
+        return [
+            Seen(key, worker.phase, key in self.retiring) for key, worker in self.workers.items()
+        ]
+
+    # -- for the queue ------------------------------------------------------------
+
+    def serving(self) -> list[Worker]:
+        """Workers that may be given requests, if they are ready."""
+        return [worker for key, worker in self.workers.items() if key not in self.retiring]
+
+    def unavailable(self) -> TursiError | None:
+        """Why waiting for this deployment is useless, or ``None`` if it may come."""
+        name = self.deployment.name
+        if self.deployment.desired is Desired.STOPPED:
+            return DeploymentUnavailable(
+                f"The deployment {name} is stopped; `tursi up` starts it again."
+            )
+        if any(worker.phase in _COMING for worker in self.serving()):
+            return None
+        if self.fetch is not None and self.fetch.error is not None:
+            if self.fetch.retry_at is not None:
+                return None
+            return DeploymentUnavailable(f"{name} can't be served: {self.fetch.error.message}")
+        status = self._worst()
+        if status is None:
+            return None
+        return DeploymentUnavailable(
+            f"{name} is {status.phase.value}: {status.reason or 'no reason is known'}",
+            reference=status.uuid,
+        )
+
+    def stage(self) -> str:
+        """One clause on how far it has come."""
+        status = self.status()
+        progress = status.progress
+        if progress is None:
+            waiting = status.reason if status.phase is Phase.BACKOFF else None
+            return f"{status.phase.value}: {waiting}" if waiting else status.phase.value
+        if progress.done is None or not progress.total:
+            return progress.stage
+        return f"{progress.stage}, {100 * progress.done / progress.total:.0f} %"
+
+    # -- for people -----------------------------------------------------------------
+
+    def status(self) -> DeploymentStatus:
+        """Desired and observed, as the control API shows them."""
+        deployment = self.deployment
+        generation = deployment.generation
+        workers = tuple(
+            worker.status() for _, worker in sorted(self.workers.items(), key=lambda item: item[0])
+        )
+        current = [
+            status
+            for key, status in zip(sorted(self.workers), workers, strict=True)
+            if key.generation == generation.number and key not in self.retiring
+        ]
+        serving = [status for status in workers if status.phase is Phase.READY]
+        best = min(current, key=lambda status: _ORDER.index(status.phase), default=None)
+        resolution = generation.resolution
+        phase, reason, failure = Phase.QUEUED, None, None
+        next_try_at = progress = None
+        if best is not None:
+            phase, reason, failure = best.phase, best.reason, best.failure
+            next_try_at, progress = best.next_try_at, best.progress
+        elif deployment.desired is Desired.STOPPED or self.leaving:
+            phase = min(
+                (status.phase for status in workers), key=_ORDER.index, default=Phase.STOPPED
+            )
+        elif self.fetch is not None:
+            progress, next_try_at = self.fetch.progress, self.fetch.retry_at
+            if self.fetch.error is not None:
+                reason = self.fetch.error.message
+                phase = Phase.FAILED if next_try_at is None else Phase.BACKOFF
+        if phase is not Phase.READY and reason and serving:
+            reason = f"{reason} Generation {serving[0].generation} keeps serving."
+        loaded = next((status for status in current if status.task), None)
+        return DeploymentStatus(
+            name=deployment.name,
+            model=generation.request.model,
+            task=_first(
+                loaded and loaded.task, resolution and resolution.task, generation.request.task
+            ),
+            desired=deployment.desired,
+            phase=phase,
+            replicas=deployment.replicas,
+            ready=len(serving),
+            generation=generation.number,
+            device=_first(loaded and loaded.device, resolution and resolution.device),
+            dtype=_first(loaded and loaded.dtype, resolution and resolution.dtype),
+            commit=resolution.commit if resolution else None,
+            created_at=deployment.created_at,
+            updated_at=deployment.updated_at,
+            reason=reason,
+            failure=failure,
+            next_try_at=next_try_at,
+            progress=progress,
+            queued=self.queue.waiting,
+            in_flight=sum(status.in_flight for status in workers),
+            workers=workers,
+        )
+
+    def _worst(self) -> WorkerStatus | None:
+        """The status that explains why nothing is coming."""
+        statuses = [worker.status() for worker in self.serving()]
+        return min(statuses, key=lambda status: _ORDER.index(status.phase), default=None)
+
+
+def _first(*candidates: str | None) -> str | None:
+    return next((candidate for candidate in candidates if candidate), None)

@@ -1,0 +1,56 @@
+"""Counts what each deployment does, and hands it to the store minute by minute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import astuple
+
+from tursi import wire
+from tursi.model import Minute
+
+
+class Statistics:
+    """Minutes that are not stored yet; ``now`` gives UTC epoch seconds."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._open: dict[tuple[str, int], list[float]] = {}
+
+    def count(self, deployment: str, status: int, seconds: float, end: wire.End | None) -> None:
+        """Add one request; ``status`` is its HTTP status, ``seconds`` its whole time."""
+        usage = end.usage if end is not None else wire.NO_USAGE
+        failed = status >= 400 or (end is not None and bool(end.error))
+        self._add(
+            (deployment, int(self._now() // 60)),
+            (
+                1,
+                int(failed),
+                usage.prompt_tokens,
+                usage.completion_tokens,
+                seconds,
+                usage.queue_seconds,
+            ),
+        )
+
+    def take(self) -> list[Minute]:
+        """What has been counted since the last call; the store adds it up."""
+        taken = [
+            Minute(name, minute, int(a), int(b), int(c), int(d), e, f)
+            for (name, minute), (a, b, c, d, e, f) in self._open.items()
+        ]
+        self._open = {}
+        return taken
+
+    def put_back(self, minutes: Iterable[Minute]) -> None:
+        """Count again what could not be stored."""
+        for minute in minutes:
+            name, number, *counts = astuple(minute)
+            self._add((name, number), counts)
+
+    def _add(self, key: tuple[str, int], counts: Iterable[float]) -> None:
+        held = self._open.get(key)
+        if held is None:
+            self._open[key] = list(counts)
+        else:
+            for index, count in enumerate(counts):
+                held[index] += count
