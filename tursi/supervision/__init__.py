@@ -1,0 +1,1 @@
+"""Everything between the daemon and its child processes."""
