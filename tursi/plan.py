@@ -113,7 +113,7 @@ def _deployment(want: Wanted, workers: Collection[Seen]) -> list[Action]:
     ]
     actions += _retire([worker for worker in current if worker.key.replica >= want.replicas])
     ready = sum(
-        1 for worker in current if worker.phase is Phase.READY and worker.key.replica < want.replicas
+        worker.phase is Phase.READY and worker.key.replica < want.replicas for worker in current
     )
     replaced = ready >= want.replicas
     actions += _retire(

@@ -20,8 +20,8 @@ from tursi.errors import (
     HubUnreachable,
     InternalError,
     InvalidRequest,
+    ModelLoading,
     ModelNotFound,
-    ShuttingDown,
     TursiError,
 )
 from tursi.fleet.member import Fetch, Member
@@ -110,7 +110,7 @@ class Fleet:
         self._flushing.clock = self._pruning.clock = reactor
         self._converging: Any = None
         self._serial = 0
-        self._stopping = False
+        self._closed: TursiError | None = ModelLoading("The daemon is starting.", retry_after=1)
         self._pending: set[Deferred[Any]] = set()
 
     # -- life ----------------------------------------------------------------------
@@ -121,11 +121,12 @@ class Fleet:
             self._members[deployment.name] = Member(deployment, self._queue)
         self._flushing.start(STATISTICS_SECONDS, now=False)
         self._pruning.start(PRUNE_SECONDS, now=True)
+        self._closed = None
         self._soon()
 
     async def close(self) -> None:
         """Refuse new requests, drain and stop every worker, and store what is counted."""
-        self._stopping = True
+        self._closed = shutting_down()
         if self._converging is not None:
             self._converging.cancel()
             self._converging = None
@@ -146,8 +147,8 @@ class Fleet:
 
     def submit(self, model: str, work: Work, sink: Sink) -> Passage:
         """Hand a request to the deployment ``model`` names; raises what to answer instead."""
-        if self._stopping:
-            raise shutting_down()
+        if self._closed is not None:
+            raise self._closed
         return self._find(model).queue.submit(work, sink)
 
     def find(self, model: str) -> str:
@@ -191,7 +192,7 @@ class Fleet:
         self, name: str | None, request: Request, replicas: int, by: str
     ) -> tuple[DeploymentStatus, str]:
         """Create the deployment, or change it to ``request``; says which it was."""
-        self._refuse_if_stopping()
+        self._check_open()
         reference = Reference.parse(request.model)
         checked = _checked(replace(request, model=str(reference)), replicas)
         chosen = deployment_name(name if name is not None else reference.short_name)
@@ -207,6 +208,7 @@ class Fleet:
 
     async def remove(self, name: str, by: str) -> DeploymentStatus:
         """Delete the deployment; its workers drain in the background."""
+        self._check_open()
         member = self._member(name)
         await self._store.delete(name, by=by, at=self._now())
         member.leaving = True
@@ -219,7 +221,7 @@ class Fleet:
 
     async def start(self, name: str, by: str) -> DeploymentStatus:
         """Want it running, and try again where it had given up."""
-        self._refuse_if_stopping()
+        self._check_open()
         self._member(name)
         deployment = await self._store.set_desired(name, Desired.RUNNING, by=by, at=self._now())
         member = self._adopt(deployment)
@@ -229,6 +231,7 @@ class Fleet:
 
     async def stop(self, name: str, by: str) -> DeploymentStatus:
         """Want it stopped; its workers drain."""
+        self._check_open()
         self._member(name)
         deployment = await self._store.set_desired(name, Desired.STOPPED, by=by, at=self._now())
         member = self._adopt(deployment)
@@ -239,7 +242,7 @@ class Fleet:
 
     async def restart(self, name: str, by: str) -> DeploymentStatus:
         """Drain its workers and start them again."""
-        self._refuse_if_stopping()
+        self._check_open()
         member = self._member(name)
         await self._record("restart", f"{by} restarts {name}", deployment=name, cause=by)
         self._retry(member)
@@ -249,7 +252,7 @@ class Fleet:
 
     async def scale(self, name: str, replicas: int, by: str) -> DeploymentStatus:
         """Run that many replicas."""
-        self._refuse_if_stopping()
+        self._check_open()
         self._member(name)
         _check_replicas(replicas)
         deployment = await self._store.set_replicas(name, replicas, by=by, at=self._now())
@@ -339,9 +342,9 @@ class Fleet:
             raise _not_found(name)
         return member
 
-    def _refuse_if_stopping(self) -> None:
-        if self._stopping:
-            raise ShuttingDown("The daemon is stopping; try again when it is back.")
+    def _check_open(self) -> None:
+        if self._closed is not None:
+            raise self._closed
 
     def _adopt(self, deployment: Deployment) -> Member:
         """Take over what the store has just made durable."""
@@ -373,7 +376,7 @@ class Fleet:
 
     def _soon(self) -> None:
         """Converge in the next turn, however many changes ask for it in this one."""
-        if self._converging is None and not self._stopping:
+        if self._converging is None and self._closed is None:
             self._converging = self._reactor.callLater(0, self._converge)
 
     def _converge(self) -> None:
@@ -496,7 +499,7 @@ class Fleet:
         member.queue.pump()
 
     def _fetch_again(self, member: Member, fetch: Fetch) -> None:
-        if member.fetch is fetch and not self._stopping:
+        if member.fetch is fetch and self._closed is None:
             fetch.error = fetch.retry_at = None
             self._soon()
 

@@ -1,0 +1,151 @@
+"""The plan, by example and by its laws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tursi.model import Phase
+from tursi.plan import Action, Admit, Create, Key, Resolve, Retire, Seen, Wanted, decide
+
+
+def worker(
+    name: str, generation: int, replica: int, phase: Phase, *, retiring: bool = False
+) -> Seen:
+    return Seen(Key(name, generation, replica), phase, retiring)
+
+
+def test_a_new_deployment_is_resolved_before_it_is_created() -> None:
+    assert decide([Wanted("a", 1, 2, resolved=False)], []) == [Resolve("a", 1)]
+    assert decide([Wanted("a", 1, 2, resolved=True)], []) == [
+        Create(Key("a", 1, 0)),
+        Create(Key("a", 1, 1)),
+    ]
+
+
+def test_queued_workers_are_admitted_up_to_the_load_slots() -> None:
+    seen = [worker("a", 1, replica, Phase.QUEUED) for replica in range(3)]
+    seen.append(worker("b", 1, 0, Phase.LOADING))
+    wanted = [Wanted("a", 1, 3, resolved=True), Wanted("b", 1, 1, resolved=True)]
+    assert decide(wanted, seen, slots=2) == [Admit(Key("a", 1, 0))]
+
+
+def test_the_old_generation_serves_until_every_replica_of_the_new_one_is_ready() -> None:
+    old = [worker("a", 1, 0, Phase.READY), worker("a", 1, 1, Phase.READY)]
+    want = [Wanted("a", 2, 2, resolved=True)]
+    half = [worker("a", 2, 0, Phase.READY), worker("a", 2, 1, Phase.LOADING)]
+    assert decide(want, old + half) == []
+    whole = [replace(new, phase=Phase.READY) for new in half]
+    assert decide(want, old + whole) == [Retire(Key("a", 1, 0)), Retire(Key("a", 1, 1))]
+
+
+def test_a_failed_new_generation_leaves_the_old_one_serving() -> None:
+    seen = [worker("a", 1, 0, Phase.READY), worker("a", 2, 0, Phase.FAILED)]
+    assert decide([Wanted("a", 2, 1, resolved=True)], seen) == []
+
+
+def test_an_old_worker_that_does_not_serve_is_not_kept() -> None:
+    seen = [worker("a", 1, 0, Phase.BACKOFF), worker("a", 2, 0, Phase.LOADING)]
+    assert decide([Wanted("a", 2, 1, resolved=True)], seen) == [Retire(Key("a", 1, 0))]
+
+
+def test_scaling_down_retires_the_highest_replicas() -> None:
+    seen = [worker("a", 1, replica, Phase.READY) for replica in range(3)]
+    assert decide([Wanted("a", 1, 1, resolved=True)], seen) == [
+        Retire(Key("a", 1, 1)),
+        Retire(Key("a", 1, 2)),
+    ]
+
+
+def test_a_stopped_or_removed_deployment_is_retired() -> None:
+    seen = [worker("a", 1, 0, Phase.READY), worker("b", 1, 0, Phase.BACKOFF)]
+    actions = decide([Wanted("a", 1, 0, resolved=True)], seen)
+    assert sorted(action.key for action in actions if isinstance(action, Retire)) == [
+        Key("a", 1, 0),
+        Key("b", 1, 0),
+    ]
+
+
+def test_a_retiring_worker_blocks_its_successor() -> None:
+    seen = [worker("a", 1, 0, Phase.DRAINING, retiring=True)]
+    assert decide([Wanted("a", 1, 1, resolved=True)], seen) == []
+
+
+wanted_lists = st.lists(
+    st.builds(
+        Wanted,
+        deployment=st.sampled_from("abc"),
+        generation=st.integers(1, 3),
+        replicas=st.integers(0, 3),
+        resolved=st.booleans(),
+    ),
+    unique_by=lambda want: want.deployment,
+)
+seen_lists = st.lists(
+    st.builds(
+        Seen,
+        key=st.builds(Key, st.sampled_from("abcd"), st.integers(1, 3), st.integers(0, 3)),
+        phase=st.sampled_from(Phase),
+        retiring=st.booleans(),
+    ),
+    unique_by=lambda worker: worker.key,
+)
+
+
+def act(
+    wanted: Sequence[Wanted], seen: Sequence[Seen], actions: Sequence[Action]
+) -> tuple[list[Wanted], list[Seen]]:
+    """What would be there if every action had its effect at once."""
+    wants = {want.deployment: want for want in wanted}
+    workers = {one.key: one for one in seen}
+    for action in actions:
+        match action:
+            case Resolve(name, _):
+                wants[name] = replace(wants[name], resolved=True)
+            case Create(key):
+                assert key not in workers, "a replica would exist twice"
+                workers[key] = Seen(key, Phase.QUEUED, retiring=False)
+            case Admit(key):
+                assert workers[key].phase is Phase.QUEUED
+                workers[key] = replace(workers[key], phase=Phase.READY)
+            case Retire(key):
+                assert not workers[key].retiring
+                del workers[key]
+    left = [one for one in workers.values() if not one.retiring]
+    return list(wants.values()), left
+
+
+@given(wanted_lists, seen_lists)
+def test_loading_never_exceeds_the_slots(wanted: list[Wanted], seen: list[Seen]) -> None:
+    loading = sum(one.phase in {Phase.SPAWNING, Phase.LOADING, Phase.WARMING} for one in seen)
+    admitted = [action for action in decide(wanted, seen) if isinstance(action, Admit)]
+    assert not admitted or loading + len(admitted) <= 2
+
+
+@given(wanted_lists, seen_lists)
+def test_no_worker_gets_two_actions(wanted: list[Wanted], seen: list[Seen]) -> None:
+    keys = [action.key for action in decide(wanted, seen) if not isinstance(action, Resolve)]
+    assert len(keys) == len(set(keys))
+
+
+@given(wanted_lists, seen_lists)
+def test_acting_again_and_again_comes_to_rest_at_what_is_wanted(
+    wanted: list[Wanted], seen: list[Seen]
+) -> None:
+    # Whatever can become ready becomes so.
+    seen = [one if one.phase is Phase.QUEUED else replace(one, phase=Phase.READY) for one in seen]
+    for _ in range(12):
+        actions = decide(wanted, seen)
+        if not actions:
+            break
+        wanted, seen = act(wanted, seen, actions)
+    assert decide(wanted, seen) == []
+    expected = {
+        Key(want.deployment, want.generation, replica)
+        for want in wanted
+        for replica in range(want.replicas)
+    }
+    assert {one.key for one in seen if not one.retiring} == expected
