@@ -228,42 +228,56 @@ class FetchError(TursiError):
     """The model could not be downloaded."""
 
     code = "fetch_failed"
+    exit_status: ClassVar[int] = 70
 
 
 class RepositoryNotFound(FetchError):
     """The hub has no such repository, or hides it without a token."""
 
     code = "repository_not_found"
+    exit_status = 66
 
 
 class RevisionNotFound(FetchError):
     """The repository has no such revision."""
 
     code = "revision_not_found"
+    exit_status = 66
 
 
 class RepositoryGated(FetchError):
     """The repository is gated; accept its terms on the hub and give Tursi a token."""
 
     code = "repository_gated"
+    exit_status = 77
+
+
+class TokenRefused(FetchError):
+    """The hub refuses the token; give Tursi another."""
+
+    code = "token_refused"
+    exit_status = 77
 
 
 class HubUnreachable(FetchError):
     """The hub can't be reached."""
 
     code = "hub_unreachable"
+    exit_status = 75
 
 
 class DiskFull(FetchError):
     """There isn't enough disk space."""
 
     code = "disk_full"
+    exit_status = 74
 
 
 class SafetensorsMissing(FetchError):
     """The repository has no safetensors weights."""
 
     code = "safetensors_missing"
+    exit_status = 65
 
 
 # -- the daemon itself ------------------------------------------------------------
