@@ -1,0 +1,547 @@
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from fakes import InlineConnectionPool, InlineReactor
+
+from twisted.internet.defer import Deferred
+
+from tursi import store as package
+from tursi.config import Storage
+from tursi.errors import (
+    DatabaseBusy,
+    DatabaseError,
+    DatabaseFull,
+    DeploymentNotFound,
+    ShuttingDown,
+    TursiError,
+)
+from tursi.model import (
+    Desired,
+    Event,
+    FailureClass,
+    Minute,
+    Request,
+    Resolution,
+    WorkerLife,
+)
+from tursi.store import Outcome, Store, connection, inspect, prepare, schema
+from tursi.store import file as store_file
+from tursi.store import store as store_module
+
+T = TypeVar("T")
+MINILM = Request("sentence-transformers/all-MiniLM-L6-v2")
+LIFE = WorkerLife(uuid="a1", deployment="e5", generation=1, replica=0, boot_id="b", spawned_at=10.0)
+
+
+def result(deferred: Deferred[T]) -> T:
+    """What ``deferred`` has fired with; raises what it has failed with."""
+    found: list[Any] = []
+    deferred.addCallbacks(found.append, lambda failure: found.append(failure.value))
+    assert found, "the Deferred has not fired"
+    if isinstance(found[0], BaseException):
+        raise found[0]
+    return found[0]  # type: ignore[no-any-return]
+
+
+def opened(path: Path) -> Store:
+    prepare(path)
+    store = Store(path, InlineReactor(), InlineConnectionPool)
+    store.start()
+    return store
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "tursi.sqlite"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[Store]:
+    store = opened(path)
+    yield store
+    result(store.stop())
+
+
+# -- deployments ------------------------------------------------------------------
+
+
+def test_saving_says_what_it_meant(store: Store) -> None:
+    def save(request: Request, replicas: int, at: float) -> tuple[Outcome, int, Desired, int]:
+        deployment, outcome = result(store.save("e5", request, replicas, by="cli", at=at))
+        assert [deployment] == result(store.deployments())
+        return outcome, deployment.generation.number, deployment.desired, deployment.replicas
+
+    other = replace(MINILM, dtype="float16")
+    assert save(MINILM, 1, 1.0) == (Outcome.CREATED, 1, Desired.RUNNING, 1)
+    assert save(MINILM, 1, 2.0) == (Outcome.UNCHANGED, 1, Desired.RUNNING, 1)
+    assert save(MINILM, 3, 3.0) == (Outcome.SCALED, 1, Desired.RUNNING, 3)
+    assert save(other, 3, 4.0) == (Outcome.REPLACED, 2, Desired.RUNNING, 3)
+    result(store.set_desired("e5", Desired.STOPPED, by="cli", at=5.0))
+    assert save(other, 2, 6.0) == (Outcome.STARTED, 2, Desired.RUNNING, 2)
+    result(store.set_desired("e5", Desired.STOPPED, by="cli", at=7.0))
+    assert save(MINILM, 2, 8.0) == (Outcome.REPLACED, 3, Desired.RUNNING, 2)
+    (deployment,) = result(store.deployments())
+    assert (deployment.created_at, deployment.updated_at) == (1.0, 8.0)
+    assert [each.request for each in result(store.generations("e5"))] == [MINILM, other, MINILM]
+
+
+def test_each_change_has_its_event_and_no_change_has_none(store: Store) -> None:
+    seen: list[Event] = []
+    unwatch = store.watch(seen.append)
+    result(store.save("e5", MINILM, 1, by="uid 0", at=1.0))
+    result(store.save("e5", MINILM, 1, by="uid 0", at=2.0))
+    result(store.set_replicas("e5", 2, by="uid 0", at=3.0))
+    result(store.set_replicas("e5", 2, by="uid 0", at=4.0))
+    result(store.set_desired("e5", Desired.STOPPED, by="uid 0", at=5.0))
+    result(store.set_desired("e5", Desired.STOPPED, by="uid 0", at=6.0))
+    result(store.delete("e5", by="uid 0", at=7.0))
+    recorded = result(store.record(8.0, "start", "the daemon starts", cause="boot"))
+    stored = result(store.events(None, 0, 100))
+    assert [(each.at, each.kind, each.deployment, each.cause) for each in stored] == [
+        (1.0, "create", "e5", "uid 0"),
+        (3.0, "scale", "e5", "uid 0"),
+        (5.0, "stop", "e5", "uid 0"),
+        (7.0, "delete", "e5", "uid 0"),
+        (8.0, "start", None, "boot"),
+    ]
+    assert seen == stored
+    assert recorded == stored[-1]
+    unwatch()
+    unwatch()
+    result(store.record(9.0, "stop", "the daemon stops"))
+    assert len(seen) == 5
+
+
+def test_a_failing_watcher_disturbs_nobody(store: Store, logged_failures: Any) -> None:
+    seen: list[Event] = []
+    store.watch(lambda event: 1 / 0)
+    store.watch(seen.append)
+    result(store.record(1.0, "start", "the daemon starts"))
+    assert len(seen) == 1
+    assert len(logged_failures.flush(ZeroDivisionError)) == 1
+
+
+def test_a_deleted_deployment_keeps_its_history(store: Store) -> None:
+    result(store.save("e5", MINILM, 1, by="cli", at=1.0))
+    result(store.put_life(LIFE))
+    result(store.delete("e5", by="cli", at=2.0))
+    assert result(store.deployments()) == []
+    assert result(store.lives("e5", 10)) == [LIFE]
+    assert len(result(store.events("e5", 0, 10))) == 2
+    deployment, outcome = result(store.save("e5", MINILM, 1, by="cli", at=3.0))
+    assert (outcome, deployment.generation.number) == (Outcome.CREATED, 2)
+    assert deployment.created_at == 3.0
+    assert [each.number for each in result(store.generations("e5"))] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda store: store.set_desired("no", Desired.RUNNING, by="cli", at=1.0),
+        lambda store: store.set_replicas("no", 1, by="cli", at=1.0),
+        lambda store: store.delete("no", by="cli", at=1.0),
+        lambda store: store.resolve("no", 1, Resolution("/m"), at=1.0),
+        lambda store: store.generations("no"),
+    ],
+)
+def test_an_unknown_deployment(store: Store, act: Callable[[Store], Deferred[Any]]) -> None:
+    with pytest.raises(DeploymentNotFound, match="'no'"):
+        result(act(store))
+    assert result(store.events(None, 0, 10)) == []
+
+
+def test_a_resolution_is_appended_when_it_is_news(store: Store, path: Path) -> None:
+    result(store.save("e5", MINILM, 1, by="cli", at=1.0))
+    found = Resolution("/cache/m", "feature-extraction", None, None, "f" * 40, ("a", "b"), 99)
+    loaded = replace(found, device="cpu", dtype="float32")
+    for resolution in (found, found, loaded, loaded):
+        result(store.resolve("e5", 1, resolution, at=2.0))
+        assert result(store.deployments())[0].generation.resolution == resolution
+    plain = Resolution("/models/m")
+    result(store.save("e5", Request("/models/m"), 1, by="cli", at=3.0))
+    result(store.resolve("e5", 2, plain, at=4.0))
+    assert [each.resolution for each in result(store.generations("e5"))] == [loaded, plain]
+    with sqlite3.connect(path) as other:
+        assert other.execute("SELECT count(*) FROM resolutions").fetchone() == (3,)
+        assert other.execute("SELECT count(*) FROM models").fetchone() == (2,)
+    other.close()
+
+
+# -- history ------------------------------------------------------------------------
+
+
+def test_lives(store: Store) -> None:
+    result(store.save("e5", MINILM, 1, by="cli", at=1.0))
+    second = replace(LIFE, uuid="b2", spawned_at=20.0)
+    result(store.put_life(LIFE))
+    result(store.put_life(second))
+    assert result(store.unfinished_lives()) == [LIFE, second]
+    ended = replace(
+        LIFE,
+        keeper_pid=11,
+        keeper_start_time=12,
+        worker_pid=13,
+        ready_at=14.0,
+        ended_at=15.0,
+        intent="stop",
+        failure=FailureClass.CRASH,
+        reason="segmentation fault",
+        exit_status=None,
+        signal=11,
+        peak_rss=1 << 40,
+        cpu_seconds=1.5,
+    )
+    result(store.put_life(ended))
+    assert result(store.lives("e5", 10)) == [second, ended]
+    assert result(store.lives("e5", 1)) == [second]
+    assert result(store.unfinished_lives()) == [second]
+
+
+def test_a_life_belongs_to_a_generation(store: Store) -> None:
+    with pytest.raises(DatabaseError, match="FOREIGN KEY"):
+        result(store.put_life(LIFE))
+
+
+def test_events_are_the_newest_in_order(store: Store) -> None:
+    for number in range(1, 8):
+        name = "e5" if number % 2 else "bge"
+        result(store.record(float(number), "note", "x", deployment=name, worker=f"{name}/0"))
+    ids = [event.id for event in result(store.events(None, 0, 3))]
+    assert ids == [5, 6, 7]
+    assert [event.id for event in result(store.events("e5", 1, 2))] == [5, 7]
+    assert [event.id for event in result(store.events(None, 6, 10))] == [7]
+    assert result(store.events("none", 0, 10)) == []
+
+
+def test_rollups_add_up(store: Store) -> None:
+    one = Minute("e5", 100, 2, 1, 30, 40, 0.5, 0.25)
+    result(store.add_minutes([one, Minute("e5", 99, 1), Minute("bge", 100, 7)]))
+    result(store.add_minutes([one, one]))
+    assert result(store.minutes("e5", 100)) == [Minute("e5", 100, 6, 3, 90, 120, 1.5, 0.75)]
+    assert [each.minute for each in result(store.minutes("e5", 0))] == [99, 100]
+
+
+def test_pruning_keeps_the_newest(store: Store) -> None:
+    result(store.save("e5", MINILM, 1, by="cli", at=1.0))
+    today = 30 * 24 * 60
+    result(store.add_minutes([Minute("e5", minute, 1) for minute in (0, 1439, 1440, today)]))
+    for number in range(10):
+        result(store.record(float(number), "note", "x"))
+        ended = None if number == 0 else number + 1.0
+        life = replace(LIFE, uuid=str(number), spawned_at=float(number), ended_at=ended)
+        result(store.put_life(life))
+    limits = Storage(statistics_days=29, event_count=4, worker_lives=3)
+    for _ in range(2):
+        result(store.prune(limits, at=today * 60.0))
+        assert [each.minute for each in result(store.minutes("e5", 0))] == [1440, today]
+        assert [each.id for each in result(store.events(None, 0, 100))] == [8, 9, 10, 11]
+        # The oldest has not ended: that it is there must not be forgotten.
+        assert [each.uuid for each in result(store.lives("e5", 100))] == ["9", "8", "7", "0"]
+    assert result(store.record(1.0, "note", "x")).id == 12
+
+
+# -- trouble --------------------------------------------------------------------------
+
+
+def test_what_failed_left_nothing_behind(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise sqlite3.OperationalError("no such luck")
+
+    monkeypatch.setattr("tursi.store.deployments.record", fail)
+    with pytest.raises(DatabaseError, match="no such luck"):
+        result(store.save("e5", MINILM, 1, by="cli", at=1.0))
+    monkeypatch.undo()
+    assert result(store.deployments()) == []
+    assert result(store.save("e5", MINILM, 1, by="cli", at=1.0))[1] is Outcome.CREATED
+
+
+def test_another_process_holds_the_file(
+    store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    monkeypatch.setattr(connection, "BUSY_MILLISECONDS", 1)
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(DatabaseBusy) as caught:
+        result(store.record(1.0, "note", "x"))
+    assert caught.value.retry_after == 5
+    assert len(waits) == store_module.ATTEMPTS - 1
+    assert result(store.events(None, 0, 1)) == []  # reading goes on
+    monkeypatch.setattr("time.sleep", lambda seconds: other.execute("ROLLBACK"))
+    assert result(store.record(1.0, "note", "x")).id == 1
+    other.close()
+
+
+def test_only_busy_is_tried_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def fail(txn: object, *args: object, **keywords: object) -> None:
+        calls.append("call")
+        raise sqlite3.IntegrityError("broken")
+
+    monkeypatch.setattr("tursi.store.events.record", fail)
+    with pytest.raises(DatabaseError, match="broken"):
+        result(store.record(1.0, "note", "x"))
+    assert calls == ["call"]
+
+
+def test_a_full_disk(store: Store, path: Path) -> None:
+    def limit(txn: Any, pages: int) -> None:
+        txn.execute(f"PRAGMA max_page_count={pages}")
+
+    pool = store._writer
+    result(pool.runInteraction(limit, 1))  # SQLite takes the present size for less
+    with pytest.raises(DatabaseFull, match="nothing was changed"):
+        result(store.record(1.0, "note", "x" * 1_000_000))
+    assert result(store.events(None, 0, 10)) == []
+    result(pool.runInteraction(limit, 1_000_000))
+    assert result(store.record(1.0, "note", "x" * 1_000_000)).id == 1
+
+
+def test_readers_cannot_write(store: Store) -> None:
+    pool = store._reader
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        result(pool.runInteraction(lambda txn: txn.execute("DELETE FROM events")))
+
+
+def test_the_settings_of_the_connections(store: Store) -> None:
+    def settings(txn: Any) -> dict[str, Any]:
+        names = ("journal_mode", "foreign_keys", "synchronous", "query_only", "wal_autocheckpoint")
+        return {name: txn.execute(f"PRAGMA {name}").fetchone()[0] for name in names}
+
+    assert result(store._writer.runInteraction(settings)) == {
+        "journal_mode": "wal",
+        "foreign_keys": 1,
+        "synchronous": 2,
+        "query_only": 0,
+        "wal_autocheckpoint": 1000,
+    }
+    reader = result(store._reader.runInteraction(settings))
+    assert (reader["query_only"], reader["wal_autocheckpoint"]) == (1, 0)
+
+
+class PausedConnectionPool(InlineConnectionPool):
+    """Leaves everything undone until ``go``."""
+
+    waiting: list[Callable[[], None]]
+
+    def runInteraction(self, interaction: Any, *args: Any, **kw: Any) -> Deferred[Any]:  # noqa: N802
+        deferred: Deferred[Any] = Deferred()
+        run = super().runInteraction
+        self.waiting.append(lambda: run(interaction, *args, **kw).chainDeferred(deferred))
+        return deferred
+
+
+def test_calls_that_wait_are_bounded_and_stop_waits_for_them(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "MAX_PENDING", 2)
+    monkeypatch.setattr(PausedConnectionPool, "waiting", [], raising=False)
+    prepare(path)
+    store = Store(path, InlineReactor(), PausedConnectionPool)
+    with pytest.raises(ShuttingDown):
+        result(store.deployments())
+    result(store.stop())
+    store.start()
+    first, second = store.record(1.0, "note", "x"), store.record(2.0, "note", "y")
+    with pytest.raises(DatabaseBusy):
+        result(store.record(3.0, "note", "z"))
+    first.addErrback(lambda failure: None)
+    first.cancel()
+    monkeypatch.setattr(store_module, "MAX_PENDING", 3)
+    stopped, again = store.stop(), store.stop()
+    with pytest.raises(ShuttingDown):
+        result(store.record(3.0, "note", "z"))
+    while PausedConnectionPool.waiting:
+        assert not stopped.called
+        PausedConnectionPool.waiting.pop(0)()
+    result(stopped)
+    result(again)
+    assert result(second).message == "y"
+    assert not path.with_name("tursi.sqlite-wal").exists()
+
+
+# -- the file -----------------------------------------------------------------------------
+
+
+def dump(path: Path) -> list[str]:
+    other = sqlite3.connect(path)
+    lines = [line for line in other.iterdump() if "schema_history" not in line]
+    other.close()
+    return lines
+
+
+def test_a_missing_file_is_made_for_its_owner_only(path: Path) -> None:
+    inspect(path)
+    assert not path.exists()
+    store = opened(path)
+    result(store.record(1.0, "note", "x"))
+    for name in ("tursi.sqlite", "tursi.sqlite-wal", "tursi.sqlite-shm"):
+        assert path.with_name(name).stat().st_mode & 0o777 == 0o600
+    inspect(path)
+    result(store.stop())
+    inspect(path)
+    prepare(path)
+    assert sorted(each.name for each in path.parent.iterdir()) == ["tursi.sqlite"]
+
+
+def test_an_empty_file_is_version_0(path: Path) -> None:
+    path.touch()
+    inspect(path)
+    prepare(path)
+    assert any("CREATE TABLE deployments" in line for line in dump(path))
+
+
+def test_every_table_is_strict_and_commented(path: Path) -> None:
+    prepare(path)
+    other = sqlite3.connect(path)
+    tables = other.execute(
+        "SELECT name, sql FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
+    ).fetchall()
+    history = other.execute("SELECT version, description, at FROM schema_history").fetchall()
+    (identity,) = other.execute("PRAGMA application_id").fetchone()
+    other.close()
+    assert {name for name, _ in tables} == {
+        "models",
+        "deployments",
+        "generations",
+        "resolutions",
+        "workers",
+        "events",
+        "crashes",
+        "statistics",
+        "keys",
+        "schema_history",
+    }
+    assert all("STRICT" in sql for _, sql in tables)
+    for statement in (each for upgrade in schema.UPGRADES for each in upgrade.statements):
+        assert "CREATE TABLE" not in statement or statement.strip().startswith("-- ")
+    assert [version for version, _, _ in history] == [1]
+    assert history[0][2] > 1_700_000_000
+    assert identity == int.from_bytes(b"Turs", "big")
+
+
+def garbage(path: Path) -> None:
+    path.write_bytes(b"this is no database at all, but quite a bit of text " * 100)
+
+
+def foreign(path: Path) -> None:
+    other = sqlite3.connect(path)
+    other.execute("CREATE TABLE deployments (x)")
+    other.close()
+
+
+def newer(path: Path) -> None:
+    prepare(path)
+    other = sqlite3.connect(path)
+    other.execute(f"PRAGMA user_version={len(schema.UPGRADES) + 1}")
+    other.close()
+
+
+def damaged(path: Path) -> None:
+    store = opened(path)
+    for number in range(500):
+        result(store.record(float(number), "note", "x" * 200))
+    result(store.stop())
+    content = bytearray(path.read_bytes())
+    content[-4096 * 4 : -4096 * 3] = b"\xa5" * 4096
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (garbage, "isn't a database"),
+        (foreign, "another program"),
+        (newer, "newer Tursi"),
+        (damaged, "is damaged"),
+        (Path.mkdir, "can't be used"),
+    ],
+)
+def test_a_file_that_is_refused_stays_as_it_is(
+    path: Path, spoil: Callable[[Path], None], sentence: str
+) -> None:
+    spoil(path)
+    before = None if path.is_dir() else path.read_bytes()
+    for attempt in (inspect, prepare):
+        with pytest.raises(DatabaseError, match=sentence) as caught:
+            attempt(path)
+        assert str(path) in caught.value.message
+        assert "\n" not in caught.value.message
+    assert before is None or path.read_bytes() == before
+    assert [each.name for each in path.parent.iterdir()] == ["tursi.sqlite"]
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DatabaseError, match="No such file"):
+        prepare(tmp_path / "none" / "tursi.sqlite")
+
+
+def with_upgrades(monkeypatch: pytest.MonkeyPatch, *more: schema.Upgrade) -> None:
+    monkeypatch.setattr(store_file, "UPGRADES", (*schema.UPGRADES, *more))
+
+
+COLOUR = schema.Upgrade("colours", ("ALTER TABLE deployments ADD COLUMN colour TEXT",))
+SIZE = schema.Upgrade("sizes", ("ALTER TABLE deployments ADD COLUMN width INTEGER",))
+BROKEN = schema.Upgrade("broken", (*SIZE.statements, "ALTER TABLE absent ADD COLUMN x"))
+
+
+def test_an_upgraded_file_is_like_a_new_one(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(path)
+    new = path.with_name("new.sqlite")
+    with_upgrades(monkeypatch, COLOUR, SIZE)
+    prepare(path)
+    prepare(new)
+    assert dump(path) == dump(new)
+    other = sqlite3.connect(path)
+    history = other.execute("SELECT version, description FROM schema_history").fetchall()
+    other.close()
+    assert history == [(1, "the first schema"), (2, "colours"), (3, "sizes")]
+
+
+def test_before_an_upgrade_the_file_is_copied_and_three_copies_stay(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result(opened(path).stop())
+    old = dump(path)
+    path.with_name("tursi.sqlite.part").write_bytes(b"left by a kill")
+    for count in range(1, 6):
+        more = [
+            schema.Upgrade(f"step {step}", (f"CREATE TABLE step_{step} (x TEXT) STRICT",))
+            for step in range(count)
+        ]
+        with_upgrades(monkeypatch, *more)
+        prepare(path)
+        if count == 1:
+            copy = path.with_name("tursi.sqlite.v1")
+            assert dump(copy) == old
+            assert copy.stat().st_mode & 0o777 == 0o600
+    names = sorted(each.name for each in path.parent.iterdir())
+    assert names == ["tursi.sqlite", "tursi.sqlite.v3", "tursi.sqlite.v4", "tursi.sqlite.v5"]
+
+
+def test_a_failed_upgrade_leaves_the_version_before_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(path)
+    with_upgrades(monkeypatch, COLOUR, BROKEN)
+    with pytest.raises(DatabaseError, match="no such table: absent"):
+        prepare(path)
+    sql = "\n".join(dump(path))
+    assert "colour" in sql
+    assert "width" not in sql
+    with_upgrades(monkeypatch, COLOUR, SIZE)
+    prepare(path)
+    assert "width" in "\n".join(dump(path))
+
+
+def test_the_package_shows_only_what_is_needed() -> None:
+    assert sorted(package.__all__) == ["Outcome", "Store", "inspect", "prepare"]
+    assert issubclass(DatabaseBusy, TursiError)

@@ -1,0 +1,60 @@
+"""Connections to the file: their settings, and what SQLite's errors mean to a user."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+from tursi.errors import DatabaseBusy, DatabaseError, DatabaseFull, TursiError
+
+BUSY_MILLISECONDS = 2000
+"""How long SQLite itself waits for another process's lock, per attempt."""
+
+
+def for_writing(connection: sqlite3.Connection) -> None:
+    """Set up the one connection that writes."""
+    # Most pragmas belong to the connection, and some do nothing within a transaction.
+    _apply(connection, "foreign_keys=ON", "synchronous=FULL")
+
+
+def for_reading(connection: sqlite3.Connection) -> None:
+    """Set up a connection that only reads."""
+    # Checkpoints are the writer's: two connections that checkpoint at the same
+    # time can corrupt the file before SQLite 3.51.3.
+    _apply(connection, "query_only=ON", "wal_autocheckpoint=0")
+
+
+def _apply(connection: sqlite3.Connection, *pragmas: str) -> None:
+    try:
+        for pragma in (f"busy_timeout={BUSY_MILLISECONDS}", *pragmas):
+            connection.execute(f"PRAGMA {pragma}").close()
+    except BaseException:
+        # adbapi forgets a connection whose set-up failed.
+        connection.close()
+        raise
+
+
+def is_busy(error: sqlite3.Error) -> bool:
+    """Whether another process held the file, so that trying again may help."""
+    return _primary(error) in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+
+
+def meaning(error: sqlite3.Error, path: Path) -> TursiError:
+    """What ``error`` from the file at ``path`` says to a user."""
+    code = _primary(error)
+    if is_busy(error):
+        return DatabaseBusy(
+            f"Another process holds the database {path}; try again shortly.", retry_after=5
+        )
+    if code == sqlite3.SQLITE_FULL:
+        return DatabaseFull()
+    if code == sqlite3.SQLITE_NOTADB:
+        return DatabaseError(f"{path} isn't a database; move it away, or put a copy in its place.")
+    if code == sqlite3.SQLITE_CORRUPT:
+        return DatabaseError(f"The database {path} is damaged; put a copy in its place.")
+    return DatabaseError(f"The database {path} can't be used: {error}.")
+
+
+def _primary(error: sqlite3.Error) -> int:
+    # Errors that Python itself raises (a closed connection) carry no code.
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF

@@ -1,0 +1,196 @@
+"""Interactions on deployments and their generations; each change comes with its event."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from typing import Any
+
+from tursi.errors import DeploymentNotFound
+from tursi.model import Deployment, Desired, Event, Generation, Request, Resolution
+from tursi.store.events import record
+
+Change = tuple[Deployment, Event | None]
+"""What a deployment has become, and the event; ``None`` where nothing had to change."""
+
+
+class Outcome(StrEnum):
+    """What saving a deployment meant."""
+
+    CREATED = "created"
+    UNCHANGED = "unchanged"
+    REPLACED = "replaced"
+    """Asked for something else: a new generation."""
+    SCALED = "scaled"
+    """Only the number of replicas differs."""
+    STARTED = "started"
+    """The same request, and it was stopped."""
+
+
+_GENERATIONS = (
+    "SELECT g.number, g.model, g.task, g.device, g.dtype, g.created_at, g.created_by,"
+    " m.folder, r.task, r.dtype, r.device, m.revision, m.files, m.size"
+    " FROM generations AS g"
+    " LEFT JOIN resolutions AS r ON r.id = (SELECT max(id) FROM resolutions"
+    "  WHERE deployment = g.deployment AND generation = g.number)"
+    " LEFT JOIN models AS m ON m.id = r.model"
+    " WHERE g.deployment = ?"
+)
+_MODEL = "SELECT id FROM models WHERE folder = ? AND revision IS ? AND files = ? AND size IS ?"
+
+
+def every(txn: Any) -> list[Deployment]:
+    """All deployments that exist, by name."""
+    txn.execute("SELECT name FROM deployments WHERE deleted_at IS NULL ORDER BY name")
+    return [_load(txn, name) for (name,) in txn.fetchall()]
+
+
+def generations(txn: Any, name: str) -> list[Generation]:
+    """All generations that ever had this deployment's name, oldest first."""
+    txn.execute(f"{_GENERATIONS} ORDER BY g.number", (name,))
+    found = [_generation(row) for row in txn.fetchall()]
+    if not found:
+        raise _not_found(name)
+    return found
+
+
+def save(
+    txn: Any, name: str, request: Request, replicas: int, *, by: str, at: float
+) -> tuple[Deployment, Outcome, Event | None]:
+    """Create or replace; whichever it is, the deployment is to run from now on."""
+    before = _find(txn, name)
+    shown = f"{request.model}, {replicas} {'replica' if replicas == 1 else 'replicas'}"
+    if before is None:
+        outcome, kind, message = Outcome.CREATED, "create", f"{by} deploys {name}: {shown}"
+        txn.execute(
+            "INSERT INTO deployments (name, desired, replicas, created_at, updated_at)"
+            " VALUES (?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET desired = excluded.desired,"
+            " replicas = excluded.replicas, created_at = excluded.created_at,"
+            " updated_at = excluded.updated_at, deleted_at = NULL",
+            (name, Desired.RUNNING.value, replicas, at, at),
+        )
+    else:
+        if before.generation.request != request:
+            outcome, kind, message = Outcome.REPLACED, "replace", f"{by} changes {name}: {shown}"
+        elif before.desired is Desired.STOPPED:
+            outcome, kind, message = Outcome.STARTED, "start", f"{by} starts {name}: {shown}"
+        elif before.replicas != replicas:
+            outcome, kind, message = Outcome.SCALED, "scale", f"{by} scales {name}: {shown}"
+        else:
+            return before, Outcome.UNCHANGED, None
+        _update(txn, name, Desired.RUNNING, replicas, at)
+    if outcome in {Outcome.CREATED, Outcome.REPLACED}:
+        txn.execute(
+            "INSERT INTO generations"
+            " (deployment, number, model, task, device, dtype, created_at, created_by)"
+            " SELECT ?, coalesce(max(number), 0) + 1, ?, ?, ?, ?, ?, ?"
+            " FROM generations WHERE deployment = ?",
+            (name, request.model, request.task, request.device, request.dtype, at, by, name),
+        )
+    return _load(txn, name), outcome, record(txn, at, kind, message, deployment=name, cause=by)
+
+
+def set_desired(txn: Any, name: str, desired: Desired, *, by: str, at: float) -> Change:
+    """Want it running or stopped."""
+    before = _load(txn, name)
+    if before.desired is desired:
+        return before, None
+    _update(txn, name, desired, before.replicas, at)
+    kind = "start" if desired is Desired.RUNNING else "stop"
+    event = record(txn, at, kind, f"{by} {kind}s {name}", deployment=name, cause=by)
+    return _load(txn, name), event
+
+
+def set_replicas(txn: Any, name: str, replicas: int, *, by: str, at: float) -> Change:
+    """Want that many replicas."""
+    before = _load(txn, name)
+    if before.replicas == replicas:
+        return before, None
+    _update(txn, name, before.desired, replicas, at)
+    message = f"{by} scales {name} from {before.replicas} to {replicas}"
+    return _load(txn, name), record(txn, at, "scale", message, deployment=name, cause=by)
+
+
+def delete(txn: Any, name: str, *, by: str, at: float) -> Event:
+    """Want it gone; its history stays."""
+    _load(txn, name)
+    txn.execute("UPDATE deployments SET deleted_at = ? WHERE name = ?", (at, name))
+    return record(txn, at, "delete", f"{by} removes {name}", deployment=name, cause=by)
+
+
+def resolve(txn: Any, name: str, number: int, found: Resolution, *, at: float) -> Event | None:
+    """Append what a generation means, unless that is what it already meant."""
+    txn.execute(f"{_GENERATIONS} AND g.number = ?", (name, number))
+    row = txn.fetchone()
+    if row is None:
+        raise _not_found(name)
+    if _generation(row).resolution == found:
+        return None
+    model = (found.folder, found.commit, json.dumps(found.files), found.size)
+    txn.execute(_MODEL, model)
+    row = txn.fetchone()
+    if row is None:
+        txn.execute(
+            "INSERT INTO models (folder, revision, files, size) VALUES (?, ?, ?, ?) RETURNING id",
+            model,
+        )
+        row = txn.fetchone()
+    txn.execute(
+        "INSERT INTO resolutions (deployment, generation, model, task, device, dtype, at)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (name, number, row[0], found.task, found.device, found.dtype, at),
+    )
+    known = (found.commit, found.task, found.device, found.dtype)
+    message = f"{name} generation {number} is {', '.join((found.folder, *filter(None, known)))}"
+    return record(txn, at, "resolve", message, deployment=name)
+
+
+def _find(txn: Any, name: str) -> Deployment | None:
+    txn.execute(
+        "SELECT name, desired, replicas, created_at, updated_at FROM deployments"
+        " WHERE name = ? AND deleted_at IS NULL",
+        (name,),
+    )
+    row = txn.fetchone()
+    if row is None:
+        return None
+    txn.execute(f"{_GENERATIONS} ORDER BY g.number DESC LIMIT 1", (name,))
+    generation = _generation(txn.fetchone())
+    name, desired, replicas, created_at, updated_at = row
+    return Deployment(name, Desired(desired), replicas, generation, created_at, updated_at)
+
+
+def _load(txn: Any, name: str) -> Deployment:
+    found = _find(txn, name)
+    if found is None:
+        raise _not_found(name)
+    return found
+
+
+def _update(txn: Any, name: str, desired: Desired, replicas: int, at: float) -> None:
+    txn.execute(
+        "UPDATE deployments SET desired = ?, replicas = ?, updated_at = ? WHERE name = ?",
+        (desired.value, replicas, at, name),
+    )
+
+
+def _generation(row: tuple[Any, ...]) -> Generation:
+    number, model, task, device, dtype, created_at, created_by, folder, *rest = row
+    resolution = None
+    if folder is not None:
+        task_found, dtype_found, device_found, revision, files, size = rest
+        resolution = Resolution(
+            folder=folder,
+            task=task_found,
+            dtype=dtype_found,
+            device=device_found,
+            commit=revision,
+            files=tuple(json.loads(files)),
+            size=size,
+        )
+    request = Request(model, task, device, dtype)
+    return Generation(number, request, created_at, created_by, resolution)
+
+
+def _not_found(name: str) -> DeploymentNotFound:
+    return DeploymentNotFound(f"No deployment is named {name!r}; `tursi ps` lists them.")

@@ -1,0 +1,175 @@
+"""The schema as a list of upgrades; the empty file is version 0, so there is one path only.
+
+An upgrade that has been released is never edited: append another one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+APPLICATION_ID = 0x54757273
+"""``Turs`` in the file's header, by which a foreign database is told apart."""
+
+
+class Upgrade(NamedTuple):
+    """Brings a file from one version to the next, statement by statement, in one transaction."""
+
+    description: str
+    statements: tuple[str, ...]
+
+
+_FIRST = (
+    """
+    -- Which upgrades this file has gone through, and when.
+    CREATE TABLE schema_history (
+        version     INTEGER PRIMARY KEY,  -- the version that the upgrade leads to
+        description TEXT NOT NULL,
+        at          REAL NOT NULL         -- UTC epoch seconds, as every "at" and "..._at"
+    ) STRICT
+    """,
+    """
+    -- A model's files as they were found on disk. Rows never change: other files, another row.
+    CREATE TABLE models (
+        id       INTEGER PRIMARY KEY,
+        folder   TEXT NOT NULL,           -- absolute
+        revision TEXT,                    -- the hub's commit; null for a plain folder
+        files    TEXT NOT NULL,           -- JSON array of names relative to the folder
+        size     INTEGER                  -- bytes in all, where known
+    ) STRICT
+    """,
+    """
+    CREATE UNIQUE INDEX models_content
+        ON models (folder, coalesce(revision, ''), files, coalesce(size, -1))
+    """,
+    """
+    -- What the operator wants. A deleted deployment keeps its row, so that its history has a
+    -- home and its generations are never numbered twice.
+    CREATE TABLE deployments (
+        name       TEXT PRIMARY KEY,
+        desired    TEXT NOT NULL CHECK (desired IN ('running', 'stopped')),
+        replicas   INTEGER NOT NULL CHECK (replicas >= 0),
+        created_at REAL NOT NULL,         -- of its present existence
+        updated_at REAL NOT NULL,
+        deleted_at REAL                   -- null while it exists
+    ) STRICT, WITHOUT ROWID
+    """,
+    """
+    -- Append-only versions of a deployment, as asked for; the highest number is the current one.
+    CREATE TABLE generations (
+        deployment TEXT NOT NULL REFERENCES deployments (name),
+        number     INTEGER NOT NULL CHECK (number >= 1),
+        model      TEXT NOT NULL,         -- as the user wrote it
+        task       TEXT,                  -- null: find it from the model's files
+        device     TEXT NOT NULL,
+        dtype      TEXT NOT NULL,
+        created_at REAL NOT NULL,
+        created_by TEXT NOT NULL,
+        PRIMARY KEY (deployment, number)
+    ) STRICT, WITHOUT ROWID
+    """,
+    """
+    -- What a generation's request turned out to mean. Append-only; the newest row counts.
+    CREATE TABLE resolutions (
+        id         INTEGER PRIMARY KEY,
+        deployment TEXT NOT NULL,
+        generation INTEGER NOT NULL,
+        model      INTEGER NOT NULL REFERENCES models (id),
+        task       TEXT,
+        device     TEXT,
+        dtype      TEXT,
+        at         REAL NOT NULL,
+        FOREIGN KEY (deployment, generation) REFERENCES generations (deployment, number)
+    ) STRICT
+    """,
+    "CREATE INDEX resolutions_generation ON resolutions (deployment, generation, id)",
+    """
+    -- One row a life of a worker, from its spawn to its end.
+    CREATE TABLE workers (
+        uuid              TEXT PRIMARY KEY,
+        deployment        TEXT NOT NULL,
+        generation        INTEGER NOT NULL,
+        replica           INTEGER NOT NULL,
+        boot_id           TEXT NOT NULL,  -- with pid and start time: this process, no other
+        spawned_at        REAL NOT NULL,
+        keeper_pid        INTEGER,
+        keeper_start_time INTEGER,        -- clock ticks since boot
+        worker_pid        INTEGER,
+        ready_at          REAL,
+        ended_at          REAL,           -- null: it runs, or a daemon died before it
+        intent            TEXT,           -- why we ended it, recorded before any signal
+        failure           TEXT,           -- class of an end that nobody asked for
+        reason            TEXT,           -- one clause for people
+        exit_status       INTEGER,
+        signal            INTEGER,
+        peak_rss          INTEGER,        -- bytes
+        cpu_seconds       REAL,
+        FOREIGN KEY (deployment, generation) REFERENCES generations (deployment, number)
+    ) STRICT, WITHOUT ROWID
+    """,
+    "CREATE INDEX workers_deployment ON workers (deployment, spawned_at)",
+    "CREATE INDEX workers_spawned ON workers (spawned_at)",
+    "CREATE INDEX workers_unfinished ON workers (spawned_at) WHERE ended_at IS NULL",
+    """
+    -- What happened, each with its cause. Append-only; an id is never given twice.
+    CREATE TABLE events (
+        id         INTEGER PRIMARY KEY AUTOINCREMENT,
+        at         REAL NOT NULL,
+        kind       TEXT NOT NULL,
+        deployment TEXT,
+        worker     TEXT,
+        message    TEXT NOT NULL,
+        cause      TEXT
+    ) STRICT
+    """,
+    "CREATE INDEX events_deployment ON events (deployment, id)",
+    """
+    -- Dossiers: the evidence of a life that ended unasked, beside what its workers row says
+    -- (class, exit status or signal, intent, generation).
+    CREATE TABLE crashes (
+        id        INTEGER PRIMARY KEY AUTOINCREMENT,
+        worker    TEXT NOT NULL UNIQUE REFERENCES workers (uuid) ON DELETE CASCADE,
+        at        REAL NOT NULL,
+        phase     TEXT NOT NULL,          -- the state it ended in
+        traceback TEXT,                   -- its last words
+        stacks    TEXT,                   -- of every thread, taken before a kill
+        log       TEXT NOT NULL,          -- JSON array: the last lines of this life
+        usage     TEXT NOT NULL,          -- JSON array of [at, bytes of RSS, CPU seconds]
+        requests  TEXT NOT NULL,          -- JSON array: ids of the requests in flight
+        versions  TEXT NOT NULL           -- JSON object: library to version
+    ) STRICT
+    """,
+    """
+    -- Rollups: what a deployment did within one minute.
+    CREATE TABLE statistics (
+        deployment        TEXT NOT NULL,
+        minute            INTEGER NOT NULL,  -- UTC epoch minutes
+        requests          INTEGER NOT NULL,
+        errors            INTEGER NOT NULL,
+        prompt_tokens     INTEGER NOT NULL,
+        completion_tokens INTEGER NOT NULL,
+        seconds           REAL NOT NULL,     -- of all requests together
+        queue_seconds     REAL NOT NULL,     -- the part of them spent waiting
+        PRIMARY KEY (deployment, minute)
+    ) STRICT, WITHOUT ROWID
+    """,
+    "CREATE INDEX statistics_minute ON statistics (minute)",
+    """
+    -- Bearer keys. The key itself is shown once and never stored.
+    CREATE TABLE keys (
+        id                  INTEGER PRIMARY KEY,
+        name                TEXT NOT NULL UNIQUE,
+        digest              BLOB NOT NULL UNIQUE,  -- SHA-256 of the key
+        scopes              TEXT NOT NULL,         -- JSON array of infer, read, admin
+        deployments         TEXT,                  -- JSON array of names; null means all
+        requests_per_minute INTEGER,               -- null means no limit
+        tokens_per_minute   INTEGER,               -- null means no limit
+        created_at          REAL NOT NULL,
+        created_by          TEXT NOT NULL,
+        last_used_at        REAL,
+        revoked_at          REAL
+    ) STRICT
+    """,
+)
+
+UPGRADES: tuple[Upgrade, ...] = (Upgrade("the first schema", _FIRST),)
+"""``UPGRADES[n]`` brings version ``n`` to ``n + 1``."""

@@ -1,0 +1,280 @@
+"""The store's face: asynchronous, in the words of the domain."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from twisted.enterprise.adbapi import ConnectionPool
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from tursi.config import Storage
+from tursi.errors import DatabaseBusy, ShuttingDown
+from tursi.model import (
+    Deployment,
+    Desired,
+    Event,
+    Generation,
+    Minute,
+    Request,
+    Resolution,
+    WorkerLife,
+)
+from tursi.store import connection, deployments, events, lives
+from tursi.store.deployments import Outcome
+
+ATTEMPTS = 3
+"""How often a transaction tries to begin while another process holds the file."""
+MAX_PENDING = 1000
+"""Calls that may wait for the database; more are refused at once."""
+
+T = TypeVar("T")
+log = Logger()
+
+
+class Store:
+    """Reads and writes the file that ``prepare`` has made ready.
+
+    Every method returns a Deferred of domain values. What a Deferred of a change
+    has fired for is on the disk. It fails with ``DatabaseBusy``, ``DatabaseFull``,
+    ``DatabaseError`` or ``ShuttingDown`` besides what each method says. Cancelling
+    a Deferred doesn't undo the change.
+
+    ``pool`` makes the connection pools (``ConnectionPool``'s signature).
+    """
+
+    def __init__(self, path: Path, reactor: Any, pool: Callable[..., Any] = ConnectionPool) -> None:
+        self._path = path
+        self._reactor = reactor
+        self._pool = pool
+        self._writer: Any = None
+        self._reader: Any = None
+        self._pending = 0
+        self._stopped: Deferred[None] | None = None
+        self._watchers: list[Callable[[Event], object]] = []
+
+    def start(self) -> None:
+        """Open the pools; they connect with the first call."""
+        # One writer: SQLite has one write lock anyway, and who waits for it in
+        # its own thread waits fairly.
+        self._writer = self._open(1, connection.for_writing)
+        self._reader = self._open(2, connection.for_reading)
+
+    def stop(self) -> Deferred[None]:
+        """Refuse further calls, wait for those under way, and close the file."""
+        if self._writer is None:
+            return succeed(None)
+        if self._stopped is None:
+            checkpoint = self._run(self._writer, _checkpoint)
+            checkpoint.addErrback(
+                lambda failure: log.failure("The write-ahead log stays", failure=failure)
+            )
+            self._stopped = Deferred()
+            self._close_when_idle()
+        waiting: Deferred[None] = Deferred()
+        self._stopped.chainDeferred(waiting)
+        return waiting
+
+    def watch(self, callback: Callable[[Event], object]) -> Callable[[], None]:
+        """Call ``callback`` with every event once it is stored, in order; returns the undoing."""
+        self._watchers.append(callback)
+        return lambda: self._watchers.remove(callback) if callback in self._watchers else None
+
+    # -- deployments ---------------------------------------------------------------
+
+    def deployments(self) -> Deferred[list[Deployment]]:
+        """All deployments that exist, by name."""
+        return self._read(deployments.every)
+
+    def generations(self, name: str) -> Deferred[list[Generation]]:
+        """All generations, oldest first, also of a deleted deployment; ``DeploymentNotFound``."""
+        return self._read(deployments.generations, name)
+
+    def save(
+        self, name: str, request: Request, replicas: int, *, by: str, at: float
+    ) -> Deferred[tuple[Deployment, Outcome]]:
+        """Create or replace a deployment, which is to run from now on."""
+        saved = self._write(deployments.save, name, request, replicas, by=by, at=at)
+        return saved.addCallback(self._announced_last)
+
+    def set_desired(
+        self, name: str, desired: Desired, *, by: str, at: float
+    ) -> Deferred[Deployment]:
+        """Want it running or stopped; ``DeploymentNotFound``."""
+        changed = self._write(deployments.set_desired, name, desired, by=by, at=at)
+        return changed.addCallback(self._announced)
+
+    def set_replicas(self, name: str, replicas: int, *, by: str, at: float) -> Deferred[Deployment]:
+        """Want that many replicas; ``DeploymentNotFound``."""
+        changed = self._write(deployments.set_replicas, name, replicas, by=by, at=at)
+        return changed.addCallback(self._announced)
+
+    def delete(self, name: str, *, by: str, at: float) -> Deferred[None]:
+        """Want it gone; its history stays. ``DeploymentNotFound``."""
+        return self._write(deployments.delete, name, by=by, at=at).addCallback(self._announce)
+
+    def resolve(
+        self, name: str, number: int, resolution: Resolution, *, at: float
+    ) -> Deferred[None]:
+        """Add what generation ``number`` turned out to mean; ``DeploymentNotFound``."""
+        resolved = self._write(deployments.resolve, name, number, resolution, at=at)
+        return resolved.addCallback(self._announce)
+
+    # -- history -------------------------------------------------------------------
+
+    def put_life(self, life: WorkerLife) -> Deferred[None]:
+        """Insert a worker's life, or replace what was known of it."""
+        return self._write(lives.put, life)
+
+    def lives(self, deployment: str, limit: int) -> Deferred[list[WorkerLife]]:
+        """The last ``limit`` lives of a deployment's workers, newest first."""
+        return self._read(lives.newest, deployment, limit)
+
+    def unfinished_lives(self) -> Deferred[list[WorkerLife]]:
+        """Every life whose end isn't recorded, oldest first."""
+        return self._read(lives.unfinished)
+
+    def record(
+        self,
+        at: float,
+        kind: str,
+        message: str,
+        *,
+        deployment: str | None = None,
+        worker: str | None = None,
+        cause: str | None = None,
+    ) -> Deferred[Event]:
+        """Append an event."""
+        recorded = self._write(
+            events.record, at, kind, message, deployment=deployment, worker=worker, cause=cause
+        )
+        return recorded.addCallback(lambda event: self._announced((event, event)))
+
+    def events(self, deployment: str | None, after: int, limit: int) -> Deferred[list[Event]]:
+        """The newest ``limit`` events after the id ``after``, oldest first."""
+        return self._read(events.newest, deployment, after, limit)
+
+    def add_minutes(self, minutes: Sequence[Minute]) -> Deferred[None]:
+        """Add to the rollups."""
+        return self._write(events.add_minutes, tuple(minutes))
+
+    def minutes(self, deployment: str, since: int) -> Deferred[list[Minute]]:
+        """The rollups from the epoch minute ``since`` on, oldest first."""
+        return self._read(events.minutes_since, deployment, since)
+
+    def prune(self, storage: Storage, *, at: float) -> Deferred[None]:
+        """Forget what is past its limits."""
+        return self._write(_prune, storage, at)
+
+    # -- transactions --------------------------------------------------------------
+
+    def _open(self, size: int, prepare: Callable[[sqlite3.Connection], None]) -> Any:
+        return self._pool(
+            "sqlite3",
+            str(self._path),
+            cp_reactor=self._reactor,
+            cp_min=size,
+            cp_max=size,
+            cp_openfun=prepare,
+            isolation_level=None,
+            # adbapi closes a thread's connection in the reactor's thread.
+            check_same_thread=False,
+            cached_statements=256,
+        )
+
+    def _read(self, interaction: Callable[..., T], *arguments: Any) -> Deferred[T]:
+        return self._run(self._reader, _transaction, "BEGIN", interaction, arguments, {})
+
+    def _write(
+        self, interaction: Callable[..., T], *arguments: Any, **keywords: Any
+    ) -> Deferred[T]:
+        # A deferred transaction that reads first can't wait for the write lock.
+        return self._run(
+            self._writer, _transaction, "BEGIN IMMEDIATE", interaction, arguments, keywords
+        )
+
+    def _run(self, pool: Any, interaction: Callable[..., T], *arguments: Any) -> Deferred[T]:
+        if pool is None or self._stopped is not None:
+            return fail(ShuttingDown())
+        if self._pending >= MAX_PENDING:
+            return fail(DatabaseBusy(retry_after=5))
+        self._pending += 1
+        running: Deferred[T] = pool.runInteraction(interaction, *arguments)
+        # The caller may cancel its Deferred; the statement runs on all the same.
+        answer: Deferred[T] = Deferred()
+        running.addErrback(self._meaning).addBoth(self._done, answer)
+        return answer
+
+    def _meaning(self, failure: Failure) -> NoReturn:
+        error = failure.value
+        if isinstance(error, sqlite3.Error):
+            raise connection.meaning(error, self._path) from error
+        failure.raiseException()
+
+    def _done(self, result: Any, answer: Deferred[Any]) -> None:
+        self._pending -= 1
+        if not answer.called:
+            (answer.errback if isinstance(result, Failure) else answer.callback)(result)
+        self._close_when_idle()
+
+    def _close_when_idle(self) -> None:
+        if self._stopped is None or self._stopped.called or self._pending:
+            return
+        # The last connection to close would checkpoint: let it be the writer.
+        self._reader.close()
+        self._writer.close()
+        self._stopped.callback(None)
+
+    def _announced(self, change: tuple[T, Event | None]) -> T:
+        value, event = change
+        self._announce(event)
+        return value
+
+    def _announced_last(
+        self, saved: tuple[Deployment, Outcome, Event | None]
+    ) -> tuple[Deployment, Outcome]:
+        deployment, outcome, event = saved
+        self._announce(event)
+        return deployment, outcome
+
+    def _announce(self, event: Event | None) -> None:
+        if event is None:
+            return
+        for callback in tuple(self._watchers):
+            with log.failuresHandled("A watcher of events failed"):
+                callback(event)
+
+
+def _transaction(
+    txn: Any,
+    begin: str,
+    interaction: Callable[..., T],
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+) -> T:
+    """Run ``interaction`` in a transaction, which adbapi commits or rolls back."""
+    for left in reversed(range(ATTEMPTS)):
+        try:
+            txn.execute(begin)
+            break
+        except sqlite3.OperationalError as error:
+            if not left or not connection.is_busy(error):
+                raise
+            # SQLite has mostly waited already, but not in every case. Waiting
+            # here, in the pool's own thread, keeps the changes in their order.
+            time.sleep(0.05)
+    return interaction(txn, *arguments, **keywords)
+
+
+def _checkpoint(txn: Any) -> None:
+    txn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def _prune(txn: Any, storage: Storage, at: float) -> None:
+    events.prune(txn, storage, at)
+    lives.prune(txn, storage)
