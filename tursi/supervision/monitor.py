@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from tursi.supervision.life import Exit, Launch, Life
-
 from twisted.internet.defer import Deferred
 from twisted.runner.procmon import ProcessMonitor
+
+from tursi.supervision.life import Exit, Launch, Life
 
 __all__ = ["Child", "Exit", "Launch", "Life", "WorkerMonitor"]
 

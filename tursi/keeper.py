@@ -1,0 +1,230 @@
+"""The keeper: the process between the daemon and one worker, so that nothing is ever orphaned.
+
+Run by path as ``python -I -S keeper.py PARENT NOFILE OOM_SCORE_ADJ DIRECTORY
+ARGV...``, with the standard library only. PARENT is the daemon's pid, NOFILE
+the limit on open files, OOM_SCORE_ADJ the worker's, DIRECTORY its working
+directory, ARGV the worker's command, whose first element is an absolute path.
+
+Descriptors: 0 stdin, 1 stdout, 2 stderr, 3 the worker's data socket, all of
+which the worker inherits; 4 the lifeline, a pipe whose end means "kill"; 5 the
+status pipe, onto which go JSON lines::
+
+    {"event": "started", "pid": 71, "start_time": 123456}
+    {"event": "exited", "exit_status": null, "signal": 9, "peak_rss": 9437184, "cpu_seconds": 0.4}
+    {"event": "cleared", "killed": 2}
+
+SIGTERM is passed on to the worker's process group. When the worker ends, the
+lifeline ends, or SIGHUP arrives (the daemon is dead), everything below the
+keeper is killed, and the keeper ends when all of it is gone.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import resource
+import select
+import signal
+import sys
+import time
+
+DATA, LIFELINE, STATUS = 3, 4, 5
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
+HANDLED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGCHLD)
+MAX_PAUSE = 0.05
+"""Seconds between two rounds of killing what doesn't die."""
+
+
+def main(argv: list[str]) -> int:
+    """Keep one worker; the answer is the keeper's exit status."""
+    parent, nofile, oom_score_adj = (int(word) for word in argv[:3])
+    directory, command = argv[3], argv[4:]
+    for fd in (LIFELINE, STATUS):
+        os.set_inheritable(fd, False)
+    wakeups = listen()
+    os.setsid()
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+    # With SIGKILL here the keeper would die before it could clear the tree.
+    prctl(PR_SET_PDEATHSIG, signal.SIGHUP)
+    if os.getppid() != parent:
+        return 0  # the daemon died before the line above
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit_files(nofile)
+    os.umask(0o077)
+    os.chdir(directory)
+    children(os.getpid())  # a kernel that can't tell fails here, not when it matters
+    worker = start(command, oom_score_adj)
+    report(event="started", pid=worker, start_time=start_time(worker))
+    alive = wait(worker, wakeups)
+    report(event="cleared", killed=clear(worker if alive else None))
+    return 0
+
+
+def listen() -> int:
+    """Have every handled signal arrive as its number on the descriptor returned."""
+    reading, writing = os.pipe()
+    for fd in (reading, writing):
+        os.set_blocking(fd, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    for number in HANDLED:
+        signal.signal(number, lambda *_: None)
+    return reading
+
+
+def start(command: list[str], oom_score_adj: int) -> int:
+    """Fork the worker and return its pid."""
+    keeper = os.getpid()
+    # A signal that hit the child between fork and exec would only call the
+    # handler that it has inherited, and be lost.
+    signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            become_worker(keeper, command, oom_score_adj)
+        except BaseException as error:  # noqa: BLE001 - a forked child never returns
+            os.write(2, f"{command[0]} can't be started: {error}\n".encode())
+        os._exit(127)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+    # The daemon must see the end of the worker's socket at once.
+    os.close(DATA)
+    return pid
+
+
+def become_worker(keeper: int, command: list[str], oom_score_adj: int) -> None:
+    """In the forked child: turn into the worker."""
+    os.setsid()
+    # Against a kill -9 of the keeper: the daemon sees to the rest of the tree.
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != keeper:
+        return
+    # Best effort: a lower score than the daemon's may need privileges.
+    with (
+        contextlib.suppress(OSError),
+        open("/proc/self/oom_score_adj", "w") as file,  # noqa: PTH123 - pathlib is slow to import
+    ):
+        file.write(str(oom_score_adj))
+    signal.set_wakeup_fd(-1)
+    for number in (*HANDLED, signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+    os.execve(command[0], command, os.environ)  # noqa: S606 - no shell is the point
+
+
+def wait(worker: int, wakeups: int) -> bool:
+    """Wait until the worker has ended or must; whether it still lives."""
+    poll = select.poll()
+    poll.register(wakeups, select.POLLIN)
+    poll.register(LIFELINE, select.POLLIN)
+    while True:
+        ready = [fd for fd, _ in poll.poll()]
+        if wakeups in ready:
+            numbers = os.read(wakeups, 4096)
+            # The exit first: a pid that has been reaped must not be signalled.
+            if signal.SIGCHLD in numbers and reap(worker):
+                return False
+            if signal.SIGTERM in numbers:
+                pass_on(worker)
+            if signal.SIGHUP in numbers:
+                return True
+        if LIFELINE in ready and not os.read(LIFELINE, 4096):
+            return True
+
+
+def pass_on(worker: int) -> None:
+    """SIGTERM to the worker's process group, and SIGCONT so that a stopped one sees it."""
+    for number in (signal.SIGTERM, signal.SIGCONT):
+        try:
+            os.killpg(worker, number)
+        except ProcessLookupError:
+            os.kill(worker, number)  # it has no group of its own yet; not reaped, so it's there
+
+
+def reap(worker: int | None) -> bool:
+    """Collect whoever has ended, and report the worker's end; whether that was among them."""
+    found = False
+    while True:
+        try:
+            pid, status, usage = os.wait4(-1, os.WNOHANG)
+        except ChildProcessError:
+            return found
+        if pid == 0:
+            return found
+        if pid == worker:
+            found = True
+            report(
+                event="exited",
+                exit_status=os.WEXITSTATUS(status) if os.WIFEXITED(status) else None,
+                signal=os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
+                peak_rss=usage.ru_maxrss * 1024,
+                cpu_seconds=round(usage.ru_utime + usage.ru_stime, 3),
+            )
+
+
+def clear(worker: int | None) -> int:
+    """Kill everything below this process until nothing is left; how many besides the worker.
+
+    What loses its parent becomes a child of ours, whatever session it is in, so
+    killing our children again and again reaches everything. Only children are
+    killed: until we collect them nobody else can get their pid.
+    """
+    killed: set[int] = set()
+    pause = 0.001
+    while True:
+        for pid in children(os.getpid()):
+            os.kill(pid, signal.SIGKILL)
+            killed.add(pid)
+        if reap(worker):
+            killed.discard(worker or 0)
+            worker = None
+        if not waitable():
+            return len(killed)
+        time.sleep(pause)
+        pause = min(pause * 2, MAX_PAUSE)
+
+
+def waitable() -> bool:
+    """Whether there are children at all, dead ones included."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
+def children(pid: int) -> list[int]:
+    """The children of a process of one thread."""
+    with open(f"/proc/{pid}/task/{pid}/children") as file:  # noqa: PTH123 - pathlib is slow to import
+        return [int(word) for word in file.read().split()]
+
+
+def start_time(pid: int) -> int:
+    """Field 22 of ``/proc/PID/stat``; with the pid it names a process for good."""
+    with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123 - pathlib is slow to import
+        # The second field, the name, may hold blanks and parentheses.
+        return int(file.read().rpartition(")")[2].split()[19])
+
+
+def limit_files(count: int) -> None:
+    """Let this process and the worker open ``count`` files, or as many as the system allows."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        count = min(count, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, count))
+
+
+def prctl(option: int, value: int) -> None:
+    """The system call of that name."""
+    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"prctl({option}): {os.strerror(number)}")
+
+
+def report(**event: int | float | str | None) -> None:
+    """Tell the daemon, if it is still there."""
+    with contextlib.suppress(OSError):
+        os.write(STATUS, json.dumps(event).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
