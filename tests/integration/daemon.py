@@ -1,0 +1,175 @@
+"""A real daemon in a process of its own, for tests that start, use and kill it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import psutil
+
+T = TypeVar("T")
+
+TWISTD = Path(sys.executable).with_name("twistd")
+SCRIPTED = Path(__file__).with_name("scripted_daemon.py")
+
+
+def until(look: Callable[[], T], what: str, seconds: float = 60.0) -> T:
+    """The first true answer of ``look``; fails with ``what`` when the time is over."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = look()
+        if found:
+            return found
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Daemon:
+    """One state folder and the daemon that runs on it, now and after restarts."""
+
+    def __init__(self, folder: Path, *, scripted: bool, settings: str = "") -> None:
+        self.folder = folder
+        self.state = folder / "state"
+        self.runtime = folder / "run"
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.configuration = folder / "tursi.toml"
+        self.configuration.write_text(
+            "[[http.listeners]]\n"
+            f'endpoint = "tcp:{self.port}:interface=127.0.0.1:backlog=1024"\n'
+            'roles = ["inference", "health", "metrics"]\n' + settings
+        )
+        self.scripted = scripted
+        self.log = folder / "daemon.log"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.control = httpx.Client(
+            transport=httpx.HTTPTransport(uds=str(self.runtime / "control.sock")),
+            base_url="http://localhost",
+            timeout=60,
+        )
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+
+    def arguments(self) -> list[str]:
+        """The command line that starts it in the foreground."""
+        options = [
+            "tursi",
+            "--config", str(self.configuration),
+            "--state", str(self.state),
+            "--runtime", str(self.runtime),
+        ]  # fmt: skip
+        if self.scripted:
+            return [sys.executable, str(SCRIPTED), *options[1:]]
+        return [str(TWISTD), "-n", "--pidfile=", *options]
+
+    def start(self, environment: Mapping[str, str] | None = None) -> None:
+        """Start it and wait until it answers."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.arguments(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                env={**os.environ, **(environment or {})},
+            )
+        until(self._answers, "the daemon answers", 30)
+
+    def _answers(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, self.log.read_text()[-4000:]
+        try:
+            return self.control.get("/status").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def stop(self, seconds: float = 60.0) -> int:
+        """SIGTERM, and its exit status."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(seconds)
+
+    def kill(self) -> None:
+        """``kill -9``."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(10)
+
+    def deploy(self, name: str, model: Path | str, **fields: Any) -> dict[str, Any]:
+        """Create or change a deployment; its status."""
+        answer = self.control.put(f"/deployments/{name}", json={"model": str(model), **fields})
+        assert answer.status_code in {200, 201}, answer.text
+        status: dict[str, Any] = answer.json()["deployment"]
+        return status
+
+    def status(self, name: str) -> dict[str, Any]:
+        """How a deployment is."""
+        answer = self.control.get(f"/deployments/{name}")
+        assert answer.status_code == 200, answer.text
+        status: dict[str, Any] = answer.json()
+        return status
+
+    def wait(self, name: str, phase: str = "ready", seconds: float = 60.0) -> dict[str, Any]:
+        """Wait until the deployment is in that phase."""
+
+        def look() -> dict[str, Any] | None:
+            status = self.status(name)
+            if phase == "ready":
+                assert status["phase"] != "failed", status
+                return status if status["ready"] == status["replicas"] else None
+            return status if status["phase"] == phase else None
+
+        return until(look, f"{name} is {phase}: {self.status(name)}", seconds)
+
+    def tree(self) -> list[psutil.Process]:
+        """Every process that belongs to this state folder, by the mark in its environment."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("TURSI_STATE") == str(self.state):
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def close(self) -> None:
+        """Stop whatever still runs."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        self.control.close()
+        self.client.close()
+
+
+@contextmanager
+def daemon(*, scripted: bool = False, settings: str = "") -> Iterator[Daemon]:
+    """A started daemon on an empty state folder; stopped and cleaned up at the end."""
+    # Not pytest's tmp_path: a Unix socket's path has at most 107 bytes.
+    folder = Path(tempfile.mkdtemp(prefix="tursi-"))
+    running = Daemon(folder, scripted=scripted, settings=settings)
+    try:
+        running.start()
+        yield running
+    finally:
+        running.close()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,287 @@
+"""The daemon put together: what is constructed, started and stopped, in which order."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tursi import __version__, api, store
+from tursi.config import Configuration, Listener
+from tursi.errors import AlreadyRunning, ConfigurationError, DatabaseError, TursiError
+from tursi.fleet import Fleet
+from tursi.hub import Hub
+from tursi.listen import bind, check, unix
+from tursi.lock import StateLock
+from tursi.model import Folders, LoadOrder
+from tursi.plan import Key
+from tursi.store import Store
+from tursi.supervision import leftovers
+from tursi.supervision.logs import LifeLog
+from tursi.supervision.monitor import WorkerMonitor
+from tursi.supervision.oneshot import OneShot, Running
+from tursi.supervision.worker import Observer, Worker
+from tursi.wire import Frame
+
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred, DeferredList, ensureDeferred, maybeDeferred
+from twisted.internet.interfaces import IListeningPort
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+log = Logger()
+
+_EXIT_STATUS: Mapping[type[TursiError], int] = {
+    AlreadyRunning: 75,
+    ConfigurationError: 78,
+    DatabaseError: 78,
+}
+_SOFTWARE = 70
+_UNAVAILABLE = 69
+
+_KEPT_VARIABLES = (
+    "PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "LD_LIBRARY_PATH",
+    "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "NVIDIA_VISIBLE_DEVICES", "OPENBLAS_CORETYPE",
+    "OPENBLAS_L2_SIZE",
+)  # fmt: skip
+"""What children inherit of the daemon's environment: no token, no notify socket, nothing else."""
+
+_FETCHER_VARIABLES = (
+    "HF_TOKEN", "HF_HOME", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy",
+    "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "HF_HUB_DISABLE_XET",
+)  # fmt: skip
+"""What the fetcher gets besides: the way to the hub, and its token."""
+
+
+def exit_status(error: TursiError) -> int:
+    """The process's exit status when ``error`` keeps it from starting (sysexits.h)."""
+    for kind, status in _EXIT_STATUS.items():
+        if isinstance(error, kind):
+            return status
+    return _UNAVAILABLE
+
+
+def preflight(configuration: Configuration, folders: Folders) -> None:
+    """Raise what would keep the daemon from starting; change nothing.
+
+    The same is looked at again, authoritatively, in ``startService``: between
+    the two, the world may change.
+    """
+    unix(folders.socket)
+    StateLock(folders.state).probe()
+    store.inspect(folders.database)
+    for listener in configuration.http.listeners:
+        check(listener)
+
+
+class Daemon(Service):  # type: ignore[misc] # twisted.application isn't fully annotated
+    """Everything that one ``twistd tursi`` runs."""
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        folders: Folders,
+        reactor: Any,
+        *,
+        foreground: bool,
+        environment: Mapping[str, str] = os.environ,
+        worker_command: tuple[str, ...] = (sys.executable, "-I", "-u", "-m", "tursi.inference"),
+    ) -> None:
+        self._worker_command = worker_command
+        self._configuration = configuration
+        self._folders = folders
+        self._reactor = reactor
+        self._foreground = foreground
+        self._environment = {
+            name: environment[name] for name in _KEPT_VARIABLES if name in environment
+        }
+        self._lock = StateLock(folders.state)
+        self._store = Store(folders.database, reactor)
+        self._monitor = WorkerMonitor(reactor)
+        self._one_shot = OneShot(reactor)
+        self._hub = Hub(
+            cache=folders.cache / "hub",
+            settings=configuration.hub,
+            environment={
+                **self._environment,
+                **{name: environment[name] for name in _FETCHER_VARIABLES if name in environment},
+            },
+            spawn=self._spawn_fetcher,
+            reactor=reactor,
+        )
+        self._fleet = Fleet(
+            store=self._store,
+            hub=self._hub,
+            make_worker=self._make_worker,
+            configuration=configuration,
+            reactor=reactor,
+            now=time.time,
+        )
+        self._listeners = (unix(folders.socket), *configuration.http.listeners)
+        self._ports: list[IListeningPort] = []
+
+    # -- start ---------------------------------------------------------------------
+
+    def startService(self) -> None:  # noqa: N802 - Twisted's name
+        """Take the lock, check the database and bind; whatever fails, fails the start."""
+        super().startService()
+        try:
+            self._begin()
+        except TursiError as error:
+            if self._foreground:
+                # Raising would print a traceback; there is nothing to clean up.
+                sys.stderr.write(f"tursi: {error.message}\n")
+                sys.stderr.flush()
+                os._exit(exit_status(error))
+            raise
+        self._reactor.callWhenRunning(self._run)
+
+    def _begin(self) -> None:
+        # Timers must not follow the wall clock when it jumps.
+        self._reactor.seconds = time.monotonic
+        for folder in (self._folders.state, self._folders.runtime, self._folders.cache):
+            _make_folder(folder)
+        self._lock.acquire()
+        store.prepare(self._folders.database)
+        # Stale for certain: the lock is ours.
+        self._folders.socket.unlink(missing_ok=True)
+        info = api.Info(
+            version=__version__,
+            pid=os.getpid(),
+            started_at=time.time(),
+            state=str(self._folders.state),
+            listeners=self._listeners,
+        )
+        for listener in self._listeners:
+            site = api.site(self._fleet, info, self._configuration, listener.roles, self._reactor)
+            self._ports.append(bind(self._reactor, listener, site))
+
+    def _run(self) -> None:
+        started = ensureDeferred(self._start())
+        started.addErrback(self._give_up)
+
+    async def _start(self) -> None:
+        _tune_memory()
+        self._store.start()
+        leftovers.adopt_orphans(self._reactor)
+        unfinished = await self._store.unfinished_lives()
+        await leftovers.sweep(unfinished, state=self._folders.state, reactor=self._reactor)
+        self._monitor.startService()
+        await self._fleet.open()
+        log.info(
+            "tursi {version} serves on {listeners}",
+            version=__version__,
+            listeners=", ".join(listener.endpoint for listener in self._listeners),
+        )
+
+    def _give_up(self, failure: Failure) -> None:
+        log.failure("the daemon could not start", failure)
+        # twistd knows no way to say an exit status once the reactor runs.
+        self._reactor.addSystemEventTrigger("after", "shutdown", os._exit, _SOFTWARE)
+        self._reactor.stop()
+
+    # -- stop -------------------------------------------------------------------------
+
+    def stopService(self) -> Deferred[None]:  # noqa: N802 - Twisted's name
+        """Stop accepting, drain, stop every child, save; each step has its deadline."""
+        super().stopService()
+        return ensureDeferred(self._stop())
+
+    async def _stop(self) -> None:
+        await _all(port.stopListening() for port in self._ports)
+        await self._fleet.close()
+        await _all((self._hub.stop(), self._one_shot.stop()))
+        await self._monitor.stopService()
+        await self._store.stop()
+        self._folders.socket.unlink(missing_ok=True)
+        self._lock.release()
+
+    # -- children -----------------------------------------------------------------------
+
+    def _make_worker(self, *, name: str, key: Key, order: LoadOrder, observer: Observer) -> Worker:
+        threads = str(order.threads)
+        return Worker(
+            name=name,
+            deployment=key.deployment,
+            replica=key.replica,
+            generation=key.generation,
+            order=order,
+            command=self._worker_command,
+            environment={
+                **self._environment,
+                "HF_HUB_OFFLINE": "1",
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+                "OMP_NUM_THREADS": threads,
+                "MKL_NUM_THREADS": threads,
+                "TURSI_STATE": str(self._folders.state),
+            },
+            logs=self._folders.logs / key.deployment,
+            settings=self._configuration.workers,
+            requests=self._configuration.requests,
+            monitor=self._monitor,
+            reactor=self._reactor,
+            random=random.random,
+            now=time.time,
+            observer=observer,
+        )
+
+    def _spawn_fetcher(
+        self,
+        name: str,
+        arguments: tuple[str, ...],
+        environment: Mapping[str, str],
+        receive: Callable[[Frame], None],
+    ) -> Running:
+        settings = self._configuration.workers
+        return self._one_shot.run(
+            name,
+            arguments,
+            {**environment, "TURSI_STATE": str(self._folders.state)},
+            receive,
+            LifeLog(
+                self._folders.state / "fetches" / f"{name}.log",
+                clock=time.time,
+                size=settings.log_bytes,
+                rate=settings.log_bytes_per_second,
+            ),
+        )
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"The folder {folder} can't be made: {error.strerror}; "
+            "choose another with --state, --runtime or --cache."
+        ) from None
+
+
+def _tune_memory() -> None:
+    """Give back less memory than glibc would, and tell the collector what stays.
+
+    Every buffer of 128 KiB or more would otherwise be mapped and unmapped, which
+    is most of the cost of a large body.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 64 << 20)  # M_MMAP_THRESHOLD
+        mallopt(-1, 128 << 20)  # M_TRIM_THRESHOLD
+    gc.collect()
+    gc.freeze()
+
+
+async def _all(deferreds: Iterable[Any]) -> None:
+    outcomes = await DeferredList(
+        [maybeDeferred(lambda waited=waited: waited) for waited in deferreds], consumeErrors=True
+    )
+    for success, outcome in outcomes:
+        if not success:
+            log.failure("a step of stopping failed", outcome)
