@@ -16,8 +16,12 @@ from tursi.errors import InvalidRequest
 DEFAULT_PORT = 8430
 """The TCP port of the default inference listener on 127.0.0.1."""
 
+MAX_REPLICAS = 64
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,2})?")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 
 
@@ -174,6 +178,31 @@ class Request:
     task: str | None = None
     device: str = "auto"
     dtype: str = "auto"
+
+    def checked(self) -> Request:
+        """The same in normal form; ``InvalidRequest`` names the field that is wrong."""
+        if not _DEVICE.fullmatch(self.device):
+            raise InvalidRequest(
+                f"The device {self.device[:50]!r} is unknown; use auto, cpu, mps, cuda or cuda:N.",
+                param="device",
+            )
+        if self.dtype not in DTYPES:
+            raise InvalidRequest(
+                f"The dtype {self.dtype[:50]!r} is unknown; use one of {', '.join(DTYPES)}.",
+                param="dtype",
+            )
+        return Request(
+            model=str(Reference.parse(self.model)),
+            task=Task.parse(self.task).value if self.task is not None else None,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+
+def check_replicas(replicas: int) -> None:
+    """Raise ``InvalidRequest`` unless a deployment may have that many."""
+    if not 1 <= replicas <= MAX_REPLICAS:
+        raise InvalidRequest(f"A deployment has 1 to {MAX_REPLICAS} replicas.", param="replicas")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IDelayedCall
 
 from tursi.errors import DeploymentUnavailable, TursiError
 from tursi.fleet.queue import RequestQueue
-from tursi.model import Deployment, DeploymentStatus, Desired, Phase, Progress, WorkerStatus
+from tursi.model import (
+    Deployment,
+    DeploymentStatus,
+    Desired,
+    Phase,
+    Progress,
+    Resolution,
+    WorkerStatus,
+)
 from tursi.plan import Key, Seen, Wanted
 from tursi.supervision.worker import Worker
 
@@ -39,13 +48,17 @@ class Fetch:
         self.attempts = 0
         self.retry_at: float | None = None
         """UTC epoch seconds of the next attempt, where waiting may help."""
-        self.running: Deferred[None] | None = None
+        self.running: Deferred[Resolution] | None = None
+        self.timer: IDelayedCall | None = None
 
     def cancel(self) -> None:
         """Stop it; nobody wants its outcome any more."""
-        if self.running is not None:
-            self.running.cancel()
-            self.running = None
+        running, self.running = self.running, None
+        timer, self.timer = self.timer, None
+        if running is not None:
+            running.cancel()
+        if timer is not None:
+            timer.cancel()
 
 
 class Member:
@@ -61,6 +74,12 @@ class Member:
         """Whether it has been removed and only waits for its workers to end."""
         self.fetch: Fetch | None = None
         self.queue = make_queue(self)
+
+    def drop_fetch(self) -> None:
+        """Stop looking for its files."""
+        fetch, self.fetch = self.fetch, None
+        if fetch is not None:
+            fetch.cancel()
 
     # -- for the plan ------------------------------------------------------------
 

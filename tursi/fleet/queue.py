@@ -102,7 +102,7 @@ class RequestQueue:
     def submit(self, work: Work, sink: Sink) -> Passage:
         """Dispatch or enqueue; raises the error to answer with where neither is possible."""
         if self._closed is not None:
-            raise self._closed
+            raise self._closed.with_traceback(None)
         passage = Passage(self, work, sink, self._clock.seconds())
         if not self._waiting and self._dispatch(passage):
             return passage

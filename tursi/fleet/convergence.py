@@ -1,0 +1,256 @@
+"""Bringing what runs to what is wanted: the plan's actions, carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Protocol
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from tursi.config import Workers
+from tursi.errors import HubUnreachable, InternalError, TursiError
+from tursi.fleet.journal import Journal
+from tursi.fleet.member import Fetch, Member
+from tursi.hub import Hub
+from tursi.model import LoadOrder, Phase, Progress, Reference, Resolution, WorkerLife
+from tursi.plan import Action, Admit, Create, Key, Resolve, Retire, decide
+from tursi.store import Store
+from tursi.supervision.worker import Observer, Worker
+
+log = Logger()
+
+_FETCH_RETRY_SECONDS = (5.0, 300.0)
+"""First and longest wait before a hub that can't be reached is tried again."""
+
+
+class MakeWorker(Protocol):
+    """Builds a replica; the service knows the monitor, the command and the folders."""
+
+    def __call__(self, *, name: str, key: Key, order: LoadOrder, observer: Observer) -> Worker:
+        """A worker that has not been started."""
+        ...
+
+
+class Convergence:
+    """Owns the workers of all members, and the fetches of their files.
+
+    It is the observer of every worker; ``now`` gives UTC epoch seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        members: dict[str, Member],
+        journal: Journal,
+        store: Store,
+        hub: Hub,
+        make_worker: MakeWorker,
+        settings: Workers,
+        reactor: Any,
+        now: Callable[[], float],
+    ) -> None:
+        self._members = members
+        self._journal = journal
+        self._store = store
+        self._hub = hub
+        self._make_worker = make_worker
+        self._settings = settings
+        self._reactor = reactor
+        self._now = now
+        self._phases: dict[str, Phase] = {}
+        self._scheduled: Any = None
+        self._serial = 0
+        self._open = True
+
+    def soon(self) -> None:
+        """Converge in the next turn, however many changes ask for it in this one."""
+        if self._scheduled is None and self._open:
+            self._scheduled = self._reactor.callLater(0, self._converge)
+
+    def close(self) -> list[Deferred[None]]:
+        """Start nothing any more, and stop every worker."""
+        self._open = False
+        if self._scheduled is not None:
+            self._scheduled.cancel()
+            self._scheduled = None
+        stopping: list[Deferred[None]] = []
+        for member in self._members.values():
+            member.drop_fetch()
+            stopping += [worker.stop() for worker in member.workers.values()]
+        return stopping
+
+    def retry(self, member: Member) -> bool:
+        """Try again what had given up; whether there was anything."""
+        retried = member.fetch is not None and member.fetch.error is not None
+        if retried:
+            member.drop_fetch()
+        for worker in member.serving():
+            if worker.phase in {Phase.FAILED, Phase.QUARANTINED, Phase.BACKOFF}:
+                worker.reset()
+                retried = True
+        return retried
+
+    def forget(self, member: Member) -> None:
+        """Drop a removed deployment once its last worker has gone."""
+        if member.leaving and not member.workers:
+            self._members.pop(member.deployment.name, None)
+
+    # -- actions ------------------------------------------------------------------
+
+    def _converge(self) -> None:
+        self._scheduled = None
+        wanted = [want for member in self._members.values() if (want := member.wanted())]
+        seen = [worker for member in self._members.values() for worker in member.seen()]
+        for action in decide(wanted, seen):
+            try:
+                self._act(action)
+            except Exception:  # noqa: BLE001 - one deployment's defect must not hold up the others
+                log.failure("could not {action}", action=action)
+
+    def _act(self, action: Action) -> None:
+        match action:
+            case Resolve(deployment, generation):
+                self._resolve(self._members[deployment], generation)
+            case Create(key):
+                self._create(self._members[key.deployment], key)
+            case Admit(key):
+                self._members[key.deployment].workers[key].admit()
+            case Retire(key):
+                self._retire(self._members[key.deployment], key)
+
+    def _create(self, member: Member, key: Key) -> None:
+        generation = member.deployment.generation
+        resolution = generation.resolution
+        if resolution is None:
+            raise InternalError(f"{key} is to be created before its files are known")
+        request = generation.request
+        order = LoadOrder(
+            deployment=key.deployment,
+            folder=resolution.folder,
+            task=request.task,
+            device=request.device,
+            dtype=request.dtype,
+            threads=self._settings.threads,
+            max_batch_tokens=self._settings.max_batch_tokens,
+            max_sequences=self._settings.max_sequences,
+        )
+        # A name of its own for each, because the one before may still be dying.
+        self._serial += 1
+        name = f"{key.deployment}.{key.generation}.{key.replica}#{self._serial}"
+        worker = self._make_worker(name=name, key=key, order=order, observer=self)
+        member.workers[key] = worker
+        worker.start()
+
+    def _retire(self, member: Member, key: Key) -> None:
+        member.retiring.add(key)
+        worker = member.workers[key]
+
+        def gone(outcome: object) -> None:
+            if isinstance(outcome, Failure):
+                log.failure("stopping {worker} failed", outcome, worker=worker.name)
+            member.workers.pop(key, None)
+            member.retiring.discard(key)
+            self._phases.pop(worker.name, None)
+            self.forget(member)
+            self.soon()
+
+        worker.stop().addBoth(gone)
+
+    # -- files ---------------------------------------------------------------------
+
+    def _resolve(self, member: Member, generation: int) -> None:
+        fetch = member.fetch
+        if fetch is None:
+            fetch = member.fetch = Fetch(generation)
+        elif fetch.running is not None or fetch.error is not None:
+            return
+        reference = Reference.parse(member.deployment.generation.request.model)
+
+        def advanced(progress: Progress) -> None:
+            fetch.progress = progress
+
+        # Held before its callbacks are added: they may run at once.
+        fetch.running = running = self._hub.resolve(reference, advanced)
+        running.addCallbacks(
+            lambda resolution: self._resolved(member, fetch, resolution),
+            lambda failure: self._unresolved(member, fetch, failure),
+        )
+
+    def _resolved(self, member: Member, fetch: Fetch, resolution: Resolution) -> None:
+        fetch.running = None
+        if member.fetch is fetch:
+            member.fetch = None
+            self._learn(member, resolution)
+            self.soon()
+
+    def _learn(self, member: Member, resolution: Resolution) -> None:
+        """Remember, also in the store, what the current generation means."""
+        deployment = member.deployment
+        number = deployment.generation.number
+        member.deployment = replace(
+            deployment, generation=replace(deployment.generation, resolution=resolution)
+        )
+        self._journal.hold(self._store.resolve(deployment.name, number, resolution, at=self._now()))
+
+    def _unresolved(self, member: Member, fetch: Fetch, failure: Failure) -> None:
+        fetch.running = None
+        if failure.check(CancelledError) or member.fetch is not fetch:
+            return
+        name, error = member.deployment.name, failure.value
+        if not isinstance(error, TursiError):
+            log.failure("finding the files of {name} failed", failure, name=name)
+            error = InternalError(f"Finding the model's files failed: {error}")
+        fetch.error = error
+        message = f"{name} can't be fetched: {error.message}"
+        if isinstance(error, HubUnreachable):
+            first, most = _FETCH_RETRY_SECONDS
+            delay = min(most, first * 2**fetch.attempts)
+            fetch.attempts += 1
+            fetch.retry_at = self._now() + delay
+            message += f" The next try is in {delay:.0f} s."
+            fetch.timer = self._reactor.callLater(delay, self._fetch_again, fetch)
+        self._journal.note("fetch.failed", message, deployment=name, cause=error.message)
+        member.queue.pump()
+
+    def _fetch_again(self, fetch: Fetch) -> None:
+        fetch.timer = fetch.error = fetch.retry_at = None
+        self.soon()
+
+    # -- what the workers tell (supervision.worker.Observer) -----------------------------
+
+    def changed(self, worker: Worker, cause: str) -> None:
+        """Note a worker's new phase, and act on it."""
+        member = self._members.get(worker.deployment)
+        if member is None:
+            return
+        phase = worker.phase
+        if self._phases.get(worker.name) is not phase:
+            self._phases[worker.name] = phase
+            self._journal.note(
+                f"worker.{phase.value}",
+                f"replica {worker.replica} of {worker.deployment} is {phase.value}: {cause}",
+                deployment=worker.deployment,
+                worker=worker.uuid,
+                cause=cause,
+            )
+            if phase is Phase.READY:
+                self._ready(member, worker)
+            self.soon()
+        member.queue.pump()
+
+    def life(self, life: WorkerLife) -> None:
+        """Keep a worker life's record."""
+        self._journal.life(life)
+
+    def _ready(self, member: Member, worker: Worker) -> None:
+        generation, loaded = member.deployment.generation, worker.loaded
+        if loaded is None or generation.resolution is None:
+            return
+        known = replace(
+            generation.resolution, task=loaded.task, dtype=loaded.dtype, device=loaded.device
+        )
+        if worker.generation == generation.number and known != generation.resolution:
+            self._learn(member, known)
