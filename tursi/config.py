@@ -15,9 +15,11 @@ import msgspec
 from tursi.errors import ConfigurationError
 from tursi.model import DEFAULT_PORT, Role
 
-Positive = Annotated[float, msgspec.Meta(gt=0)]
-Count = Annotated[int, msgspec.Meta(ge=1)]
-Size = Annotated[int, msgspec.Meta(ge=1024)]
+# The upper bounds refuse "inf" and slips: every wait ends, every queue is bounded.
+Positive = Annotated[float, msgspec.Meta(gt=0, le=366 * 86400)]
+"""Seconds, a year at most."""
+Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)]
+Size = Annotated[int, msgspec.Meta(ge=1024, le=1024**4)]
 """Bytes."""
 
 
@@ -25,14 +27,14 @@ class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """A table of the file; an unknown key in it is an error."""
 
 
-class Listener(_Table):
+class Listener(_Table, frozen=True):
     """Where to listen (a Twisted endpoint string) and what to answer there."""
 
     endpoint: str
     roles: tuple[Role, ...]
 
 
-class Http(_Table):
+class Http(_Table, frozen=True):
     """The HTTP front."""
 
     listeners: tuple[Listener, ...] = (
@@ -52,7 +54,7 @@ class Http(_Table):
     max_connections: Count = 1024
 
 
-class Requests(_Table):
+class Requests(_Table, frozen=True):
     """Admission of inference requests."""
 
     deadline_seconds: Positive = 600.0
@@ -68,7 +70,7 @@ class Requests(_Table):
     """Bytes that wait for one slow reader before its stream is cut."""
 
 
-class Workers(_Table):
+class Workers(_Table, frozen=True):
     """Supervision of the inference processes; all durations in seconds."""
 
     spawn_seconds: Positive = 15.0
@@ -102,7 +104,7 @@ class Workers(_Table):
     """Logs of earlier lives that are kept per deployment."""
 
 
-class Hub(_Table):
+class Hub(_Table, frozen=True):
     """Where models are downloaded from."""
 
     endpoint: str = "https://huggingface.co"
@@ -112,7 +114,7 @@ class Hub(_Table):
     stall_seconds: Positive = 120.0
 
 
-class Storage(_Table):
+class Storage(_Table, frozen=True):
     """The database."""
 
     statistics_days: Count = 30
@@ -120,7 +122,7 @@ class Storage(_Table):
     worker_lives: Count = 10_000
 
 
-class Configuration(_Table):
+class Configuration(_Table, frozen=True):
     """Everything that can be set in the file."""
 
     http: Http = Http()
