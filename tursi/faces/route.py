@@ -11,7 +11,7 @@ from urllib.parse import unquote
 import msgspec
 
 from tursi import errors
-from tursi.errors import InvalidRequest, TursiError
+from tursi.errors import InvalidRequest, TaskNotSupported, TursiError
 from tursi.model import Task, Usage
 from tursi.tasks import Delta, TaskRequest, TaskResult
 
@@ -103,6 +103,40 @@ class Call(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A call whose answer is always one body."""
+
+    request: TaskRequest
+    encode: Callable[[Any], Answer]
+    """Shapes the task's result."""
+
+    @property
+    def stream(self) -> bool:
+        """Never a stream."""
+        return False
+
+    def whole(self, result: TaskResult) -> Answer:
+        """The complete answer."""
+        return self.encode(result)
+
+    def opening(self) -> bytes:
+        """Nothing: there is no stream."""
+        return b""
+
+    def delta(self, delta: Delta) -> bytes:  # noqa: ARG002 - the protocol's signature
+        """Nothing: there is no stream."""
+        return b""
+
+    def closing(self, usage: Usage) -> bytes:  # noqa: ARG002 - the protocol's signature
+        """Nothing: there is no stream."""
+        return b""
+
+    def failure(self, error: TursiError) -> bytes:  # noqa: ARG002 - the protocol's signature
+        """Nothing: there is no stream."""
+        return b""
+
+
 class Codec(Protocol):
     """Decodes one route's bodies. Raises ``TursiError`` with the sentence for the client."""
 
@@ -128,10 +162,10 @@ class Route:
     failure: Callable[[TursiError], bytes]
     """Shapes an error as the last bytes of a stream that has begun."""
     summary: str
-    body: Any
-    """Type of the request body (msgspec), for the OpenAPI document."""
-    reply: Any
-    """Type of the reply, for the OpenAPI document."""
+    body: tuple[Any, ...]
+    """Types (msgspec) of which a request body has one, for the OpenAPI document."""
+    reply: tuple[Any, ...]
+    """Types of which a whole answer has one, for the OpenAPI document."""
 
 
 class Match(NamedTuple):
@@ -181,6 +215,23 @@ class _Model(msgspec.Struct):
     model: str | msgspec.UnsetType | None = msgspec.UNSET
 
 
+_ROUTES_FOR: Mapping[Task, str] = {
+    Task.FEATURE_EXTRACTION: "/v1/embeddings or /models/{name}",
+    Task.TEXT_GENERATION: "/v1/chat/completions, /v1/completions or /models/{name}",
+}
+
+
+def require_task(context: Context, tasks: frozenset[Task]) -> None:
+    """``TaskNotSupported``, naming the right route, unless the model does one of ``tasks``."""
+    if context.task not in tasks:
+        paths = _ROUTES_FOR.get(context.task, "/models/{name}")
+        raise TaskNotSupported(
+            f"The model {context.deployment!r} does {context.task.value}, which this route "
+            f"doesn't offer; use {paths.replace('{name}', context.deployment)}.",
+            param="model",
+        )
+
+
 _MODEL_DECODER = msgspec.json.Decoder(_Model)
 
 
@@ -205,9 +256,23 @@ def decoded(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     except RecursionError:
         raise InvalidRequest("The body is nested too deeply.") from None
     except msgspec.ValidationError as error:
-        sentence, _, place = str(error).partition(" - at ")
-        path = place.strip("`").removeprefix("$").lstrip(".") or None
-        where = f" (at {path})" if path else ""
-        raise InvalidRequest(f"{sentence}{where}.", param=path) from None
+        raise _invalid(str(error)) from None
     except msgspec.DecodeError as error:
         raise InvalidRequest(f"The body isn't valid JSON: {error}.") from None
+
+
+_PLACE = re.compile(r"`\$([^`]*)`")
+_MISSING = re.compile(r"Object missing required field `([^`]+)`")
+
+
+def _invalid(text: str) -> InvalidRequest:
+    sentence, _, place = text.partition(" - at ")
+    found = _PLACE.search(place)
+    path = found[1].lstrip(".") if found else ""
+    missing = _MISSING.fullmatch(sentence)
+    if missing:
+        path = f"{path}.{missing[1]}" if path else missing[1]
+        return InvalidRequest(f"The body lacks the field '{path}'.", param=path)
+    if not path:
+        return InvalidRequest(f"The body can't be used: {sentence[:300]}.")
+    return InvalidRequest(f"The field '{path}' can't be used: {sentence[:300]}.", param=path)
