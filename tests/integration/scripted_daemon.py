@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tursi.service import Daemon
-from tursi.tap import Options
-
 from twisted.internet import reactor
 from twisted.logger import globalLogBeginner, textFileLogObserver
+
+from tursi.service import Daemon
+from tursi.tap import Options
 
 WORKER = Path(__file__).parent.parent / "scripted_worker.py"
 

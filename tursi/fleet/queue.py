@@ -20,7 +20,6 @@ from tursi.errors import (
 )
 from tursi.model import Phase
 from tursi.supervision.link import Sink
-from tursi.supervision.worker import Worker
 
 RETRY_SECONDS = 1
 """What Retry-After tells the client of a full queue."""
@@ -36,6 +35,33 @@ class Work:
     body: bytes
     seconds: float
     """How long the client is to be kept waiting at most."""
+
+
+class Replica(Protocol):
+    """What the queue needs of a worker."""
+
+    @property
+    def phase(self) -> Phase:
+        """Its state; only a READY one is given requests."""
+        ...
+
+    @property
+    def generation(self) -> int:
+        """The newest generation that is ready gets the requests."""
+        ...
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that it holds."""
+        ...
+
+    def submit(self, ask: wire.Ask, sink: Sink) -> int:
+        """Hand over a request and get its id; ``QueueFull`` at its limits."""
+        ...
+
+    def cancel(self, id: int) -> None:  # noqa: A002 - the frame's own word
+        """Do no more work for it, and tell its sink no more."""
+        ...
 
 
 class Timer(Protocol):
@@ -79,7 +105,7 @@ class RequestQueue:
         *,
         clock: Clock,
         settings: Requests,
-        workers: Callable[[], Sequence[Worker]],
+        workers: Callable[[], Sequence[Replica]],
         unavailable: Callable[[], TursiError | None],
         stage: Callable[[], str],
         finished: Finished,
@@ -137,7 +163,7 @@ class RequestQueue:
             self._dequeue(passage)
             passage.failed(self._closed)
 
-    def _ready(self) -> list[Worker]:
+    def _ready(self) -> list[Replica]:
         return [worker for worker in self._workers() if worker.phase is Phase.READY]
 
     def _dispatch(self, passage: Passage) -> bool:
@@ -210,7 +236,7 @@ class Passage:
     def __init__(self, queue: RequestQueue, work: Work, sink: Sink, began: float) -> None:
         self._queue = queue
         self._sink = sink
-        self._worker: Worker | None = None
+        self._worker: Replica | None = None
         self._id = 0
         self._status = 0
         self.work = work
@@ -224,7 +250,7 @@ class Passage:
         left = max(work.seconds - (now - self.began), 0.001)
         return wire.Ask(work.route, work.request_id, work.content_type, left, work.body)
 
-    def sent(self, worker: Worker, id: int) -> None:  # noqa: A002 - the frame's own word
+    def sent(self, worker: Replica, id: int) -> None:  # noqa: A002 - the frame's own word
         """Remember which worker holds it under which id."""
         self._worker, self._id = worker, id
 
@@ -260,7 +286,7 @@ class Passage:
         self._queue.ended(self, status, None)
 
 
-def _in_flight(worker: Worker) -> int:
+def _in_flight(worker: Replica) -> int:
     return worker.in_flight
 
 
