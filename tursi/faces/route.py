@@ -258,7 +258,8 @@ def decoded(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     except msgspec.ValidationError as error:
         raise _invalid(str(error)) from None
     except msgspec.DecodeError as error:
-        raise InvalidRequest(f"The body isn't valid JSON: {error}.") from None
+        reason = str(error).removeprefix("JSON is malformed: ")
+        raise InvalidRequest(f"The body isn't valid JSON: {reason}.") from None
 
 
 _PLACE = re.compile(r"`\$([^`]*)`")
@@ -273,6 +274,7 @@ def _invalid(text: str) -> InvalidRequest:
     if missing:
         path = f"{path}.{missing[1]}" if path else missing[1]
         return InvalidRequest(f"The body lacks the field '{path}'.", param=path)
+    sentence = sentence[:1].lower() + sentence[1:300]
     if not path:
-        return InvalidRequest(f"The body can't be used: {sentence[:300]}.")
-    return InvalidRequest(f"The field '{path}' can't be used: {sentence[:300]}.", param=path)
+        return InvalidRequest(f"The body can't be used: {sentence}.")
+    return InvalidRequest(f"The field '{path}' can't be used: {sentence}.", param=path)

@@ -10,6 +10,7 @@ from msgspec import UNSET, Meta, UnsetType
 from tursi.errors import InvalidRequest, TursiError
 from tursi.faces.body import answer, finite
 from tursi.faces.openai import errors
+from tursi.faces.openai.messages import ChatMessage, read
 from tursi.faces.openai.sampling import (
     Chunks,
     Count,
@@ -25,7 +26,6 @@ from tursi.tasks import (
     FinishReason,
     Generated,
     GenerateRequest,
-    Message,
     TaskResult,
     TokenLogprob,
 )
@@ -42,22 +42,6 @@ _RESERVED = frozenset(
         "tools", "truncation",
     }
 )  # fmt: skip
-
-
-class ContentPart(msgspec.Struct):
-    """A piece of a message."""
-
-    type: str
-    text: str | None = None
-
-
-class ChatMessage(msgspec.Struct):
-    """One turn."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
-    name: str | None = None
-    tool_calls: list[Any] | None = None
 
 
 class ResponseFormat(msgspec.Struct):
@@ -164,7 +148,7 @@ def decode(body: bytes, content_type: str, context: Context) -> Call:  # noqa: A
         )
     limit = asked.max_completion_tokens or asked.max_tokens
     request = GenerateRequest(
-        messages=tuple(_message(index, item) for index, item in enumerate(asked.messages)),
+        messages=read(asked.messages),
         sampling=asked.sampling(limit),
         n=asked.n or 1,
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
@@ -192,38 +176,6 @@ def _refuse_unsupported(asked: ChatBody) -> None:
                 f"Tursi doesn't support what the field {field!r} asks for; leave it out.",
                 param=field,
             )
-
-
-def _message(index: int, item: ChatMessage) -> Message:
-    where = f"messages[{index}]"
-    if item.tool_calls:
-        raise InvalidRequest(
-            f"Tursi doesn't support tool calls; leave out '{where}.tool_calls'.",
-            param=f"{where}.tool_calls",
-        )
-    if item.content is None and item.role != "assistant":
-        raise InvalidRequest(f"The message '{where}' has no content.", param=f"{where}.content")
-    # Few templates know the newer word for the same role.
-    role = "system" if item.role == "developer" else item.role
-    return Message(role, _content(item.content, where), item.name)
-
-
-def _content(content: str | list[ContentPart] | None, where: str) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    for index, part in enumerate(content):
-        if part.type != "text":
-            raise InvalidRequest(
-                f"The model takes only text, but '{where}.content[{index}]' has the type "
-                f"{part.type[:100]!r}.",
-                param=f"{where}.content[{index}].type",
-            )
-        if part.text is None:
-            raise InvalidRequest(
-                f"The part '{where}.content[{index}]' has no text.",
-                param=f"{where}.content[{index}].text",
-            )
-    return "\n".join(part.text or "" for part in content)
 
 
 def _template_arguments(asked: ChatBody) -> dict[str, object]:
