@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import socket
-from collections.abc import Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
 
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ProcessExitedAlready
+from twisted.internet.interfaces import IDelayedCall, IProcessTransport
+from twisted.internet.protocol import ProcessProtocol
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from tursi.supervision import leftovers
 from tursi.supervision.logs import LifeLog
+
+log = Logger()
+
+KEEPER = Path(__file__).parent.parent / "keeper.py"
+_STREAMS = {1: "out", 2: "err"}
+_DATA, _LIFELINE, _STATUS = 3, 4, 5
+_MAX_STATUS = 4096
+"""Bytes of an incomplete status line; a keeper never writes more."""
+_MAX_READS = 16
+"""Reads (8 KiB each) of what a dead tree has left in a pipe, which holds 64 KiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,3 +75,200 @@ class Exit:
     """False: the keeper died before the worker, or before it had started one."""
     tree: str = "nothing left"
     """How the rest of the process tree was cleared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the keeper imposes on each worker."""
+
+    files: int = 4096
+    """Open descriptors."""
+    oom_score_adj: int = 500
+    """The kernel's out-of-memory killer shall take a worker before the daemon."""
+    directory: str = "/"
+    """The working directory."""
+
+
+class Watcher(Protocol):
+    """Who wants to know of a life."""
+
+    def spawned(self, life: Life) -> None:
+        """The keeper is there; called before ``KeeperProtocol.spawn`` returns."""
+
+    def started(self, pid: int) -> None:
+        """The worker is there."""
+
+    def ended(self, exit: Exit) -> None:  # noqa: A002 - the field's word
+        """The whole tree is gone; called once if ``spawned`` was."""
+
+
+class Keepers:
+    """How to spawn keepers: what all lives of a daemon have in common.
+
+    ``clear_orphans`` clears what a killed keeper has left of the life with that
+    uuid, and answers how many processes that were. ``last_resort`` is how many
+    seconds a keeper has to clear its tree before it is killed itself.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        *,
+        limits: Limits = Limits(),
+        proc: Path = leftovers.PROC,
+        clear_orphans: Callable[[str], Deferred[int]] | None = None,
+        last_resort: float = 5.0,
+    ) -> None:
+        self.reactor = reactor
+        self.limits = limits
+        self.proc = proc
+        self.boot_id = leftovers.read_boot_id(proc)
+        self.clear_orphans = clear_orphans or self._clear_orphans
+        self.last_resort = last_resort
+
+    def _clear_orphans(self, uuid: str) -> Deferred[int]:
+        return Deferred.fromCoroutine(leftovers.clear_orphans(self.reactor, uuid, self.proc))
+
+
+class KeeperProtocol(ProcessProtocol):
+    """Speaks with one keeper, from its spawn until its whole tree is gone."""
+
+    transport: IProcessTransport
+    _socket: socket.socket
+
+    def __init__(self, keepers: Keepers, watcher: Watcher, launch: Launch) -> None:
+        self._keepers = keepers
+        self._watcher = watcher
+        self._launch = launch
+        self._status = b""
+        self._exit = Exit()
+        self._cleared: int | None = None
+        self._last_resort: IDelayedCall | None = None
+        self._gone = False
+
+    def spawn(self) -> None:
+        """Start the keeper; raises whatever the system does, and then nothing has started."""
+        try:
+            self._spawn()
+        except BaseException:
+            self._launch.log.close()
+            raise
+
+    def _spawn(self) -> None:
+        launch, limits = self._launch, self._keepers.limits
+        words = (os.getpid(), limits.files, limits.oom_score_adj, limits.directory)
+        arguments = [sys.executable, "-I", "-S", str(KEEPER), *map(str, words), *launch.arguments]
+        with ExitStack() as opened:
+            null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            opened.callback(os.close, null)
+            self._socket, theirs = socket.socketpair()
+            opened.enter_context(theirs)
+            fds = {0: null, 1: "r", 2: "r", _DATA: theirs.fileno(), _LIFELINE: "w", _STATUS: "r"}
+            environment = {**launch.environment, "TURSI_WORKER": launch.uuid}
+            try:
+                # Without path (the keeper changes the folder) the reactor uses
+                # posix_spawn; with it, it would fork the whole daemon.
+                self._keepers.reactor.spawnProcess(
+                    self, arguments[0], arguments, env=environment, childFDs=fds
+                )
+            except BaseException:
+                self._socket.close()
+                raise
+
+    def terminate(self) -> None:
+        """SIGTERM, then SIGCONT, to the worker's process group; the keeper passes them on."""
+        self._signal("TERM")
+
+    def kill(self) -> None:
+        """SIGKILL to the whole tree, by the end of the lifeline."""
+        if self._last_resort is None and not self._gone:
+            self.transport.closeChildFD(_LIFELINE)
+            # A stopped keeper doesn't see the lifeline end.
+            self._signal(signal.SIGCONT)
+            self._last_resort = self._keepers.reactor.callLater(
+                self._keepers.last_resort, self._signal, "KILL"
+            )
+
+    def connectionMade(self) -> None:  # noqa: N802 - Twisted's name
+        """Tell the watcher, who gets the data socket."""
+        launch, keepers = self._launch, self._keepers
+        pid = int(self.transport.pid or 0)
+        started = leftovers.read_start_time(pid, keepers.proc) or 0
+        try:
+            self._watcher.spawned(Life(launch.uuid, pid, started, keepers.boot_id, self._socket))
+        except Exception:  # noqa: BLE001 - the process is there and must be looked after
+            log.failure("The spawn of {uuid} could not be announced", uuid=launch.uuid)
+            self._socket.close()
+            self.kill()
+
+    def childDataReceived(self, childFD: int, data: bytes) -> None:  # noqa: N802, N803 - Twisted's
+        """Output goes to the log, status lines to us."""
+        if childFD in _STREAMS:
+            self._launch.log.feed(_STREAMS[childFD], data)
+        elif childFD == _STATUS:
+            *lines, rest = (self._status + data).split(b"\n")
+            self._status = rest[:_MAX_STATUS]
+            for line in lines:
+                self._reported(line)
+
+    def processExited(self, reason: Failure) -> None:  # noqa: N802, ARG002 - Twisted's
+        """The keeper is gone, which it only is without being killed when its tree is gone.
+
+        Not ``processEnded``, which waits until nobody holds a pipe any more.
+        """
+        if self._last_resort is not None and self._last_resort.active():
+            self._last_resort.cancel()
+        self._read_rest(_STATUS)
+        if self._cleared is not None:
+            self._finish(self._cleared, "killed {}")
+            return
+        clearing = self._keepers.clear_orphans(self._launch.uuid)
+        clearing.addErrback(self._not_cleared)
+        clearing.addCallback(self._finish, "killed {} after the keeper had died")
+
+    def processEnded(self, reason: Failure) -> None:  # noqa: N802, ARG002 - Twisted's
+        """Nothing can come through the pipes any more."""
+        self._launch.log.close()
+
+    def _reported(self, line: bytes) -> None:
+        try:
+            report = json.loads(line)
+            event = report.pop("event")
+            if event == "started":
+                self._exit = replace(self._exit, worker_pid=report["pid"])
+                self._watcher.started(report["pid"])
+            elif event == "exited":
+                self._exit = replace(self._exit, reported=True, **report)
+            elif event == "cleared":
+                self._cleared = report["killed"]
+        except Exception:  # noqa: BLE001 - whatever it says, the life goes on to its end
+            log.failure("The keeper's status line {line} could not be handled", line=line)
+
+    def _not_cleared(self, failure: Failure) -> int:
+        log.failure("Orphans could not be cleared", failure=failure)
+        return 0
+
+    def _finish(self, killed: int, sentence: str) -> None:
+        for fd in _STREAMS:
+            self._read_rest(fd)
+        self._launch.log.flush()
+        for fd in (*_STREAMS, _LIFELINE, _STATUS):
+            # Somebody outside the tree may hold them for ever.
+            self.transport.closeChildFD(fd)
+        self._gone = True
+        if killed:
+            self._exit = replace(self._exit, tree=sentence.format(killed))
+        self._watcher.ended(self._exit)
+
+    def _read_rest(self, fd: int) -> None:
+        """Take what is in a pipe: closing it would lose that."""
+        pipe = getattr(self.transport, "pipes", {}).get(fd)
+        if pipe is None:
+            return
+        for _ in range(_MAX_READS):
+            if pipe.doRead() is not None:
+                return
+
+    def _signal(self, number: str | int) -> None:
+        with suppress(ProcessExitedAlready):
+            self.transport.signalProcess(number)

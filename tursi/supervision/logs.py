@@ -70,13 +70,17 @@ class LifeLog:
         if not self._closed:
             self._write(self._format("tursi", text.encode()))
 
-    def close(self) -> None:
-        """Write what is incomplete, and close the file; later calls do nothing."""
+    def flush(self) -> None:
+        """Write what is incomplete."""
         if self._closed:
             return
         for stream, lines in self._streams.items():
             self._write_lines(stream, lines.rest())
         self._note_dropped()
+
+    def close(self) -> None:
+        """Write what is incomplete, and close the file; later calls do nothing."""
+        self.flush()
         self._closed = True
         self._subscribers.clear()
         self._close_file()
