@@ -1,0 +1,52 @@
+"""The command ``tursi``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from tursi.cli import chat, daemon, deployments, history, run
+from tursi.cli.connection import Connection, Exit
+from tursi.cli.terminal import note, tolerate
+from tursi.model import folders
+
+
+class _Commands(click.Group):
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            note("tursi: interrupted")
+            ctx.exit(Exit.INTERRUPTED)
+
+
+@click.group("tursi", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--socket",
+    type=click.Path(path_type=Path),
+    envvar="TURSI_SOCKET",
+    help="The daemon's control socket (default: control.sock in its runtime folder).",
+)
+@click.pass_context
+def main(context: click.Context, socket: Path | None) -> None:
+    """Serve AI models on this machine, through the Tursi daemon (`twistd -n tursi`)."""
+    tolerate()
+    chosen = socket or folders(os.environ, os.getuid()).socket
+    context.obj = Connection(chosen.absolute())
+
+
+for _command in (
+    deployments.up,
+    deployments.down,
+    deployments.ps,
+    history.logs,
+    history.stats,
+    history.events,
+    run.run,
+    chat.chat,
+    daemon.status,
+    daemon.version,
+):
+    main.add_command(_command)

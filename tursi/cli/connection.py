@@ -1,0 +1,287 @@
+"""The way to the daemon: HTTP over its control socket, and what can go wrong on it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from enum import IntEnum
+from functools import cached_property
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
+from urllib.parse import quote
+
+import click
+
+from tursi.cli.terminal import safe
+
+if TYPE_CHECKING:
+    import httpx
+
+SOCKET_PATH_LIMIT = 107
+"""Bytes in the path of a Unix socket on Linux (``sockaddr_un``, without its final NUL)."""
+ANSWER_SECONDS = 60.0
+INFERENCE_SECONDS = 660.0
+"""A little more than the daemon's own deadline for a request."""
+_CONNECT_SECONDS = 5.0
+_MAX_LINE = 16 * 1024 * 1024
+"""Bytes in one line of an event stream."""
+
+
+class Exit(IntEnum):
+    """Exit codes, for scripts."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    NO_DAEMON = 3
+    NOT_FOUND = 4
+    DEPLOYMENT_FAILED = 5
+    TRY_LATER = 6
+    INTERRUPTED = 130
+
+
+_EXIT_BY_CODE: Mapping[str, Exit] = {
+    "model_not_found": Exit.NOT_FOUND,
+    "deployment_not_found": Exit.NOT_FOUND,
+    "deployment_unavailable": Exit.DEPLOYMENT_FAILED,
+    "shutting_down": Exit.NO_DAEMON,
+}
+
+
+class Failure(click.ClickException):
+    """One line for the user, and the exit code; ``code`` is the API's error code."""
+
+    def __init__(self, message: str, status: Exit = Exit.FAILED, code: str = "") -> None:
+        super().__init__(safe(message))
+        self.exit_code = int(status)  # type: ignore[misc] # click says how, not its annotation
+        self.code = code
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Write the line to stderr."""
+        click.echo(f"tursi: {self.message}", file=file, err=file is None)
+
+
+class Answer(NamedTuple):
+    """A successful answer."""
+
+    status: int
+    body: Any
+    headers: Mapping[str, str]
+
+
+class StreamEvent(NamedTuple):
+    """One server-sent event."""
+
+    id: str | None
+    data: str
+
+
+class Connection:
+    """Speaks to the daemon behind ``socket``; connects when first used."""
+
+    def __init__(self, socket: Path) -> None:
+        self.socket = socket
+
+    def get(self, path: str, **parameters: object) -> Any:
+        """The body of ``GET path``."""
+        return self.call("GET", path, parameters=parameters).body
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: object = None,
+        parameters: Mapping[str, object] | None = None,
+        seconds: float = ANSWER_SECONDS,
+    ) -> Answer:
+        """Ask and wait for the whole answer; ``Failure`` for everything but success."""
+        with self._explained(seconds):
+            response = self._client.send(self._request(method, path, body, parameters, seconds))
+        _check(response)
+        return Answer(response.status_code, _decoded(response), response.headers)
+
+    @contextmanager
+    def stream(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: object = None,
+        parameters: Mapping[str, object] | None = None,
+        seconds: float | None = None,
+    ) -> Iterator[Iterator[StreamEvent]]:
+        """Server-sent events as they come; leaving the context ends the stream.
+
+        ``seconds`` bounds the silence between two of them.
+        """
+        with self._explained(seconds):
+            request = self._request(method, path, body, parameters, seconds)
+            response = self._client.send(request, stream=True)
+            try:
+                if response.is_error:
+                    response.read()
+                _check(response)
+                yield _events(response.iter_bytes())
+            finally:
+                response.close()
+
+    def close(self) -> None:
+        """Hang up."""
+        self._client.close()
+
+    @cached_property
+    def _client(self) -> httpx.Client:
+        # Imported late: it takes longer than all the rest of a command's start.
+        import httpx
+
+        if len(os.fsencode(self.socket)) > SOCKET_PATH_LIMIT:
+            raise Failure(
+                f"The socket's path {self.socket} is over {SOCKET_PATH_LIMIT} bytes, which no "
+                "Unix socket can have; choose a shorter runtime folder (twistd tursi --runtime) "
+                "and name it with --socket.",
+                Exit.USAGE,
+            )
+        return httpx.Client(
+            transport=httpx.HTTPTransport(uds=str(self.socket)),
+            base_url="http://localhost",
+            headers={"user-agent": "tursi-cli"},
+            # Proxies and .netrc have no say on a local socket.
+            trust_env=False,
+        )
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        body: object,
+        parameters: Mapping[str, object] | None,
+        seconds: float | None,
+    ) -> httpx.Request:
+        import httpx
+
+        given = {
+            name: str(value) for name, value in (parameters or {}).items() if value is not None
+        }
+        return self._client.build_request(
+            method,
+            path,
+            json=body,
+            params=given or None,
+            timeout=httpx.Timeout(seconds, connect=_CONNECT_SECONDS),
+        )
+
+    @contextmanager
+    def _explained(self, seconds: float | None) -> Iterator[None]:
+        import httpx
+
+        try:
+            yield
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            self._unreachable(error)
+        except httpx.TimeoutException:
+            raise Failure(
+                f"The daemon has not answered within {seconds:.0f} s.", Exit.TRY_LATER
+            ) from None
+        except httpx.RemoteProtocolError as error:
+            raise Failure(
+                f"The connection to the daemon at {self.socket} broke: {error}", Exit.NO_DAEMON
+            ) from None
+        except httpx.TransportError as error:
+            raise Failure(
+                f"The connection to the daemon at {self.socket} broke: "
+                f"{error or type(error).__name__}",
+                Exit.NO_DAEMON,
+            ) from None
+
+    def _unreachable(self, error: BaseException) -> NoReturn:
+        number = _errno(error)
+        if number in {errno.EACCES, errno.EPERM}:
+            raise Failure(
+                f"You may not use the control socket {self.socket} (permission denied); run this "
+                "as the daemon's user or as a member of the socket's group.",
+                Exit.NO_DAEMON,
+            ) from None
+        why = {
+            errno.ENOENT: "there is no such socket",
+            errno.ENOTDIR: "there is no such socket",
+            errno.ECONNREFUSED: "nobody listens on it",
+        }.get(number or 0, str(error) or "no answer")
+        raise Failure(
+            f"No daemon answers at {self.socket} ({why}). Start one with `twistd -n tursi`, or "
+            "name its socket with --socket or TURSI_SOCKET.",
+            Exit.NO_DAEMON,
+        ) from None
+
+
+def path(*segments: str) -> str:
+    """A URL path of these segments, each percent-encoded."""
+    return "".join("/" + quote(segment, safe="") for segment in segments)
+
+
+def failure(body: Any, status: int) -> Failure:
+    """The failure that an error body tells of, in the shape of whichever route it came from."""
+    found = body.get("error") if isinstance(body, dict) else None
+    # Hugging Face's shape has the sentence itself there, and the rest beside it.
+    error = found if isinstance(found, dict) else body if isinstance(body, dict) else {}
+    message = found if isinstance(found, str) else error.get("message")
+    code = str(error.get("code") or "")
+    text = str(message or f"The daemon answered with status {status}.")
+    if error.get("incident"):
+        text = f"{text} (incident {error['incident']})"
+    outcome = _EXIT_BY_CODE.get(code, Exit.NOT_FOUND if status == 404 else Exit.FAILED)
+    if error.get("retry_after") is not None:
+        text = f"{text} (try again in {error['retry_after']} s)"
+        outcome = Exit.TRY_LATER
+    return Failure(text, outcome, code)
+
+
+def _check(response: httpx.Response) -> None:
+    if not response.is_success:
+        raise failure(_decoded(response, strict=False), response.status_code)
+
+
+def _decoded(response: httpx.Response, *, strict: bool = True) -> Any:
+    try:
+        return json.loads(response.content)
+    except ValueError:
+        if strict:
+            raise Failure("The daemon's answer isn't JSON; is it Tursi's socket?") from None
+        return None
+
+
+def _events(chunks: Iterator[bytes]) -> Iterator[StreamEvent]:
+    identity: str | None = None
+    data: list[str] = []
+    for text in _lines(chunks):
+        field, _, value = text.partition(":")
+        value = value.removeprefix(" ")
+        if field == "id":
+            identity = value
+        elif field == "data":
+            data.append(value)
+        elif not text and data:
+            yield StreamEvent(identity, "\n".join(data))
+            data = []
+
+
+def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
+    # httpx would also end lines at U+2028 and its like, which JSON has unescaped.
+    held = b""
+    for chunk in chunks:
+        *complete, held = (held + chunk).split(b"\n")
+        if len(held) > _MAX_LINE:
+            raise Failure("The daemon's stream has a line that is too long.")
+        for each in complete:
+            yield each.removesuffix(b"\r").decode("utf-8", "replace")
+
+
+def _errno(error: BaseException | None) -> int | None:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        error = error.__cause__ or error.__context__
+    return None

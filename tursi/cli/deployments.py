@@ -1,0 +1,198 @@
+"""Deployments: up, down, ps."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tursi.cli.connection import Connection, Exit, Failure, path
+from tursi.cli.options import as_json
+from tursi.cli.progress import Verdict, display, look, wait
+from tursi.cli.terminal import dump, line, note, size, table
+from tursi.errors import InvalidRequest
+from tursi.model import Phase, Reference, deployment_name
+
+READY_SECONDS = 3600.0
+"""How long ``up`` waits unless told otherwise: the daemon's own limit for a load."""
+GONE_SECONDS = 90.0
+"""How long ``down`` waits: more than the daemon's deadlines for a stop together."""
+_POLL_SECONDS = 0.2
+
+
+@click.command()
+@click.argument("model")
+@click.option("--name", help="Name of the deployment (default: the model's last segment).")
+@click.option("--task", help="What the model does (default: as its own files say).")
+@click.option("--device", help="auto, cpu, cuda, cuda:N or mps (default: auto).")
+@click.option("--dtype", help="auto, float32, bfloat16 or float16 (default: auto).")
+@click.option("--replicas", type=click.IntRange(min=1), help="Number of workers (default: 1).")
+@click.option("--no-wait", is_flag=True, help="Don't wait until it is ready.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    default=READY_SECONDS,
+    show_default=True,
+    help="Seconds to wait until it is ready.",
+)
+@as_json
+@click.pass_context
+def up(
+    context: click.Context,
+    /,
+    *,
+    model: str,
+    name: str | None,
+    no_wait: bool,
+    timeout: float,
+    json: bool,
+    **options: str | int | None,
+) -> None:
+    """Deploy MODEL and wait until it is ready.
+
+    MODEL is a folder or a hub name, org/name[@revision]; a folder that exists
+    wins. Deploying under a name that is in use changes that deployment; the
+    same again does nothing.
+    """
+    connection: Connection = context.obj
+    asked: dict[str, str | int] = {"model": str(reference(model))}
+    asked |= {key: value for key, value in options.items() if value is not None}
+    if name is None:
+        answer = connection.call("POST", "/deployments", body=asked).body
+    else:
+        answer = connection.call("PUT", path("deployments", _name(name)), body=asked).body
+    status, outcome = answer["deployment"], answer["outcome"]
+    ready = look(status).verdict is Verdict.READY
+    if not json:
+        line(_announcement(status, outcome, ready=ready))
+    if not (ready or no_wait):
+        try:
+            status = wait(connection, status, seconds=timeout, shown=display())
+        except KeyboardInterrupt:
+            note(
+                f"Not waiting any longer; {status['name']} goes on coming up. `tursi ps` shows "
+                f"it, `tursi down {status['name']}` removes it."
+            )
+            context.exit(Exit.INTERRUPTED)
+        if not json:
+            line(_ready(status))
+    if json:
+        dump({"deployment": status, "outcome": outcome})
+
+
+@click.command()
+@click.argument("name")
+@as_json
+@click.pass_obj
+def down(connection: Connection, *, name: str, json: bool) -> None:
+    """Remove the deployment NAME, after its running requests."""
+    place = path("deployments", name)
+    status = connection.call("DELETE", place).body
+    if json:
+        dump(status)
+    if not _gone(connection, place):
+        raise Failure(
+            f"{name} is removed, but its workers have not ended within {GONE_SECONDS:.0f} s.",
+            Exit.TRY_LATER,
+        )
+    if not json:
+        line(f"{name} is removed.")
+
+
+@click.command()
+@as_json
+@click.pass_obj
+def ps(connection: Connection, *, json: bool) -> None:
+    """List the deployments and how they are."""
+    answer = connection.get("/deployments")
+    if json:
+        dump(answer)
+        return
+    statuses = answer["deployments"]
+    if not statuses:
+        line("Nothing is deployed; `tursi up MODEL` deploys a model.")
+        return
+    table(
+        ("NAME", "TASK", "PHASE", "READY", "DEVICE", "MEMORY", "BUSY", "QUEUED", "MODEL"),
+        [
+            (
+                status["name"],
+                status["task"],
+                status["phase"],
+                f"{status['ready']}/{status['replicas']}",
+                status["device"],
+                size(_memory(status)),
+                status["in_flight"],
+                status["queued"],
+                status["model"],
+            )
+            for status in statuses
+        ],
+    )
+    for status in statuses:
+        if status["reason"] and status["phase"] != Phase.READY:
+            line(f"{status['name']}: {status['reason']}")
+
+
+def reference(text: str) -> Reference:
+    """What ``text`` means here: a folder that exists, else a hub name; a usage error if neither."""
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        # Symbolic links stay: a hub cache's snapshots are made of them.
+        return Reference.parse(os.path.abspath(folder))  # noqa: PTH100 - absolute() would keep ".."
+    if folder.exists():
+        raise click.BadParameter(f"{text} is a file; a model is a folder.", param_hint="MODEL")
+    if text.startswith(("/", ".", "~")):
+        raise click.BadParameter(f"There is no folder {text}.", param_hint="MODEL")
+    try:
+        return Reference.parse(text)
+    except InvalidRequest as error:
+        raise click.BadParameter(error.message, param_hint="MODEL") from None
+
+
+def _name(text: str) -> str:
+    try:
+        return deployment_name(text)
+    except InvalidRequest as error:
+        raise click.BadParameter(error.message, param_hint="--name") from None
+
+
+def _announcement(status: dict[str, Any], outcome: str, *, ready: bool) -> str:
+    name, number = status["name"], status["generation"]
+    if outcome == "unchanged":
+        if ready:
+            return f"{name}: nothing to do, it is serving (generation {number})."
+        return f"{name}: nothing to change, it is still coming up (generation {number})."
+    return {
+        "created": f"{name}: created from {status['model']}.",
+        "replaced": f"{name}: changed, generation {number} takes over when it is ready.",
+        "scaled": f"{name}: scaled to {status['replicas']} replicas.",
+        "started": f"{name}: started again (generation {number}).",
+        "retried": f"{name}: nothing has changed, but it had failed; it tries again.",
+    }.get(outcome, f"{name}: {outcome}.")
+
+
+def _ready(status: dict[str, Any]) -> str:
+    what = ", ".join(str(status[key]) for key in ("task", "device", "dtype") if status[key])
+    return f"{status['name']} is ready ({what})." if what else f"{status['name']} is ready."
+
+
+def _memory(status: dict[str, Any]) -> int | None:
+    known = [worker["rss"] for worker in status["workers"] if worker["rss"] is not None]
+    return sum(known) if known else None
+
+
+def _gone(connection: Connection, place: str) -> bool:
+    deadline = time.monotonic() + GONE_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            connection.get(place)
+        except Failure as error:
+            if error.exit_code == Exit.NOT_FOUND:
+                return True
+            raise
+        time.sleep(_POLL_SECONDS)
+    return False

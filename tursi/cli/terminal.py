@@ -1,0 +1,94 @@
+"""What is written to the terminal: text made harmless, tables, sizes and times."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import click
+
+# What could move the cursor, forge lines or turn text around: C0 and C1
+# controls, line separators and the bidirectional controls. A lone surrogate
+# can't be encoded at all.
+_ESCAPES = {
+    code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+    for code in (
+        *range(0x20),
+        *range(0x7F, 0xA0),
+        *range(0x2028, 0x202F),
+        *range(0x2066, 0x206A),
+        *range(0xD800, 0xE000),
+    )
+}
+_ESCAPES_BUT_LINES = {code: text for code, text in _ESCAPES.items() if code not in {0x09, 0x0A}}
+_WIDE = 1000
+"""Columns of a table that goes into a file or a pipe, where nobody wants it folded."""
+
+
+def tolerate() -> None:
+    """Let a terminal that can't show a character show its escape instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def safe(text: object, *, lines: bool = False) -> str:
+    """``text`` with every control character escaped; ``lines`` keeps tabs and line ends."""
+    return str(text).translate(_ESCAPES_BUT_LINES if lines else _ESCAPES)
+
+
+def line(text: object) -> None:
+    """Write one line that the server had a hand in."""
+    click.echo(safe(text))
+
+
+def note(text: object) -> None:
+    """Write one line to stderr: progress and remarks, never the result."""
+    click.echo(safe(text), err=True)
+
+
+def dump(value: Any, *, indent: int | None = 2) -> None:
+    """Write ``value`` as JSON, in ASCII; ``indent=None`` keeps it on one line."""
+    click.echo(json.dumps(value, indent=indent).replace("\x7f", "\\u007f"))
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Write aligned columns."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(file=sys.stdout)
+    if not console.is_terminal:
+        console = Console(file=sys.stdout, width=_WIDE)
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for header in headers:
+        shown.add_column(header, overflow="fold")
+    for row in rows:
+        shown.add_row(*(Text("-" if cell is None else safe(cell)) for cell in row))
+    console.print(shown)
+
+
+def size(count: float | None) -> str:
+    """Bytes as people read them."""
+    if count is None:
+        return "-"
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def local_time(text: str | None) -> str:
+    """An RFC 3339 time in the terminal's time zone."""
+    if not text:
+        return "-"
+    try:
+        return datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    except ValueError:
+        return safe(text)
