@@ -9,11 +9,18 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred, DeferredList, ensureDeferred, maybeDeferred
+from twisted.internet.interfaces import IListeningPort
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
 from tursi import __version__, api, store
-from tursi.config import Configuration, Listener
+from tursi.config import Configuration
 from tursi.errors import AlreadyRunning, ConfigurationError, DatabaseError, TursiError
 from tursi.fleet import Fleet
 from tursi.hub import Hub
@@ -28,12 +35,6 @@ from tursi.supervision.monitor import WorkerMonitor
 from tursi.supervision.oneshot import OneShot, Running
 from tursi.supervision.worker import Observer, Worker
 from tursi.wire import Frame
-
-from twisted.application.service import Service
-from twisted.internet.defer import Deferred, DeferredList, ensureDeferred, maybeDeferred
-from twisted.internet.interfaces import IListeningPort
-from twisted.logger import Logger
-from twisted.python.failure import Failure
 
 log = Logger()
 
@@ -169,9 +170,8 @@ class Daemon(Service):  # type: ignore[misc] # twisted.application isn't fully a
     async def _start(self) -> None:
         _tune_memory()
         self._store.start()
-        leftovers.adopt_orphans(self._reactor)
-        unfinished = await self._store.unfinished_lives()
-        await leftovers.sweep(unfinished, state=self._folders.state, reactor=self._reactor)
+        leftovers.become_subreaper()
+        await self._clear_leftovers()
         self._monitor.startService()
         await self._fleet.open()
         log.info(
@@ -179,6 +179,22 @@ class Daemon(Service):  # type: ignore[misc] # twisted.application isn't fully a
             version=__version__,
             listeners=", ".join(listener.endpoint for listener in self._listeners),
         )
+
+    async def _clear_leftovers(self) -> None:
+        """Kill what an earlier daemon has left, and close the records of its workers."""
+        unfinished = await self._store.unfinished_lives()
+        killed = await leftovers.sweep(
+            self._reactor,
+            unfinished,
+            boot_id=leftovers.read_boot_id(),
+            state=self._folders.state,
+        )
+        if killed:
+            log.warn("killed {count} processes of an earlier daemon", count=len(killed))
+        for life in unfinished:
+            await self._store.put_life(
+                replace(life, ended_at=time.time(), reason="the daemon itself ended")
+            )
 
     def _give_up(self, failure: Failure) -> None:
         log.failure("the daemon could not start", failure)

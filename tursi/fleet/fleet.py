@@ -167,15 +167,21 @@ class Fleet:
     # -- control ----------------------------------------------------------------------
 
     async def deploy(
-        self, name: str | None, request: Request, replicas: int, by: str
+        self, name: str | None, request: Request, replicas: int | None, by: str
     ) -> tuple[DeploymentStatus, str]:
-        """Create the deployment, or change it to ``request``; says which it was."""
+        """Create the deployment, or change it to ``request``; says which it was.
+
+        Without ``replicas`` an existing deployment keeps its number.
+        """
         self._check_open()
         checked = request.checked()
-        check_replicas(replicas)
         if name is None:
             name = Reference.parse(checked.model).short_name
         name = deployment_name(name)
+        if replicas is None:
+            member = self._members.get(name)
+            replicas = member.deployment.replicas if member and not member.leaving else 1
+        check_replicas(replicas)
         deployment, outcome = await self._store.save(name, checked, replicas, by=by, at=self._now())
         said = outcome.value
         member = self._adopt(deployment)

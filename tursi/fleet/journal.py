@@ -21,7 +21,6 @@ class Journal:
     def __init__(self, store: Store, now: Callable[[], float]) -> None:
         self._store = store
         self._now = now
-        self._watchers: list[tuple[str | None, Callable[[Event], None]]] = []
         self._pending: set[Deferred[Any]] = set()
 
     def note(
@@ -37,7 +36,7 @@ class Journal:
         self.hold(
             self._store.record(
                 self._now(), kind, message, deployment=deployment, worker=worker, cause=cause
-            ).addCallback(self._tell)
+            )
         )
 
     def life(self, life: WorkerLife) -> None:
@@ -48,9 +47,12 @@ class Journal:
         self, deployment: str | None, callback: Callable[[Event], None]
     ) -> Callable[[], None]:
         """Call back with each new event until the returned function is called."""
-        entry = (deployment, callback)
-        self._watchers.append(entry)
-        return lambda: self._watchers.remove(entry) if entry in self._watchers else None
+
+        def tell(event: Event) -> None:
+            if deployment is None or deployment == event.deployment:
+                callback(event)
+
+        return self._store.watch(tell)
 
     def hold(self, deferred: Deferred[Any]) -> None:
         """Let a write go on by itself, but not past ``close`` and not unheard."""
@@ -67,8 +69,3 @@ class Journal:
         """Wait until everything is written."""
         while self._pending:
             await DeferredList(list(self._pending), consumeErrors=True)
-
-    def _tell(self, event: Event) -> None:
-        for wanted, callback in list(self._watchers):
-            if wanted is None or wanted == event.deployment:
-                callback(event)
