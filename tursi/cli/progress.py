@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Self, TypeAlias
-
-import click
 
 from tursi.cli.connection import Connection, Exit, Failure, path
 from tursi.cli.terminal import local_time, note, safe, size
@@ -178,7 +177,7 @@ Display: TypeAlias = Bar | Lines
 
 def display() -> Display:
     """A bar if stderr is a terminal, else lines."""
-    return Bar() if click.get_text_stream("stderr").isatty() else Lines()
+    return Bar() if sys.stderr.isatty() else Lines()
 
 
 def wait(
