@@ -72,6 +72,12 @@ class PayloadTooLarge(TursiError):
     code = "payload_too_large"
 
 
+class RequestTimeout(TursiError):
+    """The request did not arrive in time."""
+
+    code = "request_timeout"
+
+
 class RouteNotFound(TursiError):
     """There is nothing at this path."""
 
