@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from typing import Any
 
+from zope.interface import implementer
+
 from twisted.enterprise.adbapi import ConnectionPool
+from twisted.internet.error import ProcessDone, ProcessExitedAlready
+from twisted.internet.interfaces import IReactorProcess
+from twisted.internet.task import Clock
 from twisted.internet.testing import MemoryReactorClock
 from twisted.python.failure import Failure
 
@@ -54,3 +61,77 @@ class InlineConnectionPool(ConnectionPool):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.threadpool: Any = InlineThreadPool()
+
+
+class RecordedKeeper:
+    """The transport of a keeper that isn't there: records what is done to it, dies when told."""
+
+    def __init__(self, protocol: Any, arguments: list[str], environment: dict[str, str]) -> None:
+        self.pid: int | None = os.getpid()  # any that /proc knows
+        self.protocol = protocol
+        self.arguments = arguments
+        self.environment = environment
+        self.signals: list[str | int] = []
+        self.closed: list[int] = []
+
+    def signalProcess(self, signalID: str | int) -> None:  # noqa: N802, N803 - Twisted's names
+        """Record the signal."""
+        if self.pid is None:
+            raise ProcessExitedAlready
+        self.signals.append(signalID)
+
+    def closeChildFD(self, descriptor: int) -> None:  # noqa: N802 - Twisted's name
+        """Record the descriptor."""
+        self.closed.append(descriptor)
+
+    def write(self, fd: int, data: bytes) -> None:
+        """Have the child write."""
+        self.protocol.childDataReceived(fd, data)
+
+    def report(self, **event: object) -> None:
+        """Have the keeper write a status line."""
+        self.write(5, json.dumps(event).encode() + b"\n")
+
+    def exit(self, *, signal: int | None = None, killed: int = 0) -> None:
+        """The worker and then the keeper end as they should."""
+        status = 0 if signal is None else None
+        self.report(
+            event="exited", exit_status=status, signal=signal, peak_rss=9_000_000, cpu_seconds=0.5
+        )
+        self.report(event="cleared", killed=killed)
+        self.die(ProcessDone(0))
+
+    def die(self, reason: Exception) -> None:
+        """The keeper ends."""
+        self.pid = None
+        self.protocol.processExited(Failure(reason))
+
+
+@implementer(IReactorProcess)
+class SpawningReactor(Clock):
+    """A clock that also records spawns; ``refusal`` is raised instead if it is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keepers: list[RecordedKeeper] = []
+        self.refusal: Exception | None = None
+
+    def spawnProcess(  # type: ignore[override]  # the interface is generic  # noqa: N802
+        self,
+        processProtocol: Any,  # noqa: N803 - the same
+        executable: str,
+        args: Any = (),
+        env: Any = None,
+        path: str | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        usePTY: bool = False,  # noqa: N803 - the same
+        childFDs: Any = None,  # noqa: N803 - the same
+    ) -> Any:
+        """Record a keeper, and let its protocol know."""
+        if self.refusal is not None:
+            raise self.refusal
+        keeper = RecordedKeeper(processProtocol, list(args), dict(env))
+        self.keepers.append(keeper)
+        processProtocol.makeConnection(keeper)
+        return keeper
