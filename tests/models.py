@@ -61,7 +61,7 @@ def byte_level_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTraine
 
 def word_piece_tokenizer() -> PreTrainedTokenizerFast:
     """A WordPiece tokenizer with BERT's special tokens."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # type: ignore[call-arg] # the stub lacks it
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()

@@ -43,14 +43,17 @@ class Decoder:
         self,
         ids: torch.Tensor,
         cache: DynamicCache | None,
-        mask: torch.Tensor,
+        mask: torch.Tensor | None,
         positions: torch.Tensor,
     ) -> torch.Tensor:
         """Logits of the last token ``(rows, vocabulary)`` in float32; the cache grows.
 
-        ``ids`` and ``positions`` are ``(rows, new)``, ``mask`` ``(rows, cached + new)``.
+        ``ids`` and ``positions`` are ``(rows, new)``, ``mask`` ``(rows, cached + new)``;
+        no mask means that every place counts.
         """
-        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        arguments: dict[str, Any] = {"input_ids": ids}
+        if mask is not None:
+            arguments["attention_mask"] = mask
         if self._positions:
             arguments["position_ids"] = positions
         if self._last_only:

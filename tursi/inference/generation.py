@@ -277,7 +277,7 @@ class Generator:
         return self._decoder.forward(
             torch.tensor([ids], dtype=torch.long, device=device),
             cache.cache,
-            torch.ones((1, length), dtype=torch.long, device=device),
+            None,
             torch.arange(length - len(ids), length, device=device).unsqueeze(0),
         )
 
