@@ -41,6 +41,8 @@ def main(argv: list[str]) -> int:
     directory, command = argv[3], argv[4:]
     for fd in (LIFELINE, STATUS):
         os.set_inheritable(fd, False)
+    # Whatever else the daemon has open is no business of the worker.
+    os.closerange(STATUS + 1, os.sysconf("SC_OPEN_MAX"))
     wakeups = listen()
     os.setsid()
     prctl(PR_SET_CHILD_SUBREAPER, 1)
