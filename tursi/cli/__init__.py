@@ -25,7 +25,7 @@ class _Commands(click.Group):
 @click.group("tursi", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--socket",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, readable=False),
     envvar="TURSI_SOCKET",
     help="The daemon's control socket (default: control.sock in its runtime folder).",
 )

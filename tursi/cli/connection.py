@@ -146,7 +146,8 @@ class Connection:
                 Exit.USAGE,
             )
         return httpx.Client(
-            transport=httpx.HTTPTransport(uds=str(self.socket)),
+            # No TLS on it: loading the certificates would only take time.
+            transport=httpx.HTTPTransport(uds=str(self.socket), verify=False),
             base_url="http://localhost",
             headers={"user-agent": "tursi-cli"},
             # Proxies and .netrc have no say on a local socket.

@@ -140,7 +140,7 @@ def ps(connection: Connection, *, json: bool) -> None:
 def reference(text: str) -> Reference:
     """What ``text`` means here: a folder that exists, else a hub name; a usage error if neither."""
     folder = Path(text).expanduser()
-    if folder.is_dir():
+    if text and folder.is_dir():
         # Symbolic links stay: a hub cache's snapshots are made of them.
         return Reference.parse(os.path.abspath(folder))  # noqa: PTH100 - absolute() would keep ".."
     if folder.exists():

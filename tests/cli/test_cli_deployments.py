@@ -1,0 +1,308 @@
+"""``tursi up``, ``down`` and ``ps`` against scripted answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from scripted_api import Api, Reply, deployment, refusal, scripted_api, worker
+
+import tursi.cli.deployments
+from tursi.cli.connection import Exit
+
+TURSI = "from tursi.cli import main; main(prog_name='tursi')"
+
+
+@pytest.fixture
+def api() -> Iterator[Api]:
+    with scripted_api() as running:
+        yield running
+
+
+def created(status: dict[str, object], outcome: str = "created") -> Reply:
+    return Reply({"deployment": status, "outcome": outcome}, 201 if outcome == "created" else 200)
+
+
+def progress(
+    stage: str, done: float | None = None, total: float | None = None, unit: str = "bytes"
+) -> dict[str, object]:
+    return {"stage": stage, "done": done, "total": total, "unit": unit}
+
+
+# -- up ---------------------------------------------------------------------------
+
+
+def test_up_waits_with_a_line_per_stage_and_says_when_it_is_ready(api: Api) -> None:
+    fetching = progress("download", 1 << 20, 4 << 20)
+    api.on("POST", "/deployments", created(deployment("queued", workers=[])))
+    api.on(
+        "GET",
+        "/deployments/mini",
+        deployment("queued", workers=[], progress=progress("resolve")),
+        deployment("queued", workers=[], progress=fetching),
+        deployment("loading", progress=progress("load", 3, 12, "tensors")),
+        deployment("warming", progress=progress("warm")),
+        deployment(),
+    )
+    result = api.tursi("up", "org/mini")
+    assert result.exit_code == Exit.OK, result.output
+    assert result.stdout.splitlines() == [
+        "mini: created from org/mini.",
+        "mini is ready (feature-extraction, cpu, float32).",
+    ]
+    assert result.stderr.splitlines() == [
+        "mini: waiting for its turn",
+        "mini: asking the hub",
+        "mini: fetching: 1 MiB of 4 MiB (25 %)",
+        "mini: loading: 3 of 12 tensors (25 %)",
+        "mini: warming up",
+    ]
+    assert api.asked[0].body == {"model": "org/mini"}
+
+
+def test_up_with_a_name_and_options_puts_them(api: Api) -> None:
+    api.on("PUT", "/deployments/other", created(deployment(name="other"), "replaced"))
+    options = ("--task", "embedding", "--device", "cuda:1", "--dtype", "float16", "--replicas", "2")
+    result = api.tursi("up", "org/mini@v2", "--name", "other", *options)
+    assert result.exit_code == Exit.OK, result.output
+    assert api.asked[0].body == {
+        "model": "org/mini@v2",
+        "task": "embedding",
+        "device": "cuda:1",
+        "dtype": "float16",
+        "replicas": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("outcome", "said"),
+    [
+        ("unchanged", "mini: nothing to do, it is serving (generation 1)."),
+        ("replaced", "mini: changed, generation 1 takes over when it is ready."),
+        ("scaled", "mini: scaled to 1 replicas."),
+        ("started", "mini: started again (generation 1)."),
+        ("retried", "mini: nothing has changed, but it had failed; it tries again."),
+    ],
+)
+def test_up_says_what_came_of_it(api: Api, outcome: str, said: str) -> None:
+    api.on("POST", "/deployments", created(deployment(), outcome))
+    result = api.tursi("up", "org/mini")
+    assert (result.exit_code, result.stdout) == (Exit.OK, f"{said}\n")
+
+
+def test_up_of_an_existing_folder_sends_its_absolute_path(
+    api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "org" / "mini").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "org")
+    api.on("POST", "/deployments", created(deployment()))
+    for text in ("mini", "./mini", "../org/mini/", str(tmp_path / "org" / "mini")):
+        assert api.tursi("up", text).exit_code == Exit.OK
+        assert api.asked[-1].body == {"model": str(tmp_path / "org" / "mini")}
+
+
+@pytest.mark.parametrize("text", ["./absent", "/absent", "~/absent", "a b", "x/y/z", "a\0b", ""])
+def test_up_refuses_what_can_be_no_model(api: Api, text: str) -> None:
+    result = api.tursi("up", text)
+    assert result.exit_code == Exit.USAGE
+    assert api.asked == []
+
+
+def test_up_refuses_a_file_and_a_bad_name(api: Api, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    result = api.tursi("up", str(file))
+    assert result.exit_code == Exit.USAGE
+    assert "is a file; a model is a folder" in result.stderr
+    assert api.tursi("up", "org/mini", "--name", "no/slash").exit_code == Exit.USAGE
+    assert api.asked == []
+
+
+def test_up_gives_the_reason_in_one_line_when_the_model_fails(api: Api) -> None:
+    reason = "The weights are damaged.\nTraceback \x1b[31m"
+    failed = worker("failed", reason=reason, failure="weights")
+    api.on("POST", "/deployments", created(deployment("spawning")))
+    api.on("GET", "/deployments/mini", deployment("failed", reason=reason, workers=[failed]))
+    result = api.tursi("up", "org/mini")
+    assert result.exit_code == Exit.DEPLOYMENT_FAILED
+    assert result.stderr.splitlines()[-1] == (
+        "tursi: mini failed: The weights are damaged.\\x0aTraceback \\x1b[31m"
+    )
+
+
+def test_up_fails_when_one_replica_of_several_fails(api: Api) -> None:
+    workers = [worker(), worker("quarantined", replica=1, reason="It crashed 5 times.")]
+    api.on("POST", "/deployments", created(deployment(replicas=2, workers=workers)))
+    result = api.tursi("up", "org/mini", "--replicas", "2")
+    assert result.exit_code == Exit.DEPLOYMENT_FAILED
+    assert "It crashed 5 times." in result.stderr
+
+
+def test_up_waits_for_the_new_generation_while_the_old_one_serves(api: Api) -> None:
+    old, new = worker(), worker("loading", generation=2)
+    api.on(
+        "POST",
+        "/deployments",
+        created(deployment("loading", generation=2, ready=1, workers=[old, new]), "replaced"),
+    )
+    both = [old, worker(generation=2)]
+    api.on("GET", "/deployments/mini", deployment(generation=2, ready=2, workers=both))
+    result = api.tursi("up", "org/mini", "--dtype", "bfloat16")
+    assert result.exit_code == Exit.OK
+    assert result.stdout.splitlines()[0] == (
+        "mini: changed, generation 2 takes over when it is ready."
+    )
+    assert "mini: loading" in result.stderr
+
+
+def test_up_shows_why_it_is_tried_again_and_stops_waiting_in_time(api: Api) -> None:
+    waiting = deployment(
+        "backoff",
+        workers=[],
+        reason="The hub can't be reached.",
+        next_try_at="2026-01-02T03:04:05Z",
+    )
+    api.on("POST", "/deployments", created(waiting))
+    api.on("GET", "/deployments/mini", waiting)
+    result = api.tursi("up", "org/mini", "--timeout", "0.5")
+    assert result.exit_code == Exit.TRY_LATER
+    assert result.stderr.startswith("mini: The hub can't be reached. Next try at ")
+    assert "it goes on coming up" in result.stderr
+
+
+def test_up_ends_when_somebody_stops_or_removes_the_deployment(api: Api) -> None:
+    api.on("POST", "/deployments", created(deployment("loading")))
+    api.on("GET", "/deployments/mini", deployment("draining", desired="stopped"))
+    assert api.tursi("up", "org/mini").exit_code == Exit.DEPLOYMENT_FAILED
+    api.on("GET", "/deployments/mini", refusal(404, "deployment_not_found", "It is gone."))
+    assert api.tursi("up", "org/mini").exit_code == Exit.NOT_FOUND
+
+
+def test_up_without_waiting_returns_at_once(api: Api) -> None:
+    api.on("POST", "/deployments", created(deployment("queued", workers=[])))
+    result = api.tursi("up", "org/mini", "--no-wait", "--json")
+    assert result.exit_code == Exit.OK
+    assert json.loads(result.stdout)["deployment"]["phase"] == "queued"
+    assert len(api.asked) == 1
+
+
+def test_up_prints_the_last_status_as_json(api: Api) -> None:
+    api.on("POST", "/deployments", created(deployment("loading")))
+    api.on("GET", "/deployments/mini", deployment())
+    result = api.tursi("up", "org/mini", "--json")
+    assert json.loads(result.stdout) == {"deployment": deployment(), "outcome": "created"}
+
+
+def test_up_shows_the_daemons_refusal(api: Api) -> None:
+    api.on("POST", "/deployments", refusal(400, "invalid_request", "The dtype 'x' is unknown."))
+    result = api.tursi("up", "org/mini", "--dtype", "x")
+    assert (result.exit_code, result.stderr) == (1, "tursi: The dtype 'x' is unknown.\n")
+
+
+def test_ctrl_c_in_up_leaves_the_deployment_to_come_up_and_says_so(api: Api) -> None:
+    api.on("POST", "/deployments", created(deployment("loading")))
+    api.on("GET", "/deployments/mini", deployment("loading"))
+    command = [sys.executable, "-c", TURSI, "--socket", str(api.socket), "up", "org/mini"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 30
+        while len(api.asked) < 3:
+            assert time.monotonic() < deadline, "it doesn't wait"
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == Exit.INTERRUPTED
+    assert stdout == b"mini: created from org/mini.\n"
+    assert stderr.decode().splitlines() == [
+        "mini: loading",
+        (
+            "Not waiting any longer; mini goes on coming up. `tursi ps` shows it, "
+            "`tursi down mini` removes it."
+        ),
+    ]
+    assert [each.method for each in api.asked if each.method != "GET"] == ["POST"]
+
+
+def test_up_on_a_terminal_shows_a_bar(api: Api) -> None:
+    api.on("POST", "/deployments", created(deployment("loading")))
+    half = deployment("queued", workers=[], progress=progress("download", 5 << 20, 10 << 20))
+    api.on("GET", "/deployments/mini", half, half, deployment())
+    command = [sys.executable, "-c", TURSI, "--socket", str(api.socket), "up", "org/mini"]
+    master, slave = os.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    with subprocess.Popen(command, stdout=slave, stderr=slave, env=environment) as process:
+        os.close(slave)
+        shown = b""
+        try:
+            while piece := os.read(master, 4096):
+                shown += piece
+        except OSError:
+            pass  # Linux's way to say that the other end of a terminal is closed.
+        os.close(master)
+    assert process.returncode == Exit.OK
+    assert "mini: fetching: 5 MiB of 10 MiB (50 %)" in shown.decode()
+    assert "mini is ready" in shown.decode()
+
+
+# -- down -------------------------------------------------------------------------
+
+
+def test_down_waits_until_the_workers_are_gone(api: Api) -> None:
+    api.on("DELETE", "/deployments/mini", Reply(deployment("draining"), 202))
+    gone = refusal(404, "deployment_not_found", "There is no deployment 'mini'.")
+    api.on("GET", "/deployments/mini", deployment("draining"), gone)
+    result = api.tursi("down", "mini")
+    assert (result.exit_code, result.output) == (Exit.OK, "mini is removed.\n")
+    assert [each.method for each in api.asked] == ["DELETE", "GET", "GET"]
+
+
+def test_down_says_when_the_workers_do_not_end(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tursi.cli.deployments, "GONE_SECONDS", 0.3)
+    api.on("DELETE", "/deployments/mini", Reply(deployment("draining"), 202))
+    api.on("GET", "/deployments/mini", deployment("killing"))
+    result = api.tursi("down", "mini")
+    assert result.exit_code == Exit.TRY_LATER
+    assert "its workers have not ended" in result.stderr
+
+
+def test_down_of_an_unknown_deployment_has_its_own_exit_code(api: Api) -> None:
+    api.on("DELETE", "/deployments/a%2Fb", refusal(404, "deployment_not_found", "No such."))
+    result = api.tursi("down", "a/b", "--json")
+    assert (result.exit_code, result.stderr) == (Exit.NOT_FOUND, "tursi: No such.\n")
+
+
+# -- ps ---------------------------------------------------------------------------
+
+
+def test_ps_lists_deployments_with_the_reasons_of_those_that_fail(api: Api) -> None:
+    failed = deployment("failed", name="broken", reason="No safetensors [b]here[/b].", workers=[])
+    api.on("GET", "/deployments", {"deployments": [deployment(), failed]})
+    lines = api.tursi("ps").output.splitlines()
+    assert lines[0].split() == [
+        "NAME", "TASK", "PHASE", "READY", "DEVICE", "MEMORY", "BUSY", "QUEUED", "MODEL",
+    ]  # fmt: skip
+    assert lines[1].split() == [
+        "mini", "feature-extraction", "ready", "1/1", "cpu", "300", "MiB", "0", "0", "org/mini",
+    ]  # fmt: skip
+    assert lines[3] == "broken: No safetensors [b]here[/b]."
+
+
+def test_ps_escapes_what_could_take_over_the_terminal(api: Api) -> None:
+    nasty = deployment(model="/m/\x1b]0;owned\x07\x9b2J\u202e\ud800", name="a\rb")
+    api.on("GET", "/deployments", {"deployments": [nasty]})
+    output = api.tursi("ps").output
+    assert "/m/\\x1b]0;owned\\x07\\x9b2J\\u202e\\ud800" in output
+    assert "a\\x0db" in output
+
+
+def test_ps_without_deployments_says_how_to_make_one(api: Api) -> None:
+    api.on("GET", "/deployments", {"deployments": []})
+    assert "tursi up MODEL" in api.tursi("ps").output
+    assert json.loads(api.tursi("ps", "--json").output) == {"deployments": []}
