@@ -1,0 +1,168 @@
+"""One download: ask the hub what there is, take what the model needs, check it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub.hf_api import ModelInfo, RepoSibling
+
+from tursi.errors import DiskFull, FetchError, HubUnreachable, TokenRefused
+from tursi.fetcher.failures import explain, offline, temporary
+from tursi.fetcher.meter import Meter, bar
+from tursi.fetcher.selection import INDEX, select
+from tursi.fetcher.snapshot import Shelf, is_commit
+from tursi.model import Progress, Resolution
+
+_ASK_SECONDS = 30.0
+_FILES_AT_ONCE = 4
+_MAX_INDEX = 64 * 1024 * 1024
+
+# huggingface_hub hands on what arrived only once a whole chunk is there, and its
+# 10 MiB would look like a stall on a slow line.
+constants.DOWNLOAD_CHUNK_SIZE = 512 * 1024
+
+
+class Download:
+    """Brings ``repository`` at ``revision`` into ``cache``.
+
+    ``tell`` hears the progress, from any thread.
+    """
+
+    def __init__(
+        self,
+        repository: str,
+        revision: str | None,
+        cache: Path,
+        tell: Callable[[Progress], None],
+    ) -> None:
+        self._repository = repository
+        self._revision = revision
+        self._cache = cache
+        self._shelf = Shelf(cache, repository)
+        self._tell = tell
+
+    def run(self) -> Resolution:
+        """Download what is missing; ``FetchError`` with the sentence for the user."""
+        self._tell(Progress("resolve"))
+        cached = self._shelf.cached(self._revision)
+        if cached is not None and (is_commit(self._revision) or constants.HF_HUB_OFFLINE):
+            return cached
+        if constants.HF_HUB_OFFLINE:
+            raise offline(self._repository, self._revision)
+        try:
+            info = self._ask()
+        except FetchError as error:
+            # What a branch meant yesterday is better than not to serve at all.
+            if cached is not None and temporary(error):
+                return cached
+            raise
+        try:
+            return self._fetch(info)
+        except Exception as error:
+            raise explain(error, self._repository, self._revision) from error
+
+    def _ask(self) -> ModelInfo:
+        token_file = os.environ.get("HF_TOKEN_PATH")
+        # huggingface_hub would go on without a token and be told of a missing model.
+        if token_file and not os.access(token_file, os.R_OK):
+            raise TokenRefused(
+                f"The token file {token_file} can't be read; correct token_file under [hub]."
+            )
+        try:
+            info = HfApi().model_info(
+                self._repository,
+                revision=self._revision,
+                files_metadata=True,
+                timeout=_ASK_SECONDS,
+            )
+        # What isn't a hub answers with anything, which ModelInfo takes for its fields.
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            known = explain(error, self._repository, self._revision)
+            if type(known) is not FetchError:
+                raise known from error
+            raise _no_hub() from error
+        except Exception as error:
+            raise explain(error, self._repository, self._revision) from error
+        if not is_commit(info.sha):
+            raise _no_hub()
+        return info
+
+    def _fetch(self, info: ModelInfo) -> Resolution:
+        commit = str(info.sha)
+        listed = {file.rfilename: file for file in info.siblings or ()}
+
+        def read(name: str) -> bytes:
+            if (listed[name].size or 0) > _MAX_INDEX:
+                raise FetchError(f"{INDEX} of {self._repository} is larger than any index.")
+            return Path(self._get(commit, name)).read_bytes()
+
+        self._cache.mkdir(parents=True, exist_ok=True)
+        with self._shelf.in_use():
+            chosen = select(self._repository, listed, read)
+            sizes = {name: listed[name].size or 0 for name in chosen.names}
+            missing = [n for n in chosen.names if not (self._shelf.snapshot(commit) / n).exists()]
+            self._check_space(listed[name] for name in missing)
+            meter = Meter(sum(sizes.values()), self._tell, time.monotonic)
+            meter.add(sum(size for name, size in sizes.items() if name not in missing))
+            for files in (chosen.first, chosen.weights):
+                self._get_all(commit, files, bar(meter))
+            resolution = self._shelf.verify(commit, sizes)
+            self._shelf.remember(self._revision, commit)
+        meter.finish()
+        return resolution
+
+    def _check_space(self, files: Iterable[RepoSibling]) -> None:
+        needed = 0
+        for file in files:
+            # The name of a blob in the cache, by which revisions share content.
+            blob = file.lfs.sha256 if file.lfs else file.blob_id
+            if blob is None or not self._shelf.has_blob(blob):
+                needed += file.size or 0
+        free = shutil.disk_usage(self._cache).free
+        if needed > free:
+            raise DiskFull(
+                f"{self._repository} needs {_readable(needed)} more on the disk of {self._cache}, "
+                f"where {_readable(free)} are free."
+            )
+
+    def _get_all(self, commit: str, names: Iterable[str], tqdm_class: type[Any]) -> None:
+        pool = ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="download")
+        futures = [pool.submit(self._get, commit, name, tqdm_class) for name in names]
+        # The first failure decides: the process ends with it, threads and all.
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        pool.shutdown(wait=False, cancel_futures=True)
+        for future in done:
+            future.result()
+
+    def _get(self, commit: str, name: str, tqdm_class: type[Any] | None = None) -> str:
+        return hf_hub_download(
+            self._repository,
+            name,
+            revision=commit,
+            cache_dir=self._cache,
+            tqdm_class=tqdm_class,
+        )
+
+
+def _no_hub() -> HubUnreachable:
+    return HubUnreachable(
+        f"{constants.ENDPOINT} doesn't answer as a hub does; "
+        "check endpoint under [hub] and the proxy settings."
+    )
+
+
+def _readable(size: int) -> str:
+    """``size`` bytes for people."""
+    value = float(size)
+    for unit in ("bytes", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
