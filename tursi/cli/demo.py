@@ -27,6 +27,7 @@ from tursi.cli.progress import Verdict, display, look, wait
 from tursi.cli.terminal import line, note, table, tolerate
 from tursi.model import DEFAULT_PORT
 
+TWISTD = Path(sys.executable).with_name("twistd")
 NAME = "all-MiniLM-L6-v2"
 WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 QUESTION = "How do I get my money back?"
@@ -123,7 +124,7 @@ class Daemon:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [
-                    str(Path(sys.executable).with_name("twistd")),
+                    str(TWISTD),
                     "-n",
                     "--pidfile=",
                     "tursi",

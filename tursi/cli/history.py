@@ -116,7 +116,7 @@ def _statistics(row: Mapping[str, Any]) -> Sequence[object]:
 
 
 def _event(event: Mapping[str, Any]) -> str:
-    cause = f" (because of {event['cause']})" if event.get("cause") else ""
+    cause = f" (cause: {event['cause']})" if event.get("cause") else ""
     about = f"{event['deployment']}: " if event.get("deployment") else ""
     return f"{local_time(event['at'])}  {event['kind']}  {about}{event['message']}{cause}"
 

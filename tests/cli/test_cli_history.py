@@ -1,0 +1,118 @@
+"""``tursi logs``, ``events`` and ``stats`` against scripted answers."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from threading import Event
+
+import pytest
+from scripted_api import Api, Reply, refusal, scripted_api
+
+from tursi.cli.connection import Exit
+
+EVENT = {
+    "id": 7,
+    "at": "2026-01-02T03:04:05Z",
+    "kind": "phase",
+    "deployment": "mini",
+    "message": "mini-1-0 is ready",
+    "cause": "it has been warmed up",
+    "worker": None,
+}
+MINUTE = {
+    "deployment": "mini",
+    "minute": "2026-01-02T03:04:00Z",
+    "requests": 4,
+    "errors": 1,
+    "prompt_tokens": 100,
+    "completion_tokens": 0,
+    "seconds": 0.5,
+    "queue_seconds": 0.1,
+}
+
+
+@pytest.fixture
+def api() -> Iterator[Api]:
+    with scripted_api() as running:
+        yield running
+
+
+def test_logs_prints_lines_made_harmless(api: Api) -> None:
+    api.on("GET", "/deployments/mini/logs", {"lines": ["one", "two\x1b[2J"]})
+    result = api.tursi("logs", "mini", "-n", "2")
+    assert (result.exit_code, result.stdout) == (Exit.OK, "one\ntwo\\x1b[2J\n")
+    assert api.asked[0].parameters == {"lines": "2"}
+    assert json.loads(api.tursi("logs", "mini", "--json").stdout)["lines"][0] == "one"
+
+
+def test_logs_follows_until_the_daemon_ends_the_stream(api: Api) -> None:
+    # U+2028 is no line end in an event stream, whatever str.splitlines thinks.
+    pieces = [
+        ': keep-alive\n\ndata: "o',
+        'ne"\r\n\r\n',
+        'data: "tw\u2028o"\n\n',
+    ]
+    api.on("GET", "/deployments/mini/logs", Reply(pieces=pieces))
+    result = api.tursi("logs", "mini", "-f")
+    assert result.stdout == "one\ntw\\u2028o\n"
+    assert result.exit_code == Exit.NO_DAEMON
+    assert "has ended the stream" in result.stderr
+    assert api.asked[0].parameters == {"lines": "100", "follow": "1"}
+    assert api.tursi("logs", "mini", "-f", "--json").stdout == '"one"\n"tw\\u2028o"\n'
+
+
+def test_ctrl_c_ends_following(api: Api) -> None:
+    api.on("GET", "/events", Reply(pieces=[f"id: 7\ndata: {json.dumps(EVENT)}\n\n"], hold=Event()))
+    code = "from tursi.cli import main; main()"
+    command = [sys.executable, "-c", code, "--socket", str(api.socket), "events", "-f", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline()) == EVENT
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr) == (Exit.INTERRUPTED, b"tursi: interrupted\n")
+    assert api.gone.wait(10)
+
+
+def test_following_what_does_not_exist_is_not_found(api: Api) -> None:
+    api.on("GET", "/deployments/x/logs", refusal(404, "deployment_not_found", "No such."))
+    assert api.tursi("logs", "x", "-f").exit_code == Exit.NOT_FOUND
+    assert api.tursi("logs", "x").exit_code == Exit.NOT_FOUND
+
+
+def test_events_say_what_happened_and_why(api: Api) -> None:
+    api.on("GET", "/events", {"events": [EVENT, {**EVENT, "deployment": None, "cause": None}]})
+    lines = api.tursi("events", "mini", "-n", "5").stdout.splitlines()
+    assert lines[0].endswith("  phase  mini: mini-1-0 is ready (cause: it has been warmed up)")
+    assert lines[1].endswith("  phase  mini-1-0 is ready")
+    assert api.asked[0].parameters == {"limit": "5", "deployment": "mini"}
+    assert json.loads(api.tursi("events", "--json").stdout)["events"][0] == EVENT
+    assert api.asked[1].parameters == {"limit": "50"}
+
+
+def test_events_follow(api: Api) -> None:
+    api.on("GET", "/events", Reply(pieces=[f"id: 7\ndata: {json.dumps(EVENT)}\n\n"]))
+    result = api.tursi("events", "-f")
+    assert "mini-1-0 is ready" in result.stdout
+    assert api.asked[0].parameters == {"limit": "50", "follow": "1"}
+
+
+def test_stats_have_a_row_per_minute_and_a_total(api: Api) -> None:
+    second = {**MINUTE, "requests": 1, "errors": 0, "seconds": 1.0, "queue_seconds": 0}
+    api.on("GET", "/deployments/mini/statistics", {"minutes": [MINUTE, second]})
+    result = api.tursi("stats", "mini", "--minutes", "5")
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert lines[0][:3] == ["MINUTE", "REQUESTS", "ERRORS"]
+    assert lines[1][2:] == ["4", "1", "125.0", "ms", "25.0", "ms", "100", "0"]
+    assert lines[3] == ["total", "5", "1", "300.0", "ms", "20.0", "ms", "200", "0"]
+    assert api.asked[0].parameters == {"minutes": "5"}
+    assert json.loads(api.tursi("stats", "mini", "--json").stdout)["minutes"][0] == MINUTE
+
+
+def test_stats_of_an_idle_deployment_say_so(api: Api) -> None:
+    api.on("GET", "/deployments/mini/statistics", {"minutes": []})
+    assert "no requests in the last 60 minutes" in api.tursi("stats", "mini").stdout
