@@ -1,0 +1,273 @@
+"""A worker without a model that speaks the real wire protocol and behaves as it is told.
+
+Run as ``python -I scripted_worker.py --option ...`` with its data socket on
+descriptor 3. Whatever can be said on the command line can also be said in a JSON
+file (``{"load_seconds": 2, "echo": true}``) that the LOAD frame names as the
+model's folder, or that lies in that folder as ``scripted.json``; that counts more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import heapq
+import itertools
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tursi import wire
+from tursi.errors import LoadError, by_code
+from tursi.model import Loaded, LoadOrder, Progress, Usage
+from tursi.wire import Kind
+
+DATA = 3
+STEP = 0.2
+"""Seconds between two PROGRESS frames."""
+
+
+def parser() -> argparse.ArgumentParser:
+    one = argparse.ArgumentParser()
+    one.add_argument("--no-hello", action="store_true")
+    one.add_argument("--protocol", type=int, default=wire.PROTOCOL_VERSION)
+    one.add_argument("--load-seconds", type=float, default=0.0, help="with progress all the while")
+    one.add_argument("--stall", action="store_true", help="load for ever, without progress")
+    one.add_argument("--fail", metavar="CODE:MESSAGE", help="say so instead of READY, and exit")
+    one.add_argument("--at", type=int, default=0, help="when what follows happens: request, 0=load")
+    one.add_argument("--hang", choices=("gil", "nogil", "stop"))
+    one.add_argument("--exit", type=int)
+    one.add_argument("--signal", type=int)
+    one.add_argument("--garbage", action="store_true")
+    one.add_argument("--close", action="store_true", help="close the data socket and live on")
+    one.add_argument("--fork", type=int, default=0, help="that many processes that escape")
+    one.add_argument("--flood", type=int, default=0, help="bytes to write to stdout and stderr")
+    one.add_argument("--leak", type=int, default=0, help="bytes to keep at every request")
+    one.add_argument("--ignore-term", action="store_true")
+    one.add_argument("--echo", action="store_true", help="answer with the request's own body")
+    one.add_argument("--delay", type=float, default=0.0, help="seconds before each answer")
+    one.add_argument("--stream", type=int, default=0, help="answer with that many events")
+    one.add_argument("--interval", type=float, default=0.02, help="seconds between two of them")
+    one.add_argument("--task", default="feature-extraction")
+    return one
+
+
+class ScriptedWorker:
+    def __init__(self, options: argparse.Namespace, data: socket.socket) -> None:
+        self.options = options
+        self.data = data
+        self.decoder = wire.Decoder()
+        self.timers: list[tuple[float, int, Callable[[], None]]] = []
+        self.serial = itertools.count()
+        self.order: LoadOrder | None = None
+        self.requests = 0
+        self.open: set[int] = set()
+        self.kept: list[bytes] = []
+        self.hung = False
+
+    # -- the loop
+
+    def run(self) -> None:
+        self.terminable()
+        print(f"scripted worker {os.getpid()} begins", flush=True)
+        if not self.options.no_hello:
+            hello = wire.Hello(self.options.protocol, os.getpid(), start_time())
+            self.send(wire.encode(Kind.HELLO, 0, msgspec.msgpack.encode(hello)))
+        while True:
+            wait = max(self.timers[0][0] - time.monotonic(), 0) if self.timers else None
+            if select.select([self.data], [], [], wait)[0]:
+                received = self.data.recv(1 << 18)
+                if not received:
+                    os._exit(0)
+                # All answers to what came in one read leave in one write.
+                answers = [self.answer(frame) for frame in self.decoder.feed(received)]
+                self.send(b"".join(answers))
+            while self.timers and self.timers[0][0] <= time.monotonic():
+                heapq.heappop(self.timers)[2]()
+
+    def later(self, seconds: float, what: Callable[[], None]) -> None:
+        heapq.heappush(self.timers, (time.monotonic() + seconds, next(self.serial), what))
+
+    def send(self, data: bytes) -> None:
+        if data:
+            self.data.sendall(data)
+
+    def terminable(self) -> None:
+        ignored = self.options.ignore_term
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if ignored else lambda *_: os._exit(0))
+
+    # -- frames
+
+    def answer(self, frame: wire.Frame) -> bytes:
+        match frame.kind:
+            case Kind.LOAD:
+                self.load(msgspec.msgpack.decode(frame.body, type=LoadOrder))
+            case Kind.REQUEST:
+                return self.request(frame.id, wire.decode_ask(frame.body))
+            case Kind.CANCEL:
+                self.open.discard(frame.id)
+            case Kind.PING:
+                return wire.encode(Kind.PONG, frame.id)
+            case Kind.SHUTDOWN:
+                if not self.options.ignore_term:
+                    os._exit(0)
+            case _:
+                raise wire.WireError(f"the daemon sent a frame of kind {frame.kind}")
+        return b""
+
+    def load(self, order: LoadOrder) -> None:
+        self.order = order
+        self.read_options(Path(order.folder))
+        self.terminable()
+        for _ in range(self.options.fork):
+            escape()
+        if self.options.flood:
+            threading.Thread(target=flood, args=(self.options.flood,), daemon=True).start()
+        if not self.options.stall:
+            self.step(time.monotonic())
+
+    def read_options(self, folder: Path) -> None:
+        path = folder if folder.is_file() else folder / "scripted.json"
+        if path.is_file():
+            options: dict[str, Any] = json.loads(path.read_bytes())
+            unknown = options.keys() - vars(self.options).keys()
+            if unknown:
+                sys.exit(f"unknown options: {unknown}")
+            vars(self.options).update(options)
+
+    def step(self, began: float) -> None:
+        done = time.monotonic() - began
+        total = self.options.load_seconds
+        if done < total:
+            progress = Progress("load", done, total, "seconds")
+            self.send(wire.encode(Kind.PROGRESS, 0, msgspec.msgpack.encode(progress)))
+            self.later(min(STEP, total - done), lambda: self.step(began))
+            return
+        if self.options.fail:
+            self.fail(*self.options.fail.split(":", 1))
+        if self.options.at == 0:
+            self.misbehave()
+        if not self.hung:
+            warm = msgspec.msgpack.encode(Progress("warm"))
+            loaded = Loaded(
+                task=(self.order and self.order.task) or self.options.task,
+                device="cpu",
+                dtype="float32",
+                load_seconds=total,
+                versions={"scripted": "1"},
+            )
+            ready = wire.encode(Kind.READY, 0, msgspec.msgpack.encode(loaded))
+            self.send(wire.encode(Kind.PROGRESS, 0, warm) + ready)
+
+    def fail(self, code: str, message: str) -> None:
+        words = wire.LastWords(code, message, "Traceback: as scripted")
+        self.send(wire.encode(Kind.FAILED, 0, msgspec.msgpack.encode(words)))
+        error = by_code().get(code, LoadError)
+        os._exit(getattr(error, "exit_status", LoadError.exit_status))
+
+    def request(self, id_: int, ask: wire.Ask) -> bytes:
+        self.requests += 1
+        if self.options.leak:
+            self.kept.append(os.urandom(self.options.leak))
+        if self.requests == self.options.at:
+            self.misbehave()
+        if self.hung:
+            return b""
+        if self.options.stream:
+            self.open.add(id_)
+            self.later(0, lambda: self.event(id_, 0))
+            return head(id_, "text/event-stream")
+        body = ask.body if self.options.echo else self.account(ask)
+        answer = head(id_, "application/json") + wire.encode(Kind.BODY, id_, body) + end(id_, 1)
+        if not self.options.delay:
+            return answer
+        self.open.add(id_)
+        self.later(self.options.delay, lambda: self.finish(id_, answer))
+        return b""
+
+    def account(self, ask: wire.Ask) -> bytes:
+        return json.dumps(
+            {"pid": os.getpid(), "route": ask.route, "request": self.requests, "id": ask.request_id}
+        ).encode()
+
+    def finish(self, id_: int, answer: bytes) -> None:
+        if id_ in self.open:
+            self.open.discard(id_)
+            self.send(answer)
+
+    def event(self, id_: int, number: int) -> None:
+        if id_ not in self.open:
+            return
+        if number == self.options.stream:
+            self.finish(id_, end(id_, number))
+            return
+        piece = b"data: %d\n\n" % number
+        self.send(wire.encode(Kind.TOKENS, 0, wire.encode_tokens([(id_, piece)])))
+        self.later(self.options.interval, lambda: self.event(id_, number + 1))
+
+    # -- misbehaviour
+
+    def misbehave(self) -> None:
+        options = self.options
+        if options.exit is not None:
+            os._exit(options.exit)
+        if options.signal is not None:
+            signal.signal(options.signal, signal.SIG_DFL) if options.signal != 9 else None
+            os.kill(os.getpid(), options.signal)
+        if options.garbage:
+            self.send(b"HTTP/1.1 200 OK\r\n\r\n" * 4)
+        if options.close:
+            self.data.close()
+            time.sleep(3600)
+        if options.hang == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif options.hang == "gil":
+            # PyDLL keeps the interpreter locked during the call.
+            ctypes.PyDLL(None).sleep(3600)
+        elif options.hang == "nogil":
+            # As when only the compute thread hangs: PINGs are still answered.
+            self.hung = True
+
+
+def head(id_: int, content_type: str) -> bytes:
+    return wire.encode(Kind.HEAD, id_, wire.encode_head(wire.Head(200, content_type, {})))
+
+
+def end(id_: int, tokens: int) -> bytes:
+    usage = Usage(prompt_tokens=1, completion_tokens=tokens, batch_size=1)
+    return wire.encode(Kind.END, id_, wire.encode_end(wire.End(usage, "")))
+
+
+def start_time() -> int:
+    return int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+
+
+def escape() -> None:
+    """A grandchild in a session of its own that ignores SIGTERM."""
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            os.close(DATA)
+            time.sleep(3600)
+        os._exit(0)
+    os.wait()
+
+
+def flood(count: int) -> None:
+    line = b"x" * 99 + b"\n"
+    for number in range(count // len(line)):
+        os.write(1 + number % 2, line)
+
+
+if __name__ == "__main__":
+    ScriptedWorker(parser().parse_args(), socket.socket(fileno=DATA)).run()

@@ -1,0 +1,208 @@
+"""One life of a worker: its link, its probe, its record."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.protocol import Factory
+
+from tursi import wire
+from tursi.config import Requests, Workers
+from tursi.lifecycle.inputs import Lifecycle
+from tursi.lifecycle.verdict import Intent, Verdict, classify
+from tursi.model import Loaded, LoadOrder, Progress, WorkerLife
+from tursi.supervision import procfs
+from tursi.supervision.life import Exit, Life
+from tursi.supervision.link import WorkerLink
+from tursi.supervision.logs import LifeLog
+from tursi.supervision.probe import Probe
+from tursi.wire import Hello, LastWords
+
+_SEND_BUFFER = 1024 * 1024
+"""Bytes: large bodies cross the socket in fewer turns."""
+
+
+class Session:
+    """Turns what one process says into inputs of the lifecycle.
+
+    ``feed`` gives an input to the machine and has its effects done; ``record``
+    takes the row of this life whenever it changes, ``progressed`` each step of
+    loading, ``relieved`` is called when a full socket has room again.
+    """
+
+    def __init__(
+        self,
+        life: WorkerLife,
+        *,
+        order: LoadOrder,
+        settings: Workers,
+        requests: Requests,
+        log: LifeLog,
+        reactor: Any,
+        machine: Lifecycle,
+        feed: Callable[..., None],
+        record: Callable[[WorkerLife], None],
+        progressed: Callable[[Progress], None],
+        relieved: Callable[[], None],
+        proc: Path,
+    ) -> None:
+        self.life = life
+        self.log = log
+        self.loaded: Loaded | None = None
+        self._intent: Intent | None = None
+        self._words: LastWords | None = None
+        self._order = order
+        self._settings = settings
+        self._reactor = reactor
+        self._machine = machine
+        self._feed = feed
+        self._record = record
+        self._progressed = progressed
+        self._relieved = relieved
+        self._proc = proc
+        self._ended = False
+        self._oom_kills = procfs.oom_kills(proc)
+        self.link = WorkerLink(
+            self,
+            name=life.deployment,
+            reference=life.uuid,
+            max_requests=requests.max_in_flight,
+            max_bytes=requests.max_worker_bytes,
+            clock=reactor,
+        )
+        self.probe = Probe(
+            clock=reactor,
+            period=settings.ping_seconds,
+            timeout=settings.ping_timeout,
+            send=self.link.ping,
+            answered=self._answered,
+            missed=self._missed,
+        )
+
+    # -- its process --------------------------------------------------------------------
+
+    def spawned(self, life: Life) -> None:
+        """Write down which process it is, and listen to it."""
+        self._change(
+            boot_id=life.boot_id,
+            keeper_pid=life.keeper_pid,
+            keeper_start_time=life.keeper_start_time,
+        )
+        with life.socket:
+            life.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+            # It duplicates the descriptor.
+            self._reactor.adoptStreamConnection(
+                life.socket.fileno(), socket.AF_UNIX, Factory.forProtocol(lambda: self.link)
+            )
+
+    def started(self, pid: int) -> None:
+        """The worker itself runs."""
+        self._change(worker_pid=pid)
+
+    def serves(self, at: float) -> None:
+        """It became ready."""
+        self._change(ready_at=at)
+
+    def intend(self, intent: Intent) -> None:
+        """Write down why the daemon ends it."""
+        self._intent = intent
+        self._change(intent=intent.name)
+
+    def exited(self, ending: Exit, at: float) -> Verdict:
+        """It has ended; why it has."""
+        verdict = classify(
+            ending,
+            self._intent,
+            self._words,
+            loading=self.life.ready_at is None,
+            out_of_memory=procfs.oom_kills(self._proc) > self._oom_kills,
+        )
+        self._change(
+            worker_pid=self.life.worker_pid or ending.worker_pid,
+            exit_status=ending.exit_status,
+            signal=ending.signal,
+            peak_rss=ending.peak_rss,
+            cpu_seconds=ending.cpu_seconds,
+        )
+        self.end(verdict, at)
+        return verdict
+
+    def end(self, verdict: Verdict, at: float) -> None:
+        """Nothing of it is left."""
+        self._ended = True
+        self.probe.stop()
+        self._change(ended_at=at, failure=verdict.failure, reason=verdict.reason)
+        self.log.line(f"the worker has ended: {verdict.reason}")
+
+    def _change(self, **facts: Any) -> None:
+        self.life = replace(self.life, **facts)
+        self._record(self.life)
+
+    # -- what it says (``link.Owner``) -----------------------------------------------------
+
+    def hello(self, hello: Hello) -> None:
+        """Let it load, if it speaks our language."""
+        if hello.protocol != wire.PROTOCOL_VERSION:
+            self._tell(
+                self._machine.incompatible,
+                f"the worker speaks version {hello.protocol} of the protocol and the daemon "
+                f"version {wire.PROTOCOL_VERSION}: install one version of Tursi only",
+            )
+            return
+        self._tell(self._machine.hello, "the worker has said hello")
+        self.link.load(self._order)
+
+    def progress(self, progress: Progress) -> None:
+        """Loading goes on."""
+        if not self._ended:
+            self._progressed(progress)
+            warm = progress.stage == "warm"
+            self._tell(self._machine.warming if warm else self._machine.advanced, progress.stage)
+
+    def ready(self, loaded: Loaded) -> None:
+        """It can serve."""
+        self.loaded = loaded
+        self._tell(self._machine.loaded, "the model is loaded")
+
+    def last_words(self, words: LastWords) -> None:
+        """It is about to exit."""
+        self._words = words
+        self._tell(self._machine.failing, words.message)
+
+    def pong(self) -> None:
+        """It lives."""
+        self._oom_kills = procfs.oom_kills(self._proc)
+        self.probe.pong()
+
+    def idle(self) -> None:
+        """A request has ended."""
+        if not self.link.in_flight:
+            self._tell(self._machine.drained, "nothing is in flight")
+
+    def relieved(self) -> None:
+        """It takes requests again."""
+        self._relieved()
+
+    def broke(self, reason: str) -> None:
+        """It can't be understood any more."""
+        self._tell(self._machine.broke, reason)
+
+    def lost(self) -> None:
+        """Its end of the socket has closed."""
+        self._tell(self._machine.lost, "its data socket has closed")
+
+    def _answered(self) -> None:
+        self._tell(self._machine.answered, "it answers again")
+
+    def _missed(self) -> None:
+        seconds = self._settings.ping_timeout
+        self._tell(self._machine.missed, f"a probe wasn't answered within {seconds:g} s")
+
+    def _tell(self, given: Callable[[str], None], cause: str) -> None:
+        # An old life's socket may close after the next life has begun.
+        if not self._ended:
+            self._feed(given, cause)

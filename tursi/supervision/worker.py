@@ -1,0 +1,435 @@
+"""One replica of a deployment, over all its lives."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+from uuid import uuid4
+
+from twisted.internet.defer import Deferred
+from twisted.logger import Logger
+
+from tursi.config import Requests, Workers
+from tursi.errors import QueueFull
+from tursi.lifecycle.inputs import Timer
+from tursi.lifecycle.machine import lifecycle
+from tursi.lifecycle.verdict import Intent, Verdict, not_spawned
+from tursi.model import (
+    FailureClass,
+    Loaded,
+    LoadOrder,
+    Phase,
+    Progress,
+    WorkerLife,
+    WorkerStatus,
+)
+from tursi.supervision import procfs
+from tursi.supervision.life import Exit, Launch, Life
+from tursi.supervision.link import Sink
+from tursi.supervision.logs import LifeLog
+from tursi.supervision.session import Session
+from tursi.wire import Ask
+
+log = Logger()
+
+_LOADS = frozenset({Phase.LOADING, Phase.WARMING})
+_PROBED = frozenset({Phase.READY, Phase.SUSPECT})
+_NO_PROCESS = frozenset(
+    {Phase.STOPPED, Phase.QUEUED, Phase.BACKOFF, Phase.QUARANTINED, Phase.FAILED}
+)
+_WAITS = frozenset({Phase.BACKOFF, Phase.QUARANTINED})
+_COMES_UP = frozenset({Phase.QUEUED, Phase.SPAWNING, Phase.LOADING, Phase.WARMING})
+
+
+class Observer(Protocol):
+    """Who is told about workers."""
+
+    def changed(self, worker: Worker, cause: str) -> None:
+        """Its phase or progress changed, or it takes requests again; ``cause`` is one clause."""
+
+    def life(self, life: WorkerLife) -> None:
+        """A row to insert or update."""
+
+
+class Monitor(Protocol):
+    """Who spawns (``supervision.monitor.WorkerMonitor``)."""
+
+    def addChild(self, child: Any) -> None:  # noqa: N802 - Twisted's manner
+        """Look after ``child``."""
+
+    def startProcess(self, name: str) -> None:  # noqa: N802 - the same
+        """Ask it whether to spawn now."""
+
+    def removeProcess(self, name: str) -> Deferred[None]:  # noqa: N802 - the same
+        """Forget it."""
+
+    def terminate(self, name: str) -> None:
+        """SIGTERM."""
+
+    def kill(self, name: str) -> None:
+        """SIGKILL to the tree."""
+
+
+class Worker:
+    """A lifecycle with its process: what the fleet, the monitor and the machine each see of it.
+
+    ``reactor`` gives monotonic timers and adopts sockets, ``now`` UTC epoch
+    seconds, ``random`` numbers in [0, 1); ``logs`` is the folder for a log file
+    per life; ``proc`` is where the kernel tells about processes.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        deployment: str,
+        replica: int,
+        generation: int,
+        order: LoadOrder,
+        command: tuple[str, ...],
+        environment: Mapping[str, str],
+        logs: Path,
+        settings: Workers,
+        requests: Requests,
+        monitor: Monitor,
+        reactor: Any,
+        random: Callable[[], float],
+        now: Callable[[], float],
+        observer: Observer,
+        proc: Path = procfs.PROC,
+    ) -> None:
+        self.name = name
+        self.deployment = deployment
+        self.replica = replica
+        self.generation = generation
+        self.phase = Phase.STOPPED
+        self.uuid: str | None = None
+        """Of the present life, or of the last one."""
+        self._order = order
+        self._command = command
+        self._environment = environment
+        self._logs = logs
+        self._settings = settings
+        self._requests = requests
+        self._monitor = monitor
+        self._reactor = reactor
+        self._now = now
+        self._observer = observer
+        self._proc = proc
+        self._machine = lifecycle(self, settings, _Feeding(reactor, self._feed), random)
+        self._actions: deque[Callable[[], None]] = deque()
+        self._acting = False
+        self._session: Session | None = None
+        self._monitored = False
+        self._may_spawn = False
+        self._lives = 0
+        self._wait: float | None = None
+        self._next_try_at: float | None = None
+        self._since = now()
+        self._reason: str | None = None
+        self._failure: FailureClass | None = None
+        self._progress: Progress | None = None
+        self._stopping: list[Deferred[None]] = []
+
+    # -- for the fleet --------------------------------------------------------------------
+
+    @property
+    def loaded(self) -> Loaded | None:
+        """What the present life has loaded."""
+        return self._session.loaded if self._session else None
+
+    @property
+    def log(self) -> LifeLog | None:
+        """The log of the present life."""
+        return self._session.log if self._session else None
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that it holds."""
+        return self._session.link.in_flight if self._session else 0
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes of the bodies of those."""
+        return self._session.link.queued_bytes if self._session else 0
+
+    def start(self) -> None:
+        """Queue; ``admit`` follows when there is room."""
+        self._reason = self._failure = None
+        self._feed(self._machine.start, "it shall run")
+
+    def admit(self) -> None:
+        """Spawn now."""
+        self._feed(self._machine.admit, "there is room for it")
+
+    def stop(self) -> Deferred[None]:
+        """Drain, SIGTERM, SIGKILL; fires when it has ended or can't be killed."""
+        stopped: Deferred[None] = Deferred()
+        self._stopping.append(stopped)
+        self._feed(self._machine.stop, "it was asked to stop")
+        self._end_stopping()
+        return stopped
+
+    def restart(self) -> None:
+        """Drain, end, and come back."""
+        self._feed(self._machine.restart, "it was asked to restart")
+
+    def reset(self) -> None:
+        """Forget its failures, and try again now if it had given up."""
+        self._reason = self._failure = None
+        self._feed(self._machine.reset, "its failures were forgotten")
+
+    def submit(self, ask: Ask, sink: Sink) -> int:
+        """Send a request; its id. ``QueueFull`` at the limits, and unless the phase is READY."""
+        if self.phase is not Phase.READY or self._session is None:
+            raise QueueFull("The worker isn't ready; try again shortly.", retry_after=1)
+        return self._session.link.submit(ask, sink)
+
+    def cancel(self, id: int) -> None:  # noqa: A002 - the frame's own word
+        """Stop working on a request; its sink hears nothing any more."""
+        if self._session is not None:
+            self._session.link.cancel(id)
+
+    def status(self) -> WorkerStatus:
+        """How it is now."""
+        pid = self._session.life.worker_pid if self._session else None
+        usage = procfs.usage(pid, self._proc) if pid else None
+        loaded = self.loaded
+        return WorkerStatus(
+            name=self.name,
+            replica=self.replica,
+            phase=self.phase,
+            since=self._since,
+            uuid=self.uuid,
+            generation=self.generation,
+            pid=pid,
+            reason=self._reason,
+            failure=self._failure,
+            restarts=max(self._lives - 1, 0),
+            next_try_at=self._next_try_at,
+            progress=self._progress,
+            in_flight=self.in_flight,
+            rss=usage.rss if usage else None,
+            cpu_seconds=usage.cpu_seconds if usage else None,
+            task=loaded.task if loaded else None,
+            device=loaded.device if loaded else None,
+            dtype=loaded.dtype if loaded else None,
+        )
+
+    # -- for the monitor (``monitor.Child``) ---------------------------------------------------
+
+    def may_spawn(self) -> bool:
+        """Whether to spawn now; when the restart timer has fired, this queues it."""
+        if not self._may_spawn:
+            self._feed(self._machine.retry, "its next try is due")
+        return self._may_spawn
+
+    def launch(self) -> Launch:
+        """A new life."""
+        self._may_spawn = False
+        self._lives += 1
+        self.uuid = uuid4().hex
+        life_log = LifeLog(
+            self._logs / f"{self.uuid}.log",
+            clock=self._now,
+            size=self._settings.log_bytes,
+            rate=self._settings.log_bytes_per_second,
+        )
+        self._session = Session(
+            WorkerLife(
+                uuid=self.uuid,
+                deployment=self.deployment,
+                generation=self.generation,
+                replica=self.replica,
+                boot_id="",
+                spawned_at=self._now(),
+            ),
+            order=self._order,
+            settings=self._settings,
+            requests=self._requests,
+            log=life_log,
+            reactor=self._reactor,
+            machine=self._machine,
+            feed=self._feed,
+            record=self._observer.life,
+            progressed=self._progressed,
+            relieved=lambda: self._notify("it takes requests again"),
+            proc=self._proc,
+        )
+        return Launch(self.uuid, self._command, self._environment, life_log)
+
+    def spawned(self, life: Life) -> None:
+        """The keeper is there."""
+        if self._session is not None:
+            self._session.spawned(life)
+
+    def worker_started(self, pid: int) -> None:
+        """The worker is there."""
+        if self._session is not None:
+            self._session.started(pid)
+
+    def spawn_failed(self, error: Exception) -> float | None:
+        """Nothing is there; seconds until the next try."""
+        return self._ended(not_spawned(error))
+
+    def exited(self, exit: Exit) -> float | None:  # noqa: A002 - the field's word
+        """Everything is gone; seconds until the next try, ``None`` to stay down."""
+        if self._session is None:
+            return None
+        return self._ended(self._session.exited(exit, self._now()))
+
+    def _ended(self, verdict: Verdict) -> float | None:
+        self._may_spawn = False
+        self._session = self._progress = None
+        self._failure = verdict.failure
+        self._feed(self._machine.exited, verdict)
+        return self._wait if self.phase in _WAITS else None
+
+    # -- for the lifecycle (``lifecycle.inputs.Effects``) ------------------------------------------
+
+    def announce(self, phase: Phase, cause: str) -> None:
+        """Take on the phase, and tell."""
+        self.phase = phase
+        self._since = self._now()
+        if phase in {Phase.READY, Phase.STOPPED}:
+            self._reason = self._failure = None
+        elif phase not in _COMES_UP:
+            # While it comes up again, why it had to is still of interest.
+            self._reason = cause
+        if phase not in _LOADS:
+            self._progress = None
+        if phase not in _WAITS:
+            self._wait = self._next_try_at = None
+        self._act(lambda: self._entered(phase, cause))
+
+    def spawn(self) -> None:
+        """Have the monitor spawn."""
+        self._act(self._spawn)
+
+    def drain(self) -> None:
+        """Say so if there is nothing in flight; else the link will."""
+        self._act(self._drain)
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self._act(lambda: self._monitor.terminate(self.name))
+
+    def kill(self) -> None:
+        """SIGKILL to the tree; what is in flight fails now."""
+        self._act(self._kill)
+
+    def intend(self, intent: Intent) -> None:
+        """Record why."""
+        self._act(lambda: self._intend(intent))
+
+    def settle(self) -> None:
+        """Nothing to wait for: host memory is free as soon as the process is gone."""
+        self._act(lambda: self._feed(self._machine.settled, "its memory is free"))
+
+    def retry(self, seconds: float) -> None:
+        """The monitor hears it as the answer to ``exited``."""
+        self._wait = seconds
+        self._next_try_at = self._now() + seconds
+
+    # -- acting ---------------------------------------------------------------------------------
+
+    def _feed(self, given: Callable[..., None], *arguments: Any) -> None:
+        """Give the machine an input, then do what it wants done.
+
+        Never while it is in a transition: what is done may give it inputs, and
+        the monitor wants to know at once what comes of ``exited``.
+        """
+        given(*arguments)
+        if self._acting:
+            return
+        self._acting = True
+        try:
+            while self._actions:
+                action = self._actions.popleft()
+                try:
+                    action()
+                except Exception:  # noqa: BLE001 - the deadlines see to what a defect leaves undone
+                    log.failure("{worker}: an action failed", worker=self.name)
+        finally:
+            self._acting = False
+
+    def _act(self, action: Callable[[], None]) -> None:
+        self._actions.append(action)
+
+    def _entered(self, phase: Phase, cause: str) -> None:
+        session = self._session
+        if session is not None:
+            if phase is Phase.READY and session.life.ready_at is None:
+                session.serves(self._now())
+            if phase in _PROBED:
+                session.probe.start()
+            else:
+                session.probe.stop()
+        log.info("{worker} is {phase}: {cause}", worker=self.name, phase=phase.value, cause=cause)
+        self._notify(cause)
+        self._end_stopping()
+
+    def _spawn(self) -> None:
+        self._may_spawn = True
+        if self._monitored:
+            self._monitor.startProcess(self.name)
+        else:
+            self._monitored = True
+            self._monitor.addChild(self)
+        if self._may_spawn:
+            self._ended(not_spawned(RuntimeError("the monitor isn't running")))
+
+    def _drain(self) -> None:
+        if not self.in_flight:
+            self._feed(self._machine.drained, "nothing is in flight")
+
+    def _kill(self) -> None:
+        self._monitor.kill(self.name)
+        if self._session is not None:
+            self._session.link.close()
+
+    def _intend(self, intent: Intent) -> None:
+        if self._session is not None:
+            self._session.intend(intent)
+
+    def _progressed(self, progress: Progress) -> None:
+        if self.phase in _LOADS:
+            self._progress = progress
+            self._act(lambda: self._notify(progress.stage))
+
+    def _notify(self, cause: str) -> None:
+        self._observer.changed(self, cause)
+
+    def _end_stopping(self) -> None:
+        """Tell who waits for the end, if it has come."""
+        if self.phase is Phase.STOPPED and self._monitored:
+            self._monitored = False
+            self._monitor.removeProcess(self.name).addBoth(lambda _: self._end_stopping())
+        elif self.phase is Phase.WEDGED or self.phase in _NO_PROCESS:
+            stopping, self._stopping = self._stopping, []
+            for stopped in stopping:
+                stopped.callback(None)
+
+
+class _Feeding:
+    """A clock whose calls go through ``feed``, so that what they cause is done."""
+
+    def __init__(self, clock: Any, feed: Callable[..., None]) -> None:
+        self._clock = clock
+        self._feed = feed
+
+    def seconds(self) -> float:
+        """Now."""
+        return float(self._clock.seconds())
+
+    def callLater(  # noqa: N802 - Twisted's name
+        self,
+        delay: float,
+        callable: Callable[..., object],  # noqa: A002 - Twisted's name
+        *args: object,
+    ) -> Timer:
+        """Call after ``delay`` seconds."""
+        timer: Timer = self._clock.callLater(delay, self._feed, callable, *args)
+        return timer
