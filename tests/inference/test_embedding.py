@@ -46,7 +46,8 @@ def states(folder: Path, text: str) -> torch.Tensor:
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
     inputs = tokenizer(text, return_tensors="pt", padding=False, truncation=False)
     with torch.inference_mode():
-        return model(**inputs)[0][0]
+        found: torch.Tensor = model(**inputs)[0][0]
+    return found
 
 
 def cosine(a: Any, b: Any) -> float:

@@ -392,7 +392,13 @@ def test_a_deadline_ends_a_stream_with_its_error(folder: Path) -> None:
 
 
 def test_a_seed_gives_the_same_text_alone_and_in_company(bench: Bench) -> None:
-    wish = {"max_tokens": 30, "temperature": 0.9, "top_p": 0.9, "seed": 7, "ignore_eos": True}
+    wish: dict[str, Any] = {
+        "max_tokens": 30,
+        "temperature": 0.9,
+        "top_p": 0.9,
+        "seed": 7,
+        "ignore_eos": True,
+    }
     (alone,) = texts(generate(bench, "hello", **wish))
     jobs = [bench.ask(ask(prompt, **wish)) for prompt in PROMPTS]
     bench.run()
@@ -404,7 +410,7 @@ def test_a_seed_gives_the_same_text_alone_and_in_company(bench: Bench) -> None:
 
 
 def test_choices_of_one_prompt_differ_and_repeat_by_seed(bench: Bench) -> None:
-    wish = {"max_tokens": 20, "temperature": 1.0, "seed": 1, "ignore_eos": True}
+    wish: dict[str, Any] = {"max_tokens": 20, "temperature": 1.0, "seed": 1, "ignore_eos": True}
     first = generate(bench, "hello", "paris", n=3, **wish)
     assert [choice.index for choice in first.choices] == list(range(6))
     assert len(set(texts(first))) == 6
@@ -509,7 +515,7 @@ def test_chat_uses_the_template(bench: Bench, reference: Reference) -> None:
         messages=messages, logprobs=0, sampling=Sampling(max_tokens=20, ignore_eos=True)
     )
     (result,) = bench.results(request, type_=Generated)
-    prompt = reference.tokenizer.apply_chat_template(
+    prompt: Any = reference.tokenizer.apply_chat_template(
         [{"role": m.role, "content": m.content} for m in messages],
         add_generation_prompt=True,
         return_dict=False,
@@ -571,7 +577,7 @@ def test_a_failed_forward_costs_its_rows_and_not_the_worker(
     def broken(*arguments: Any) -> torch.Tensor:
         raise RuntimeError("broken on purpose")
 
-    bench.engine._decoder.forward = broken  # type: ignore[method-assign] # the defect
+    bench.engine._decoder.forward = broken  # type: ignore[method-assign,assignment] # the defect
     bench.step()
     bench.engine._decoder.forward = forward  # type: ignore[method-assign] # mended
     assert bench.end(lost).error == "internal_error"

@@ -7,6 +7,7 @@ import faulthandler
 import os
 import socket
 import sys
+import traceback
 from pathlib import Path
 
 import msgspec
@@ -15,6 +16,7 @@ from tursi import wire
 from tursi.inference.connection import Connection
 
 DATA_DESCRIPTOR = 3
+_SOFTWARE_ERROR = 70
 _MALLOC_TRIM_THRESHOLD = -1
 _MALLOC_MMAP_THRESHOLD = -3
 
@@ -32,7 +34,11 @@ def main() -> None:
     from tursi.faces import TABLE
     from tursi.inference.worker import Worker
 
-    status = Worker(connection, TABLE).run()
+    try:
+        status = Worker(connection, TABLE).run()
+    except Exception:  # noqa: BLE001 - the daemon broke the protocol, or we have a defect
+        traceback.print_exc()
+        status = _SOFTWARE_ERROR
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: finalizing an interpreter with torch's threads in it can

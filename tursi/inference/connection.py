@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 
@@ -26,9 +27,16 @@ class Connection:
         return self._socket.fileno()
 
     def send(self, data: bytes) -> None:
-        """Write everything. A blocking write is the worker's back-pressure: the daemon reads."""
-        with self._lock:
-            self._socket.sendall(data)
+        """Write everything. A blocking write is the worker's back-pressure: the daemon reads.
+
+        Ends the process if the daemon is gone: nobody wants an answer, and a
+        model in the middle of a computation can't be asked to stop.
+        """
+        try:
+            with self._lock:
+                self._socket.sendall(data)
+        except ConnectionError:
+            os._exit(0)
 
     def receive(self) -> list[Frame] | None:
         """The frames that can be read now; ``None`` at the end of the stream.

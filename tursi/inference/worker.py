@@ -68,9 +68,7 @@ class Worker:
                         continue
                     frames = self._connection.receive()
                     if frames is None:
-                        # The daemon is gone: nobody wants an answer, and a
-                        # model in the middle of a computation can't be asked
-                        # to stop.
+                        # The daemon is gone, as in Connection.send.
                         os._exit(0)
                     for frame in frames:
                         self._received(frame)

@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import minilm
+import models
+import pytest
+import torch
+
+from tursi.errors import (
+    ArchitectureUnsupported,
+    DeviceUnavailable,
+    LoadError,
+    ModelFilesMissing,
+    ModelRefused,
+    OutOfMemory,
+    TaskUnsuitable,
+    WeightsCorrupt,
+)
+from tursi.inference import loader
+from tursi.inference.checkpoint import Checkpoint
+from tursi.inference.device import choose_device
+from tursi.inference.outbox import Outbox
+from tursi.model import Loaded, LoadOrder, Progress, Task
+
+SECONDS = 7.0
+
+
+def load(folder: Path, **order: Any) -> Loaded:
+    outbox = Outbox(lambda data: None, lambda job: None)
+    return loader.load(
+        LoadOrder("test", str(folder), **order), outbox, lambda progress: None, lambda: SECONDS
+    )[1]
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "sentence"),
+    [
+        (models.without_config, ModelFilesMissing, "has no config.json"),
+        (models.without_weights, ModelFilesMissing, "has no weights"),
+        (models.without_tokenizer, ModelFilesMissing, "has no tokenizer"),
+        (models.missing_shard, ModelFilesMissing, "1 of 2 weight files are missing"),
+        (models.git_lfs_pointer, ModelFilesMissing, "only a Git LFS pointer"),
+        (models.cut_short, WeightsCorrupt, "model.safetensors is damaged"),
+        (models.garbage, WeightsCorrupt, "model.safetensors is damaged"),
+        (models.other_shapes, WeightsCorrupt, r"has the shape \(32,\), not \(64,\)"),
+        (models.other_depth, WeightsCorrupt, "16 tensors are missing"),
+        (models.only_pickle, ModelRefused, "only as pytorch_model.bin, a pickle file"),
+        (models.remote_code, ModelRefused, "needs Python code from its own folder"),
+        (
+            models.unknown_architecture,
+            ArchitectureUnsupported,
+            "doesn't know the architecture 'TursiBertModel'",
+        ),
+    ],
+)
+def test_a_model_that_can_not_be_loaded_says_why(
+    tmp_path: Path, build: Callable[[Path], Path], error: type[LoadError], sentence: str
+) -> None:
+    with pytest.raises(error, match=sentence):
+        load(build(tmp_path))
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ModelFilesMissing, match="There is no model folder"):
+        load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\xff", "[" * 100_000])
+def test_a_config_that_is_no_json_object(tmp_path: Path, text: str) -> None:
+    models.bare(tmp_path)
+    (tmp_path / "config.json").write_text(text, "latin-1")
+    with pytest.raises(WeightsCorrupt, match=r"isn't (valid JSON|a JSON object)"):
+        load(tmp_path)
+
+
+def test_a_config_with_wrong_types(tmp_path: Path) -> None:
+    models.bare(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}), "utf-8")
+    with pytest.raises(WeightsCorrupt, match="configuration can't be read"):
+        load(tmp_path)
+
+
+def test_a_tokenizer_that_is_damaged(tmp_path: Path) -> None:
+    models.bare(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}", "utf-8")
+    with pytest.raises(WeightsCorrupt, match="tokenizer can't be read"):
+        load(tmp_path)
+
+
+def test_files_outside_of_the_folder_are_refused(tmp_path: Path) -> None:
+    models.missing_shard(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "../other.safetensors"}}), "utf-8")
+    with pytest.raises(WeightsCorrupt, match="point outside"):
+        load(tmp_path)
+
+
+# -- the task --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("build", "task"),
+    [
+        (models.chat, Task.TEXT_GENERATION),
+        (models.classifier, Task.TEXT_CLASSIFICATION),
+        (models.fill_mask, Task.FILL_MASK),
+        (models.bare, Task.FEATURE_EXTRACTION),
+        (models.sentence, Task.FEATURE_EXTRACTION),
+    ],
+)
+def test_the_task_comes_from_the_files(
+    tmp_path: Path, build: Callable[[Path], Path], task: Task
+) -> None:
+    loaded = load(build(tmp_path))
+    assert loaded.task == task.value
+    assert (loaded.device, loaded.dtype) == (str(choose_device("auto")), "float32")
+    assert set(loaded.versions) == {"python", "torch", "transformers", "tokenizers"}
+
+
+def test_sentence_files_come_before_the_architecture(tmp_path: Path) -> None:
+    models.fill_mask(tmp_path)
+    modules = [{"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"}]
+    (tmp_path / "modules.json").write_text(json.dumps(modules), "utf-8")
+    assert Checkpoint(tmp_path).task(None) is Task.FEATURE_EXTRACTION
+
+
+def test_the_readme_decides_where_the_weights_can_do_it(tmp_path: Path) -> None:
+    models.fill_mask(tmp_path)
+    readme = tmp_path / "README.md"
+    readme.write_text("---\nlicense: mit\npipeline_tag: sentence-similarity\n---\n", "utf-8")
+    assert Checkpoint(tmp_path).task(None) is Task.FEATURE_EXTRACTION
+    readme.write_text("---\npipeline_tag: text-generation\n---\n", "utf-8")
+    assert Checkpoint(tmp_path).task(None) is Task.FILL_MASK
+    readme.write_text("---\npipeline_tag: video-to-smell\n---\n", "utf-8")
+    assert Checkpoint(tmp_path).task(None) is Task.FILL_MASK
+
+
+def test_the_user_decides_first(tmp_path: Path) -> None:
+    assert load(models.classifier(tmp_path), task="embeddings").task == "feature-extraction"
+
+
+@pytest.mark.parametrize(
+    ("build", "task", "sentence"),
+    [
+        (models.bare, "text-classification", "BertModel, which does feature-extraction"),
+        (models.fill_mask, "text-generation", "BertForMaskedLM, which does fill-mask"),
+        (models.chat, "fill-mask", "LlamaForCausalLM, which does text-generation"),
+        (models.bare, "juggling", "doesn't know the task 'juggling'"),
+    ],
+)
+def test_a_task_that_the_model_can_not_do(
+    tmp_path: Path, build: Callable[[Path], Path], task: str, sentence: str
+) -> None:
+    with pytest.raises(TaskUnsuitable, match=sentence):
+        load(build(tmp_path), task=task)
+
+
+def test_a_head_that_the_weights_lack_is_not_made_up(tmp_path: Path) -> None:
+    models.bare(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    del config["architectures"]
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    with pytest.raises(TaskUnsuitable, match=r"weights lack the head for it \(classifier.bias\)"):
+        load(tmp_path, task="text-classification")
+    with pytest.raises(TaskUnsuitable, match="can't tell what this model does"):
+        load(tmp_path)
+
+
+def test_an_architecture_of_another_kind_of_task(tmp_path: Path) -> None:
+    models.bare(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    config |= {"model_type": "whisper", "architectures": ["WhisperForConditionalGeneration"]}
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    with pytest.raises(TaskUnsuitable, match="can't tell what WhisperForConditionalGeneration"):
+        load(tmp_path)
+
+
+# -- device, dtype, memory -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu", "cuda:x"])
+def test_a_device_that_is_not_there(tmp_path: Path, device: str) -> None:
+    with pytest.raises(DeviceUnavailable, match=device):
+        load(models.bare(tmp_path), device=device)
+
+
+def test_there_is_no_apple_gpu_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    with pytest.raises(DeviceUnavailable, match="there is no Apple GPU"):
+        load(models.bare(tmp_path), device="mps")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_each_dtype(tmp_path: Path, dtype: str) -> None:
+    for build in (models.sentence, models.chat):
+        loaded = load(build(tmp_path / build.__name__), device="cpu", dtype=dtype)
+        assert loaded.dtype == dtype
+
+
+def test_auto_keeps_the_dtype_of_the_checkpoint(tmp_path: Path) -> None:
+    models.bare(tmp_path)
+    from transformers import AutoModel
+
+    AutoModel.from_pretrained(tmp_path).to(torch.bfloat16).save_pretrained(tmp_path)
+    assert load(tmp_path).dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_running_out_of_memory_has_its_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def exhausted(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("transformers.AutoModel.from_pretrained", exhausted)
+    with pytest.raises(OutOfMemory, match="isn't enough memory on auto to load"):
+        load(models.bare(tmp_path))
+
+
+def test_progress_counts_tensors_up_to_all_of_them() -> None:
+    seen: list[Progress] = []
+    outbox = Outbox(lambda data: None, lambda job: None)
+    order = LoadOrder("test", str(minilm.minilm_folder()))
+    loader.load(order, outbox, seen.append, lambda: SECONDS)
+    assert [progress.stage for progress in seen] == ["load"] * (len(seen) - 1) + ["warm"]
+    done = [progress.done for progress in seen if progress.done is not None]
+    assert done == sorted(done)
+    assert (seen[-2].done, seen[-2].unit) == (seen[-2].total, "tensors")
+    assert len(done) > 50
