@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 from urllib.parse import unquote
@@ -189,6 +189,10 @@ class Table:
             for route in sorted(routes, key=lambda route: -len(route.path))
             if route.model == "path"
         ]
+
+    def __iter__(self) -> Iterator[Route]:
+        """Every route."""
+        return iter(self._by_name.values())
 
     def find(self, path: str) -> Match | None:
         """The route of a request path (still percent-encoded), or ``None``."""

@@ -1,0 +1,8 @@
+"""The HTTP front: inference by the faces' routes, control and everything else by Klein."""
+
+from __future__ import annotations
+
+from tursi.api.front import Front
+from tursi.api.info import Info
+
+__all__ = ["Front", "Info"]

@@ -1,0 +1,204 @@
+"""One HTTP connection: its deadlines, and how it ends when a request is refused on the way."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet.address import UNIXAddress
+from twisted.internet.interfaces import ITCPTransport
+from twisted.internet.protocol import connectionDone
+from twisted.python.failure import Failure
+from twisted.web import http
+
+from tursi.errors import InvalidRequest, RequestTimeout, TursiError
+from tursi.faces.openai import errors
+from tursi.faces.route import status_of
+
+if TYPE_CHECKING:
+    from tursi.api.request import Request
+    from tursi.api.site import Site
+
+_LINGER_SECONDS = 2.0
+"""How long what the client still sends is thrown away, so that it can read its refusal."""
+_FLUSH_SECONDS = 15.0
+"""How long an idle connection may take to send what is left when it is closed."""
+_NEVER = math.inf
+_MALFORMED = (
+    "The request isn't valid HTTP/1.1, or its headers are larger than 16 KiB or more than 100."
+)
+
+
+class Channel(http.HTTPChannel):
+    """An HTTP/1.1 connection with absolute deadlines.
+
+    Twisted's own time-out starts anew with every byte, so a client that sends
+    one byte now and then could hold a connection for ever. Here the headers, the
+    body and the pause between requests each have to end at a fixed time; the
+    site looks at ``deadline`` once in a while, which costs a request nothing.
+    """
+
+    site: Site
+    transport: Any
+    _networkProducer: Any  # noqa: N815 - Twisted's name
+    maxHeaders = 100  # noqa: N815 - Twisted's name
+    local = False
+    """Whether it came by a Unix socket."""
+    deadline = _NEVER
+    """Monotonic time, in seconds, at which ``overdue`` is called."""
+    _stage = "idle"
+    """What is waited for: idle, headers, body, answer, or closing."""
+
+    # -- the connection's life -----------------------------------------------------
+
+    def connectionMade(self) -> None:  # noqa: N802 - Twisted's name
+        """Begin; a peer that vanishes without a word is found by TCP keep-alive."""
+        super().connectionMade()
+        if ITCPTransport.providedBy(self.transport):
+            self.transport.setTcpKeepAlive(True)
+        self.local = isinstance(self.transport.getHost(), UNIXAddress)
+        self._wait("idle", self.site.settings.idle_seconds)
+        self.site.opened(self)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: N802 - Twisted's name
+        """End; requests in progress are told."""
+        self.deadline = _NEVER
+        self.site.closed(self)
+        super().connectionLost(reason)
+
+    def _wait(self, stage: str, seconds: float) -> None:
+        self._stage = stage
+        self.deadline = self.site.reactor.seconds() + seconds
+
+    def answer_within(self, seconds: float) -> None:
+        """Call the request's ``overdue`` unless it is finished in time."""
+        self._wait("answer", seconds)
+
+    def overdue(self) -> None:
+        """The deadline has passed."""
+        self.deadline = _NEVER
+        match self._stage:
+            case "idle":
+                self._wait("closing", _FLUSH_SECONDS)
+                self.loseConnection()
+            case "answer":
+                self.requests[0].overdue()
+            case "closing":
+                self.transport.abortConnection()
+            case stage:
+                self.refuse(RequestTimeout(f"The {stage} of the request did not arrive in time."))
+
+    def abort(self) -> None:
+        """Close at once, whatever is still to be sent."""
+        self.transport.abortConnection()
+
+    @property
+    def request_line(self) -> tuple[bytes, bytes]:
+        """Method and target of the request that is being received."""
+        return self._command, self._path
+
+    @property
+    def congested(self) -> bool:
+        """Whether the client reads more slowly than is written to it."""
+        return bool(self._waitingForTransport)
+
+    # -- receiving -------------------------------------------------------------------
+
+    def dataReceived(self, data: bytes) -> None:  # noqa: N802 - Twisted's name
+        """Bytes from the client; dropped once a request was refused."""
+        if self._stage == "closing":
+            return
+        if self._stage == "idle":
+            self._wait("headers", self.site.settings.header_seconds)
+        super().dataReceived(data)
+
+    def lineReceived(self, line: bytes) -> None:  # noqa: N802 - Twisted's name
+        """A line of the headers."""
+        if self._stage != "closing":
+            super().lineReceived(line)
+
+    def rawDataReceived(self, data: bytes) -> None:  # noqa: N802 - Twisted's name
+        """A piece of a body, or of what follows the request in progress."""
+        if self._stage != "closing":
+            super().rawDataReceived(data)
+
+    def headerReceived(self, line: bytes) -> bool:  # noqa: N802 - Twisted's name
+        """A header."""
+        if self._stage == "closing":
+            return False
+        try:
+            return bool(super().headerReceived(line))
+        except ValueError:
+            # A Content-Length of more digits than int() takes.
+            self._respondToBadRequestAndDisconnect()
+            return False
+
+    def lineLengthExceeded(self, line: bytes) -> None:  # noqa: ARG002, N802 - Twisted's name
+        """A line longer than all headers together may be."""
+        self._respondToBadRequestAndDisconnect()
+
+    def allHeadersReceived(self) -> None:  # noqa: N802 - Twisted's name
+        """Decide by the headers whether the body is wanted."""
+        if self.length != 0:
+            self._wait("body", self.site.settings.body_seconds)
+        super().allHeadersReceived()
+
+    def _send100Continue(self) -> None:  # noqa: N802 - Twisted's name
+        if self._stage != "closing":
+            super()._send100Continue()
+
+    def allContentReceived(self) -> None:  # noqa: N802 - Twisted's name
+        """Answer the request, unless it was refused."""
+        if self._stage == "closing":
+            return
+        self._stage, self.deadline = "answer", _NEVER
+        super().allContentReceived()
+
+    def requestDone(self, request: Request) -> None:  # noqa: N802 - Twisted's name
+        """The request is answered; the next may be here already."""
+        settings = self.site.settings
+        if not self.persistent:
+            self._wait("closing", settings.idle_seconds)
+        elif any(self._dataBuffer):
+            self._wait("headers", settings.header_seconds)
+        else:
+            self._wait("idle", settings.idle_seconds)
+        super().requestDone(request)
+
+    # -- refusing ----------------------------------------------------------------------
+
+    def _respondToBadRequestAndDisconnect(self) -> None:  # noqa: N802 - Twisted's name
+        self.refuse(InvalidRequest(_MALFORMED))
+
+    def refuse(self, error: TursiError) -> None:
+        """Answer the request that is being received with ``error``, and close.
+
+        Closing with unread bytes would reset the connection, and a client
+        that is still sending would never see the answer. So only our half is
+        closed, and for a while the rest is read and thrown away.
+        """
+        if self._stage == "closing":
+            return
+        self._wait("closing", _LINGER_SECONDS)
+        status, body = status_of(error), errors.answer(error).body
+        length = len(body)
+        request_id = self.requests[-1].request_id if self.requests else self.site.new_id()
+        if getattr(self, "_command", b"") == b"HEAD":
+            body = b""
+        self.transport.write(
+            b"HTTP/1.1 %d %s\r\n"
+            b"Content-Type: application/json\r\n"
+            b"Content-Length: %d\r\n"
+            b"Connection: close\r\n"
+            b"X-Request-Id: %s\r\n\r\n"
+            % (status, http.RESPONSES.get(status, b"Error"), length, request_id)
+            + body
+        )
+        self._networkProducer.unregisterProducer()
+        self._networkProducer.resumeProducing()
+        self.setRawMode()
+        # A TLS transport can't close one half.
+        close_half: Any = getattr(
+            self.transport, "loseWriteConnection", self.transport.loseConnection
+        )
+        close_half()

@@ -1,0 +1,92 @@
+"""The daemon itself: status, health, metrics, and the description of all this."""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+
+from tursi.api.endpoint import Status, Text, endpoint
+from tursi.api.fleet import Fleet
+from tursi.api.info import Info
+from tursi.api.messages import (
+    Counts,
+    DaemonStatus,
+    Document,
+    Health,
+    ListenerView,
+    Readiness,
+)
+from tursi.api.metrics import Metrics
+from tursi.model import Desired, Phase, Role
+
+_AT_REST = frozenset({Phase.STOPPED, Phase.FAILED, Phase.QUARANTINED, Phase.WEDGED})
+_PACKAGES = ("twisted", "klein", "msgspec", "torch", "transformers", "huggingface-hub")
+
+
+class Daemon:
+    """Handlers for what concerns no single deployment; ``document`` describes them all."""
+
+    def __init__(self, fleet: Fleet, metrics: Metrics, info: Info, document: Document) -> None:
+        self._fleet = fleet
+        self._metrics = metrics
+        self._info = info
+        self._document = document
+
+    @endpoint("GET", "/status", role=Role.CONTROL, reply=DaemonStatus)
+    def status(self) -> DaemonStatus:
+        """Show how the daemon is."""
+        info, deployments = self._info, self._fleet.deployments()
+        return DaemonStatus(
+            version=info.version,
+            pid=info.pid,
+            started_at=info.started_at,
+            state=info.state,
+            listeners=[ListenerView(each.endpoint, [*each.roles]) for each in info.listeners],
+            versions=_versions(),
+            counts=Counts(
+                deployments=len(deployments),
+                workers=sum(len(each.workers) for each in deployments),
+                ready=sum(each.ready for each in deployments),
+                queued=sum(each.queued for each in deployments),
+                in_flight=sum(each.in_flight for each in deployments),
+            ),
+        )
+
+    @endpoint("GET", "/health", role=Role.HEALTH, reply=Health)
+    def health(self) -> Health:
+        """Tell whether every deployment is well; ``degraded`` means that one is not."""
+        return Health(*self._fleet.health())
+
+    @endpoint("GET", "/ready", role=Role.HEALTH, reply=Readiness, statuses=(200, 503))
+    def ready(self) -> Readiness | Status[Readiness]:
+        """Tell whether any deployment is still on its way."""
+        waiting = [
+            each.name
+            for each in self._fleet.deployments()
+            if each.desired is Desired.RUNNING and not each.ready and each.phase not in _AT_REST
+        ]
+        reply = Readiness(not waiting, waiting)
+        return Status(503, reply) if waiting else reply
+
+    @endpoint("GET", "/metrics", role=Role.METRICS, reply=bytes, media="text/plain")
+    def metrics(self, accept: str) -> Text:
+        """Tell everything that is counted, in the formats of Prometheus."""
+        return Text(*self._metrics.text(accept))
+
+    @endpoint("GET", "/openapi.json", role=None, reply=Document)
+    def openapi(self) -> Document:
+        """Describe this interface in OpenAPI 3.1."""
+        return self._document
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """What the installation is made of."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,220 @@
+"""Control of deployments, and their history."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from tursi.api.endpoint import Status, endpoint, jsonable
+from tursi.api.fleet import Fleet
+from tursi.api.messages import (
+    AllEventsQuery,
+    Deployed,
+    DeploymentBody,
+    Deployments,
+    Events,
+    EventsQuery,
+    Generations,
+    Lines,
+    Lives,
+    LivesQuery,
+    LogsQuery,
+    Minutes,
+    NewDeploymentBody,
+    ScaleBody,
+    StatisticsQuery,
+    Workers,
+)
+from tursi.api.stream import Follow
+from tursi.errors import DeploymentNotFound
+from tursi.model import DeploymentStatus, Event, Reference, Request, Role
+
+_CONTROL: dict[str, Any] = {"role": Role.CONTROL}
+_ACCEPTED: dict[str, Any] = {**_CONTROL, "reply": DeploymentStatus, "statuses": (202,)}
+
+
+class DeploymentControl:
+    """Handlers under ``/deployments`` and ``/events``."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    @endpoint("GET", "/deployments", reply=Deployments, **_CONTROL)
+    def list(self) -> Deployments:
+        """List all deployments."""
+        return Deployments([*self._fleet.deployments()])
+
+    @endpoint(
+        "POST",
+        "/deployments",
+        body=NewDeploymentBody,
+        reply=Deployed,
+        statuses=(200, 201),
+        **_CONTROL,
+    )
+    async def create(
+        self,
+        name: str | None,
+        model: str,
+        task: str | None,
+        device: str | None,
+        dtype: str | None,
+        replicas: int | None,
+        by: str,
+    ) -> Deployed | Status[Deployed]:
+        """Deploy a model, or change its deployment, under its own or a given name."""
+        chosen = name if name is not None else Reference.parse(model).short_name
+        return await self.put(chosen, model, task, device, dtype, replicas, by)
+
+    @endpoint(
+        "PUT", "/deployments/<name>", body=DeploymentBody, reply=Deployed, statuses=(200, 201),
+        **_CONTROL,
+    )  # fmt: skip
+    async def put(
+        self,
+        name: str,
+        model: str,
+        task: str | None,
+        device: str | None,
+        dtype: str | None,
+        replicas: int | None,
+        by: str,
+    ) -> Deployed | Status[Deployed]:
+        """Create the deployment, or change it; the answer comes once that is durable."""
+        request = Request(model=model, task=task, device=device or "auto", dtype=dtype or "auto")
+        deployment, outcome = await self._fleet.deploy(
+            name, request, replicas or self._replicas(name), by
+        )
+        reply = Deployed(deployment, outcome)
+        return Status(201, reply) if outcome == "created" else reply
+
+    def _replicas(self, name: str) -> int:
+        try:
+            return self._fleet.deployment(name).replicas
+        except DeploymentNotFound:
+            return 1
+
+    @endpoint("GET", "/deployments/<name>", reply=DeploymentStatus, **_CONTROL)
+    def show(self, name: str) -> DeploymentStatus:
+        """Show how the deployment is."""
+        return self._fleet.deployment(name)
+
+    @endpoint("DELETE", "/deployments/<name>", **_ACCEPTED)
+    async def remove(self, name: str, by: str) -> DeploymentStatus:
+        """Delete the deployment; its workers finish what they are at. Its history stays."""
+        return await self._fleet.remove(name, by)
+
+    @endpoint("POST", "/deployments/<name>/start", **_ACCEPTED)
+    async def start(self, name: str, by: str) -> DeploymentStatus:
+        """Start the deployment, also one that has given up."""
+        return await self._fleet.start(name, by)
+
+    @endpoint("POST", "/deployments/<name>/stop", **_ACCEPTED)
+    async def stop(self, name: str, by: str) -> DeploymentStatus:
+        """Stop the deployment; its workers finish what they are at."""
+        return await self._fleet.stop(name, by)
+
+    @endpoint("POST", "/deployments/<name>/restart", **_ACCEPTED)
+    async def restart(self, name: str, by: str) -> DeploymentStatus:
+        """Restart the deployment's workers."""
+        return await self._fleet.restart(name, by)
+
+    @endpoint("POST", "/deployments/<name>/scale", body=ScaleBody, **_ACCEPTED)
+    async def scale(self, name: str, replicas: int, by: str) -> DeploymentStatus:
+        """Run that many replicas of the deployment."""
+        return await self._fleet.scale(name, replicas, by)
+
+    # -- history ------------------------------------------------------------------------
+
+    @endpoint("GET", "/deployments/<name>/workers", reply=Workers, **_CONTROL)
+    def workers(self, name: str) -> Workers:
+        """List the deployment's workers."""
+        return Workers([*self._fleet.deployment(name).workers])
+
+    @endpoint("GET", "/deployments/<name>/generations", reply=Generations, **_CONTROL)
+    async def generations(self, name: str) -> Generations:
+        """List the deployment's versions."""
+        return Generations(await self._fleet.generations(name))
+
+    @endpoint("GET", "/deployments/<name>/lives", query=LivesQuery, reply=Lives, **_CONTROL)
+    async def lives(self, name: str, limit: int) -> Lives:
+        """List the lives of the deployment's workers."""
+        return Lives(await self._fleet.lives(name, limit))
+
+    @endpoint(
+        "GET", "/deployments/<name>/statistics", query=StatisticsQuery, reply=Minutes, **_CONTROL
+    )
+    async def statistics(self, name: str, minutes: int) -> Minutes:
+        """Show what the deployment has done, by minute."""
+        return Minutes(await self._fleet.statistics(name, minutes))
+
+    @endpoint(
+        "GET", "/deployments/<name>/logs", query=LogsQuery, reply=Lines, follow=str, **_CONTROL
+    )
+    async def logs(self, name: str, lines: int, follow: bool) -> Lines | Follow[str]:
+        """Show what the deployment's workers have written."""
+        if not follow:
+            return Lines(await self._fleet.log_tail(name, lines))
+        self._fleet.deployment(name)
+        return Follow(
+            subscribe=lambda callback: self._fleet.follow_log(name, callback),
+            history=lambda: self._fleet.log_tail(name, lines),
+            unseen=_beyond,
+            encode=_line,
+        )
+
+    @endpoint(
+        "GET", "/deployments/<name>/events", query=EventsQuery, reply=Events, follow=Event,
+        **_CONTROL,
+    )  # fmt: skip
+    async def deployment_events(
+        self,
+        name: str,
+        after: int,
+        limit: int,
+        follow: bool,
+    ) -> Events | Follow[Event]:
+        """List what has happened to the deployment."""
+        self._fleet.deployment(name)
+        return await self.events(after, limit, follow, name)
+
+    @endpoint("GET", "/events", query=AllEventsQuery, reply=Events, follow=Event, **_CONTROL)
+    async def events(
+        self,
+        after: int,
+        limit: int,
+        follow: bool,
+        deployment: str | None,
+    ) -> Events | Follow[Event]:
+        """List what has happened."""
+        if not follow:
+            return Events(await self._fleet.events(deployment, after, limit))
+        return Follow(
+            subscribe=lambda callback: self._fleet.watch(deployment, callback),
+            history=lambda: self._fleet.events(deployment, after, limit),
+            unseen=_later,
+            encode=_event,
+        )
+
+
+def _beyond(history: Sequence[str], early: Sequence[str]) -> Sequence[str]:
+    """Lines of ``early`` after those that ``history`` already ends with."""
+    for length in range(min(len(history), len(early)), 0, -1):
+        if history[-length:] == early[:length]:
+            return early[length:]
+    return early
+
+
+def _line(text: str) -> bytes:
+    return b"data: " + msgspec.json.encode(text) + b"\n\n"
+
+
+def _later(history: Sequence[Event], early: Sequence[Event]) -> Sequence[Event]:
+    last = history[-1].id if history else 0
+    return [event for event in early if event.id > last]
+
+
+def _event(event: Event) -> bytes:
+    return b"id: %d\ndata: " % event.id + msgspec.json.encode(jsonable(event)) + b"\n\n"

@@ -1,0 +1,168 @@
+"""The fleet, as far as the HTTP front needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from tursi.errors import TursiError
+from tursi.fleet import Part, Work
+from tursi.model import (
+    CatalogueEntry,
+    DeploymentStatus,
+    Event,
+    Generation,
+    Minute,
+    Request,
+    Usage,
+    WorkerLife,
+)
+
+
+class Head(Protocol):
+    """Status and headers of an answer."""
+
+    @property
+    def status(self) -> int:
+        """HTTP status."""
+        ...
+
+    @property
+    def content_type(self) -> str:
+        """Also says whether the answer is a stream of events."""
+        ...
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Further headers."""
+        ...
+
+
+class End(Protocol):
+    """The end of an answer."""
+
+    @property
+    def usage(self) -> Usage:
+        """What it cost."""
+        ...
+
+    @property
+    def error(self) -> str:
+        """The code of the error that the answer told, or empty."""
+        ...
+
+
+class Sink(Protocol):
+    """Where an answer goes; exactly one of ``end`` and ``failed`` ends it."""
+
+    def head(self, head: Head) -> None:
+        """The answer begins."""
+        ...
+
+    def body(self, data: bytes) -> None:
+        """Bytes of it."""
+        ...
+
+    def end(self, end: End) -> None:
+        """It is complete."""
+        ...
+
+    def failed(self, error: TursiError) -> None:
+        """There is no more of it, because of ``error``."""
+        ...
+
+
+class Ticket(Protocol):
+    """A request on its way."""
+
+    def cancel(self) -> None:
+        """Do no more work for it; its sink hears nothing any more."""
+        ...
+
+
+class Fleet(Protocol):
+    """What serves models; every change it answers for is durable."""
+
+    def submit(self, model: str, work: Work, sink: Sink) -> Ticket:
+        """Hand over a request, or raise the error to answer with."""
+        ...
+
+    def find(self, model: str) -> str:
+        """The deployment's name for its name or full reference; ``ModelNotFound``."""
+        ...
+
+    def models(self) -> Sequence[DeploymentStatus]:
+        """What clients may name as a model."""
+        ...
+
+    def deployments(self) -> Sequence[DeploymentStatus]:
+        """All deployments, by name."""
+        ...
+
+    def deployment(self, name: str) -> DeploymentStatus:
+        """One of them; ``DeploymentNotFound``, like every method with a ``name``."""
+        ...
+
+    async def deploy(
+        self, name: str | None, request: Request, replicas: int, by: str
+    ) -> tuple[DeploymentStatus, str]:
+        """Create or change a deployment; says which it was."""
+        ...
+
+    async def remove(self, name: str, by: str) -> DeploymentStatus:
+        """Delete it; its workers drain in the background."""
+        ...
+
+    async def start(self, name: str, by: str) -> DeploymentStatus:
+        """Want it running."""
+        ...
+
+    async def stop(self, name: str, by: str) -> DeploymentStatus:
+        """Want it stopped."""
+        ...
+
+    async def restart(self, name: str, by: str) -> DeploymentStatus:
+        """Drain its workers and start them again."""
+        ...
+
+    async def scale(self, name: str, replicas: int, by: str) -> DeploymentStatus:
+        """Run that many replicas."""
+        ...
+
+    async def generations(self, name: str) -> list[Generation]:
+        """Its generations, oldest first."""
+        ...
+
+    async def lives(self, name: str, limit: int) -> list[WorkerLife]:
+        """Its latest worker lives, newest first."""
+        ...
+
+    async def events(self, deployment: str | None, after: int, limit: int) -> list[Event]:
+        """The newest ``limit`` events after the id ``after``, oldest first."""
+        ...
+
+    def watch(
+        self, deployment: str | None, callback: Callable[[Event], None]
+    ) -> Callable[[], None]:
+        """Call back with each new event until the returned function is called."""
+        ...
+
+    async def log_tail(self, name: str, lines: int) -> list[str]:
+        """The last lines of its workers' logs."""
+        ...
+
+    def follow_log(self, name: str, callback: Callable[[str], None]) -> Callable[[], None]:
+        """Call back with each new line until the returned function is called."""
+        ...
+
+    async def statistics(self, name: str, minutes: int) -> list[Minute]:
+        """Its last ``minutes`` minutes."""
+        ...
+
+    async def catalogue(self) -> list[CatalogueEntry]:
+        """The models on this machine's disk."""
+        ...
+
+    def health(self) -> tuple[str, list[Part]]:
+        """``healthy`` or ``degraded``, and the parts that say why."""
+        ...

@@ -1,0 +1,110 @@
+"""The HTTP front put together: one for the daemon, a site of it for each listener."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+from klein.resource import KleinResource
+
+from twisted.web.resource import Resource
+from twisted.web.server import NOT_DONE_YET
+
+from tursi.api.access import Access
+from tursi.api.daemon import Daemon
+from tursi.api.deployments import DeploymentControl
+from tursi.api.endpoint import endpoints, router
+from tursi.api.fleet import Fleet
+from tursi.api.inference import Inference
+from tursi.api.info import Info
+from tursi.api.messages import Document
+from tursi.api.metrics import Metrics
+from tursi.api.models import Models
+from tursi.api.openapi import document
+from tursi.api.request import Request
+from tursi.api.site import Site
+from tursi.config import Configuration
+from tursi.errors import InvalidRequest, RouteNotFound
+from tursi.faces import TABLE
+from tursi.faces.openai import errors
+from tursi.model import Role
+
+
+class Front:
+    """What all listeners have in common.
+
+    ``reactor`` gives monotonic time and timers.
+    """
+
+    def __init__(
+        self, fleet: Fleet, info: Info, configuration: Configuration, reactor: Any
+    ) -> None:
+        self._configuration = configuration
+        self._reactor = reactor
+        metrics = Metrics(fleet, info)
+        description: Document = {}
+        owners = (
+            DeploymentControl(fleet),
+            Models(fleet, info),
+            Daemon(fleet, metrics, info, description),
+        )
+        self.handlers = [each for owner in owners for each in endpoints(owner)]
+        description.update(document(info.version, self.handlers, TABLE))
+        self._root = Root(
+            Inference(fleet, metrics, configuration),
+            router(configuration.requests.deadline_seconds, *owners).resource(),
+        )
+        # Unique without any randomness: no two daemons have the same pid at the
+        # same time.
+        prefix = f"{int(info.started_at * 1000):x}-{info.pid:x}-"
+        numbers = itertools.count(1)
+        self._new_id = lambda: f"{prefix}{next(numbers):x}".encode("ascii")
+
+    def site(self, roles: Iterable[Role]) -> Site:
+        """The site of a listener with these roles."""
+        http = self._configuration.http
+        return Site(
+            self._root,
+            Access(http.hosts, roles),
+            http,
+            new_id=self._new_id,
+            reactor=self._reactor,
+        )
+
+
+class Root(Resource):
+    """Where every request begins: the hot routes first, then Klein."""
+
+    isLeaf = True  # noqa: N815 - Twisted's name
+
+    def __init__(self, inference: Inference, klein: KleinResource) -> None:
+        super().__init__()
+        self._inference = inference
+        self._klein = klein
+
+    def render(self, request: Request) -> int:
+        """Answer later, or already."""
+        if request.match is not None and request.method == b"POST":
+            self._inference.render(request, request.match)
+            return NOT_DONE_YET
+        if not request.path.startswith(b"/"):
+            request.respond(errors.answer(RouteNotFound("The path must begin with '/'.")))
+            return NOT_DONE_YET
+        segments = [unquote_to_bytes(each) for each in request.path[1:].split(b"/")]
+        if not _is_text(segments):
+            # Klein would put a traceback into the log for each.
+            request.respond(errors.answer(InvalidRequest("The path isn't valid UTF-8.")))
+            return NOT_DONE_YET
+        request.prepath, request.postpath = [], segments
+        self._klein.render(request)
+        return NOT_DONE_YET
+
+
+def _is_text(segments: Iterable[bytes]) -> bool:
+    try:
+        b"/".join(segments).decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True

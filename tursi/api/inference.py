@@ -1,0 +1,241 @@
+"""The way of an inference request through the daemon, in front of Klein because it is hot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from twisted.python.failure import Failure
+
+from tursi.api.fleet import End, Fleet, Head, Ticket
+from tursi.api.metrics import Metrics
+from tursi.api.request import Request
+from tursi.config import Configuration
+from tursi.errors import (
+    DeadlineExceeded,
+    InternalError,
+    RequestCancelled,
+    TursiError,
+    UnsupportedMediaType,
+    by_code,
+)
+from tursi.faces.route import Answer, Match, Route, model_of, status_of
+from tursi.fleet import Work
+from tursi.model import Role, Usage
+
+_STREAMS = ("text/event-stream", "application/x-ndjson")
+_MAX_WHOLE = 256 * 1024 * 1024
+"""Bytes of an answer that isn't a stream."""
+_NO_USAGE = Usage()
+
+
+class Inference:
+    """Hands requests to the fleet, and answers to clients."""
+
+    def __init__(self, fleet: Fleet, metrics: Metrics, configuration: Configuration) -> None:
+        self.fleet = fleet
+        self.metrics = metrics
+        self.settings = configuration.requests
+
+    def render(self, request: Request, match: Match) -> None:
+        """Answer ``request``, now or later."""
+        route = match.route
+        exchange = Exchange(self, request, route)
+        try:
+            request.site.access.require(Role.INFERENCE)
+            body = request.body
+            content_type = _json_type(request.requestHeaders.getRawHeaders(b"content-type"))
+            model = match.model if match.model is not None else model_of(body)
+            exchange.deployment = self.fleet.find(model)
+            exchange.submit(
+                Work(
+                    route=route.name,
+                    request_id=request.request_id.decode("ascii"),
+                    content_type=content_type,
+                    body=body,
+                    seconds=self.settings.deadline_seconds,
+                )
+            )
+        except TursiError as error:
+            exchange.failed(error)
+        except Exception:  # noqa: BLE001 - the client gets the face's shape for a defect too
+            exchange.failed(request.incident(Failure()))
+
+
+class Exchange:
+    """One request and its answer: the sink that the fleet answers to.
+
+    A whole answer is written at its end, so that whatever fails before is
+    still an HTTP error. A stream is written as it comes; what a slow reader does not
+    take is held up to a limit, and then its stream is cut: nobody else waits for it.
+    """
+
+    __slots__ = (
+        "_began", "_done", "_ended", "_head", "_held", "_held_bytes", "_inference", "_paused",
+        "_request", "_route", "_streaming", "_ticket", "deployment",
+    )  # fmt: skip
+
+    def __init__(self, inference: Inference, request: Request, route: Route) -> None:
+        self._inference = inference
+        self._request = request
+        self._route = route
+        self._began = request.site.reactor.seconds()
+        self._ticket: Ticket | None = None
+        self._head: Head | None = None
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self._streaming = self._paused = self._done = False
+        self.deployment = ""
+
+    def submit(self, work: Work) -> None:
+        """Send it on its way; from now on it ends by an answer, a disconnection or in time."""
+        request = self._request
+        ticket = self._inference.fleet.submit(self.deployment, work, self)
+        if self._done:
+            return
+        self._ticket = ticket
+        request.notifyFinish().addErrback(self._lost)
+        request.on_overdue = self._overdue
+        request.channel.answer_within(work.seconds)
+
+    # -- what the fleet tells ------------------------------------------------------------
+
+    def head(self, head: Head) -> None:
+        """Keep status and headers until there is something to send."""
+        self._head = head
+        self._streaming = head.content_type.startswith(_STREAMS)
+
+    def body(self, data: bytes) -> None:
+        """Send or keep ``data``."""
+        if self._done:
+            return
+        if not self._streaming:
+            self._hold(data, _MAX_WHOLE)
+        elif self._paused:
+            self._hold(data, self._inference.settings.max_stream_buffer)
+        else:
+            if not self._request.startedWriting:
+                self._open()
+            self._request.write(data)
+
+    def end(self, end: End) -> None:
+        """Send what is left."""
+        if self._done:
+            return
+        head, request = self._head, self._request
+        if head is None:
+            error = by_code().get(end.error, InternalError)
+            self.failed(error("The worker could not answer.") if end.error else error())
+            return
+        self._close(head.status, end.error, end.usage)
+        if not self._streaming:
+            body = b"".join(self._held)
+            request.respond(Answer(head.status, head.content_type, body, head.headers))
+            return
+        if not request.startedWriting:
+            self._open()
+        self._finish(b"".join(self._held))
+
+    def failed(self, error: TursiError) -> None:
+        """Tell the client: by an HTTP error, or by the last event of a stream."""
+        if self._done:
+            return
+        self._close(status_of(error), error.code)
+        if self._request.startedWriting:
+            self._finish(b"".join((*self._held, self._route.failure(error))))
+        else:
+            self._request.respond(self._route.error(error))
+
+    # -- what the client does --------------------------------------------------------------
+
+    def pauseProducing(self) -> None:  # noqa: N802 - Twisted's name
+        """The client reads more slowly than the worker writes."""
+        self._paused = True
+
+    def resumeProducing(self) -> None:  # noqa: N802 - Twisted's name
+        """The client has caught up."""
+        self._paused = False
+        if self._held and not self._done:
+            held = b"".join(self._held)
+            self._held.clear()
+            self._held_bytes = 0
+            self._request.write(held)
+
+    def stopProducing(self) -> None:  # noqa: N802 - Twisted's name
+        """The connection is gone; ``_lost`` says so too."""
+
+    def _lost(self, reason: Failure) -> None:  # noqa: ARG002 - an errback's signature
+        if not self._done:
+            self._cancel(RequestCancelled.code)
+
+    def _overdue(self) -> None:
+        if self._done:
+            return
+        seconds = self._inference.settings.deadline_seconds
+        if self._ticket is not None:
+            self._ticket.cancel()
+        self.failed(DeadlineExceeded(f"The request took longer than {seconds:g} s."))
+
+    # -- sending ---------------------------------------------------------------------------
+
+    def _hold(self, data: bytes, limit: int) -> None:
+        self._held_bytes += len(data)
+        if self._held_bytes <= limit:
+            self._held.append(data)
+        elif self._streaming:
+            self._cancel("slow_reader")
+            self._request.channel.abort()
+        else:
+            if self._ticket is not None:
+                self._ticket.cancel()
+            self._held.clear()
+            self.failed(InternalError(f"The answer is larger than {limit} bytes."))
+
+    def _open(self) -> None:
+        """Begin a stream."""
+        head, request = self._head, self._request
+        request.setResponseCode(head.status if head is not None else 200)
+        headers = request.responseHeaders
+        if head is not None:
+            headers.setRawHeaders(b"Content-Type", [head.content_type.encode("latin-1")])
+            for name, value in head.headers.items():
+                headers.setRawHeaders(name.encode("latin-1"), [value.encode("latin-1")])
+        headers.setRawHeaders(b"Cache-Control", [b"no-cache"])
+        # Proxies would collect the events.
+        headers.setRawHeaders(b"X-Accel-Buffering", [b"no"])
+        self._paused = request.channel.congested
+        request.registerProducer(self, True)
+
+    def _finish(self, rest: bytes) -> None:
+        request = self._request
+        if rest:
+            request.write(rest)
+        if request.producer is not None:
+            request.unregisterProducer()
+        request.finish()
+
+    def _cancel(self, code: str) -> None:
+        self._close(499, code)
+        if self._ticket is not None:
+            self._ticket.cancel()
+
+    def _close(self, status: int, code: str, usage: Usage = _NO_USAGE) -> None:
+        """Nothing of the answer is listened to any more; count it."""
+        self._done = True
+        seconds = self._request.site.reactor.seconds() - self._began
+        self._inference.metrics.record(
+            self.deployment, self._route.name, status, seconds, usage, code
+        )
+
+
+def _json_type(given: Sequence[bytes] | None) -> str:
+    """The body's Content-Type if it is JSON or isn't said, else ``UnsupportedMediaType``."""
+    if not given:
+        return "application/json"
+    if given[0] == b"application/json":
+        return "application/json"
+    media = given[0].partition(b";")[0].strip().lower()
+    if len(given) > 1 or (media != b"application/json" and not media.endswith(b"+json")):
+        raise UnsupportedMediaType(
+            "The body must be JSON; send it with the header 'Content-Type: application/json'."
+        )
+    return given[0].decode("latin-1")

@@ -1,0 +1,226 @@
+"""Bodies, queries and replies of the control API, beyond the words of the domain."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+
+from tursi.fleet import Part
+from tursi.model import (
+    CatalogueEntry,
+    DeploymentStatus,
+    Event,
+    Generation,
+    Minute,
+    Role,
+    WorkerLife,
+    WorkerStatus,
+)
+
+Replicas = Annotated[int, msgspec.Meta(ge=1, le=64)]
+Limit = Annotated[int, msgspec.Meta(ge=0, le=1000)]
+
+
+class _Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A body or query; a slip in a name is an error rather than ignored. Null means absent."""
+
+
+class DeploymentBody(_Body):
+    """What a deployment is to serve."""
+
+    model: str
+    """An absolute folder on the daemon's machine, or a hub name: ``org/name[@revision]``."""
+    task: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    replicas: Replicas | None = None
+    """Absent: as many as there are, or one."""
+
+
+class NewDeploymentBody(DeploymentBody):
+    """The same, with a name that defaults to the last part of ``model``."""
+
+    name: str | None = None
+
+
+class ScaleBody(_Body):
+    """How many replicas to run."""
+
+    replicas: Replicas
+
+
+class LivesQuery(_Body):
+    """Which worker lives to list."""
+
+    limit: Limit = 100
+
+
+class EventsQuery(_Body):
+    """Which events to list."""
+
+    after: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Only events with a larger id."""
+    limit: Limit = 100
+    """The newest of them, in ascending order."""
+    follow: bool = False
+    """Go on with what happens, as server-sent events."""
+
+
+class AllEventsQuery(EventsQuery):
+    """Which events of which deployment to list."""
+
+    deployment: str | None = None
+
+
+class LogsQuery(_Body):
+    """Which lines of the log to show."""
+
+    lines: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 100
+    follow: bool = False
+    """Go on with what is written, as server-sent events."""
+
+
+class StatisticsQuery(_Body):
+    """How far back statistics go."""
+
+    minutes: Annotated[int, msgspec.Meta(ge=1, le=60 * 24 * 366)] = 60
+
+
+class Deployments(msgspec.Struct, frozen=True):
+    """All deployments, by name."""
+
+    deployments: list[DeploymentStatus]
+
+
+class Deployed(msgspec.Struct, frozen=True):
+    """A deployment, and what came of asking for it."""
+
+    deployment: DeploymentStatus
+    outcome: str
+    """created, unchanged, replaced, scaled, started or retried."""
+
+
+class Workers(msgspec.Struct, frozen=True):
+    """Replicas as they are now."""
+
+    workers: list[WorkerStatus]
+
+
+class Generations(msgspec.Struct, frozen=True):
+    """Versions of a deployment, oldest first."""
+
+    generations: list[Generation]
+
+
+class Lives(msgspec.Struct, frozen=True):
+    """Lives of a deployment's workers, newest first."""
+
+    lives: list[WorkerLife]
+
+
+class Events(msgspec.Struct, frozen=True):
+    """Events in ascending order."""
+
+    events: list[Event]
+
+
+class Minutes(msgspec.Struct, frozen=True):
+    """Statistics of the minutes in which anything was asked."""
+
+    minutes: list[Minute]
+
+
+class Lines(msgspec.Struct, frozen=True):
+    """Lines of a log: time in RFC 3339, stream, text."""
+
+    lines: list[str]
+
+
+class Catalogue(msgspec.Struct, frozen=True):
+    """Models on this machine's disk."""
+
+    models: list[CatalogueEntry]
+
+
+class ListenerView(msgspec.Struct, frozen=True):
+    """Where the daemon listens, and what it answers there."""
+
+    endpoint: str
+    roles: list[Role]
+
+
+class Counts(msgspec.Struct, frozen=True):
+    """What there is of each."""
+
+    deployments: int
+    workers: int
+    ready: int
+    queued: int
+    in_flight: int
+
+
+class DaemonStatus(msgspec.Struct, frozen=True):
+    """The daemon as it is now."""
+
+    version: str
+    pid: int
+    started_at: float
+    state: str
+    """The state folder."""
+    listeners: list[ListenerView]
+    versions: dict[str, str]
+    counts: Counts
+
+
+class Health(msgspec.Struct, frozen=True):
+    """The daemon's health, and of which parts it is made."""
+
+    status: str
+    parts: list[Part]
+
+
+class Readiness(msgspec.Struct, frozen=True):
+    """Whether everything that should serve does."""
+
+    ready: bool
+    waiting: list[str]
+    """Deployments that are on their way."""
+
+
+class ModelEntry(msgspec.Struct, frozen=True):
+    """A model as the OpenAI clients list it."""
+
+    id: str
+    created: int
+    """UTC epoch seconds."""
+    object: str = "model"
+    owned_by: str = "tursi"
+
+
+class ModelList(msgspec.Struct, frozen=True):
+    """Models as the OpenAI clients list them."""
+
+    data: list[ModelEntry]
+    object: str = "list"
+
+
+class ModelInfo(msgspec.Struct, frozen=True):
+    """What is behind a model's URL."""
+
+    model_id: str
+    model_sha: str | None
+    model_dtype: str | None
+    task: str | None
+    device: str | None
+    version: str
+
+
+class ModelHealth(msgspec.Struct, frozen=True):
+    """Whether a model serves."""
+
+    status: str
+
+
+Document = dict[str, Any]
+"""An OpenAPI document."""

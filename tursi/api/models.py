@@ -1,0 +1,62 @@
+"""Models as clients of inference see them, and those on disk."""
+
+from __future__ import annotations
+
+from tursi.api.endpoint import Status, endpoint
+from tursi.api.fleet import Fleet
+from tursi.api.info import Info
+from tursi.api.messages import Catalogue, ModelEntry, ModelHealth, ModelInfo, ModelList
+from tursi.model import DeploymentStatus, Role
+
+
+class Models:
+    """Handlers for the lists of models."""
+
+    def __init__(self, fleet: Fleet, info: Info) -> None:
+        self._fleet = fleet
+        self._info = info
+
+    @endpoint("GET", "/v1/models", role=Role.INFERENCE, reply=ModelList)
+    def list(self) -> ModelList:
+        """List the models that requests may name."""
+        return ModelList([_entry(status) for status in self._fleet.models()])
+
+    @endpoint("GET", "/v1/models/<path:model>", role=Role.INFERENCE, reply=ModelEntry)
+    def show(self, model: str) -> ModelEntry:
+        """Show one of them, by its name or full reference."""
+        return _entry(self._find(model))
+
+    @endpoint(
+        "GET", "/models/<path:model>/health", role=Role.INFERENCE, reply=ModelHealth,
+        statuses=(200, 503),
+    )  # fmt: skip
+    def health(self, model: str) -> ModelHealth | Status[ModelHealth]:
+        """Tell whether the model serves."""
+        status = self._find(model)
+        reply = ModelHealth(status.phase.value)
+        return reply if status.ready else Status(503, reply)
+
+    @endpoint("GET", "/models/<path:model>/info", role=Role.INFERENCE, reply=ModelInfo)
+    def info(self, model: str) -> ModelInfo:
+        """Tell what the model is."""
+        status = self._find(model)
+        return ModelInfo(
+            model_id=status.model,
+            model_sha=status.commit,
+            model_dtype=status.dtype,
+            task=status.task,
+            device=status.device,
+            version=self._info.version,
+        )
+
+    @endpoint("GET", "/catalogue", role=Role.CONTROL, reply=Catalogue)
+    async def catalogue(self) -> Catalogue:
+        """List the models on this machine's disk."""
+        return Catalogue(await self._fleet.catalogue())
+
+    def _find(self, model: str) -> DeploymentStatus:
+        return self._fleet.deployment(self._fleet.find(model))
+
+
+def _entry(status: DeploymentStatus) -> ModelEntry:
+    return ModelEntry(status.name, int(status.created_at))

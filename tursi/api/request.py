@@ -1,0 +1,153 @@
+"""One HTTP request: its limits while it arrives, its id, and the way of its answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from twisted.web import server
+from twisted.web.http import datetimeToString
+
+from tursi.errors import InternalError, PayloadTooLarge
+from tursi.faces import TABLE
+from tursi.faces.openai import errors
+from tursi.faces.route import Answer, Match
+
+if TYPE_CHECKING:
+    from tursi.api.channel import Channel
+    from tursi.api.site import Site
+
+log = Logger()
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+_MAX_CHUNKS = 16_384
+"""Chunks of one body: each costs some work, however small it is."""
+
+
+class Request(server.Request):
+    """A request of one of our sites."""
+
+    channel: Channel
+    transport: Any
+    site: Site
+    defaultContentType = None  # noqa: N815 - Twisted's name
+    match: Match | None = None
+    """The face's route at this path, whatever the method."""
+    request_id = b""
+    on_overdue: Callable[[], None] | None = None
+    """Called when the answer takes longer than ``channel.answer_within`` was told."""
+    _received: BytesIO
+    _limit = 0
+    _chunks: int | None = None
+    """How many more chunks the body may have."""
+
+    # -- receiving ----------------------------------------------------------------------
+
+    def gotLength(self, length: int | None) -> None:  # noqa: N802 - Twisted's name
+        """The headers are here; refuse what need not arrive (``length`` is None if chunked)."""
+        channel = self.channel
+        site = self.site = channel.site
+        self.content = self._received = BytesIO()
+        headers = self.requestHeaders
+        given = headers.getRawHeaders(b"x-request-id")
+        self.request_id = (
+            given[0] if given is not None and _REQUEST_ID.fullmatch(given[0]) else site.new_id()
+        )
+        command, target = channel.request_line
+        self.match = TABLE.find(target.partition(b"?")[0].decode("latin-1"))
+        refusal = site.access.refusal(headers, local=channel.local)
+        if refusal is not None:
+            channel.refuse(refusal)
+        elif length != 0:
+            settings = site.settings
+            is_inference = self.match is not None and command == b"POST"
+            self._limit = settings.max_inference_body if is_inference else settings.max_control_body
+            self._chunks = _MAX_CHUNKS if length is None else None
+            if length is not None and length > self._limit:
+                channel.refuse(self._too_large())
+
+    def handleContentChunk(self, data: bytes) -> None:  # noqa: N802 - Twisted's name
+        """A piece of the body."""
+        if self._received.tell() + len(data) > self._limit:
+            self.channel.refuse(self._too_large())
+            return
+        if self._chunks is not None:
+            self._chunks -= 1
+            if self._chunks < 0:
+                self.channel.refuse(
+                    PayloadTooLarge(
+                        f"The body has more than {_MAX_CHUNKS} chunks; send larger ones."
+                    )
+                )
+                return
+        self._received.write(data)
+
+    @property
+    def body(self) -> bytes:
+        """The whole body."""
+        return self._received.getvalue()
+
+    def _too_large(self) -> PayloadTooLarge:
+        return PayloadTooLarge(
+            f"The body is larger than {self._limit} bytes, the most that this path takes."
+        )
+
+    # -- answering -----------------------------------------------------------------------
+
+    def process(self) -> None:
+        """Hand the complete request to the site's resource."""
+        headers = self.responseHeaders
+        headers.setRawHeaders(b"Date", [datetimeToString()])
+        headers.setRawHeaders(b"X-Request-Id", [self.request_id])
+        try:
+            self.site.resource.render(self)
+        except Exception:  # noqa: BLE001 - whatever it is, the client gets an answer
+            self.processingFailed(Failure())
+
+    def overdue(self) -> None:
+        """The answer takes too long."""
+        if self.on_overdue is not None:
+            self.on_overdue()
+
+    def prepare(self, answer: Answer) -> bytes:
+        """Set status and headers; the body to write."""
+        self.setResponseCode(answer.status)
+        headers = self.responseHeaders
+        headers.setRawHeaders(b"Content-Type", [answer.content_type.encode("latin-1")])
+        headers.setRawHeaders(b"Content-Length", [b"%d" % len(answer.body)])
+        if answer.headers:
+            for name, value in answer.headers.items():
+                headers.setRawHeaders(name.encode("latin-1"), [value.encode("latin-1")])
+        return answer.body
+
+    def respond(self, answer: Answer) -> None:
+        """Write the whole answer."""
+        self.write(self.prepare(answer))
+        self.finish()
+
+    def incident(self, failure: Failure) -> InternalError:
+        """Log a defect; the error that tells the client its id and nothing else."""
+        incident = self.site.new_id().decode("ascii")
+        log.failure(
+            "incident {incident}: {method} {path} failed",
+            failure,
+            incident=incident,
+            method=self.method,
+            path=self.path,
+        )
+        return InternalError(
+            f"Tursi failed; its log has the details under incident {incident}.", reference=incident
+        )
+
+    def processingFailed(self, reason: Failure) -> Failure:  # noqa: N802 - Twisted's name
+        """Answer for a defect."""
+        error = self.incident(reason)
+        if self.startedWriting:
+            self.channel.abort()
+        elif not self._disconnected:
+            self.respond(errors.answer(error))
+        return reason
