@@ -8,14 +8,14 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from tursi.config import Listener
-from tursi.errors import AddressInUse, ConfigurationError
-from tursi.model import Role
-
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IListeningPort, IProtocolFactory
 from twisted.python.failure import Failure
+
+from tursi.config import Listener
+from tursi.errors import AddressInUse, ConfigurationError
+from tursi.model import Role
 
 _SOCKET_PATH_LIMIT = 107
 """Bytes in the path of a Unix socket on Linux (``sockaddr_un``, without its final NUL)."""
@@ -28,17 +28,12 @@ class _Recorder:
         self.host = ""
         self.port: int | None = None
 
-    def listenTCP(  # noqa: N802 - Twisted's name
-        self, port: int, factory: object, backlog: int = 50, interface: str = ""
-    ) -> None:
+    def listenTCP(self, port: int, *_: object, interface: str = "", **__: object) -> None:  # noqa: N802 - Twisted's name
         self.host, self.port = interface, port
 
-    def listenSSL(  # noqa: N802 - Twisted's name
-        self, port: int, factory: object, context: object, backlog: int = 50, interface: str = ""
-    ) -> None:
-        self.host, self.port = interface, port
+    listenSSL = listenTCP  # noqa: N815 - the same
 
-    def listenUNIX(self, *arguments: object, **options: object) -> None:  # noqa: N802 - Twisted's name
+    def listenUNIX(self, *_: object, **__: object) -> None:  # noqa: N802 - the same
         pass
 
 
@@ -50,7 +45,7 @@ def check(listener: Listener) -> None:
     """
     recorder = _Recorder()
     try:
-        serverFromString(recorder, listener.endpoint).listen(None)  # type: ignore[arg-type] # nothing is served
+        serverFromString(recorder, listener.endpoint).listen(None)
     except Exception as error:  # noqa: BLE001 - endpoint parsers raise all kinds of errors
         raise ConfigurationError(
             f"http.listeners: {listener.endpoint!r} is not an endpoint: {error}"
@@ -73,7 +68,7 @@ def check(listener: Listener) -> None:
 
 
 def unix(path: Path) -> Listener:
-    """The listener with all roles on a Unix socket; ``ConfigurationError`` if the path is too long."""
+    """A Unix socket with all roles; ``ConfigurationError`` if its path is too long."""
     if len(str(path).encode()) > _SOCKET_PATH_LIMIT:
         raise ConfigurationError(
             f"The socket's path {path} is over {_SOCKET_PATH_LIMIT} bytes; "

@@ -8,13 +8,13 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred, DeferredList, ensureDeferred, maybeDeferred
+from twisted.internet.defer import Deferred, ensureDeferred, maybeDeferred
 from twisted.internet.interfaces import IListeningPort
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -81,7 +81,7 @@ def preflight(configuration: Configuration, folders: Folders) -> None:
         check(listener)
 
 
-class Daemon(Service):  # type: ignore[misc] # twisted.application isn't fully annotated
+class Daemon(Service):
     """Everything that one ``twistd tursi`` runs."""
 
     def __init__(
@@ -121,6 +121,7 @@ class Daemon(Service):  # type: ignore[misc] # twisted.application isn't fully a
             hub=self._hub,
             make_worker=self._make_worker,
             configuration=configuration,
+            logs=folders.logs,
             reactor=reactor,
             now=time.time,
         )
@@ -159,9 +160,9 @@ class Daemon(Service):  # type: ignore[misc] # twisted.application isn't fully a
             state=str(self._folders.state),
             listeners=self._listeners,
         )
+        front = api.Front(self._fleet, info, self._configuration, self._reactor)
         for listener in self._listeners:
-            site = api.site(self._fleet, info, self._configuration, listener.roles, self._reactor)
-            self._ports.append(bind(self._reactor, listener, site))
+            self._ports.append(bind(self._reactor, listener, front.site(listener.roles)))
 
     def _run(self) -> None:
         started = ensureDeferred(self._start())
@@ -210,9 +211,10 @@ class Daemon(Service):  # type: ignore[misc] # twisted.application isn't fully a
         return ensureDeferred(self._stop())
 
     async def _stop(self) -> None:
-        await _all(port.stopListening() for port in self._ports)
+        for port in self._ports:
+            await maybeDeferred(port.stopListening)
         await self._fleet.close()
-        await _all((self._hub.stop(), self._one_shot.stop()))
+        await self._hub.stop()
         await self._monitor.stopService()
         await self._store.stop()
         self._folders.socket.unlink(missing_ok=True)
@@ -292,12 +294,3 @@ def _tune_memory() -> None:
         mallopt(-1, 128 << 20)  # M_TRIM_THRESHOLD
     gc.collect()
     gc.freeze()
-
-
-async def _all(deferreds: Iterable[Any]) -> None:
-    outcomes = await DeferredList(
-        [maybeDeferred(lambda waited=waited: waited) for waited in deferreds], consumeErrors=True
-    )
-    for success, outcome in outcomes:
-        if not success:
-            log.failure("a step of stopping failed", outcome)

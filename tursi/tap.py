@@ -7,15 +7,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from twisted.python import usage
+
 from tursi import config
 from tursi.errors import TursiError
 from tursi.model import folders
 from tursi.service import Daemon, exit_status, preflight
 
-from twisted.python import usage
 
-
-class Options(usage.Options):  # type: ignore[misc] # twisted.python.usage isn't annotated
+class Options(usage.Options):
     """Options of ``twistd tursi``; everything else is in the configuration file."""
 
     longdesc = "Serve AI models on this machine. The file etc/tursi.toml explains every setting."

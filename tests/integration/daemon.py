@@ -133,7 +133,8 @@ class Daemon:
             status = self.status(name)
             if phase == "ready":
                 assert status["phase"] != "failed", status
-                return status if status["ready"] == status["replicas"] else None
+                served = status["phase"] == "ready" and status["ready"] == status["replicas"]
+                return status if served else None
             return status if status["phase"] == phase else None
 
         return until(look, f"{name} is {phase}: {self.status(name)}", seconds)

@@ -13,6 +13,7 @@ from twisted.python.failure import Failure
 from tursi.config import Workers
 from tursi.errors import HubUnreachable, InternalError, TursiError
 from tursi.fleet.journal import Journal
+from tursi.fleet.logs import Logs
 from tursi.fleet.member import Fetch, Member
 from tursi.hub import Hub
 from tursi.model import LoadOrder, Phase, Progress, Reference, Resolution, WorkerLife
@@ -45,6 +46,7 @@ class Convergence:
         *,
         members: dict[str, Member],
         journal: Journal,
+        logs: Logs,
         store: Store,
         hub: Hub,
         make_worker: MakeWorker,
@@ -54,6 +56,7 @@ class Convergence:
     ) -> None:
         self._members = members
         self._journal = journal
+        self._logs = logs
         self._store = store
         self._hub = hub
         self._make_worker = make_worker
@@ -61,6 +64,7 @@ class Convergence:
         self._reactor = reactor
         self._now = now
         self._phases: dict[str, Phase] = {}
+        self._lives: set[str] = set()
         self._scheduled: Any = None
         self._serial = 0
         self._open = True
@@ -244,6 +248,17 @@ class Convergence:
     def life(self, life: WorkerLife) -> None:
         """Keep a worker life's record."""
         self._journal.life(life)
+        if life.uuid not in self._lives:
+            self._begun(life)
+        if life.ended_at is not None:
+            self._lives.discard(life.uuid)
+
+    def _begun(self, life: WorkerLife) -> None:
+        self._lives.add(life.uuid)
+        member = self._members.get(life.deployment)
+        for worker in member.workers.values() if member else ():
+            if worker.uuid == life.uuid:
+                self._logs.attach(worker)
 
     def _ready(self, member: Member, worker: Worker) -> None:
         generation, loaded = member.deployment.generation, worker.loaded

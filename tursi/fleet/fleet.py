@@ -21,6 +21,7 @@ from tursi.errors import (
 )
 from tursi.fleet.convergence import Convergence, MakeWorker
 from tursi.fleet.journal import Journal
+from tursi.fleet.logs import Logs
 from tursi.fleet.member import Member
 from tursi.fleet.queue import Passage, RequestQueue, Work, shutting_down
 from tursi.fleet.statistics import Statistics
@@ -72,6 +73,7 @@ class Fleet:
         hub: Hub,
         make_worker: MakeWorker,
         configuration: Configuration,
+        logs: Path,
         reactor: Any,
         now: Callable[[], float],
     ) -> None:
@@ -83,9 +85,11 @@ class Fleet:
         self._members: dict[str, Member] = {}
         self._statistics = Statistics(now)
         self._journal = Journal(store, now)
+        self._logs = Logs(logs, configuration.workers.log_lives)
         self._convergence = Convergence(
             members=self._members,
             journal=self._journal,
+            logs=self._logs,
             store=store,
             hub=hub,
             make_worker=make_worker,
@@ -278,6 +282,19 @@ class Fleet:
     ) -> Callable[[], None]:
         """Call back with each new event until the returned function is called."""
         return self._journal.watch(deployment, callback)
+
+    async def log_tail(self, name: str, lines: int) -> list[str]:
+        """The last lines that its workers wrote, or the last one that lived."""
+        workers = self._member(name).workers.values()
+        lives = [worker.uuid for worker in workers if worker.uuid is not None]
+        if not lives:
+            lives = [life.uuid for life in await self._store.lives(name, 1)]
+        return self._logs.tail(name, lives, lines)
+
+    def follow_log(self, name: str, callback: Callable[[str], None]) -> Callable[[], None]:
+        """Call back with each line that its workers write until the answer is called."""
+        self._member(name)
+        return self._logs.follow(name, callback)
 
     async def statistics(self, name: str, minutes: int) -> list[Minute]:
         """Its last ``minutes`` minutes, those without a request left out."""

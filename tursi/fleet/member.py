@@ -156,7 +156,7 @@ class Member:
         ]
         serving = [status for status in workers if status.phase is Phase.READY]
         best = min(current, key=lambda status: _ORDER.index(status.phase), default=None)
-        resolution = generation.resolution
+        known = generation.resolution or Resolution(folder="")
         phase, reason, failure = Phase.QUEUED, None, None
         next_try_at = progress = None
         if best is not None:
@@ -174,20 +174,23 @@ class Member:
         if phase is not Phase.READY and reason and serving:
             reason = f"{reason} Generation {serving[0].generation} keeps serving."
         loaded = next((status for status in current if status.task), None)
+        task, device, dtype = (
+            (loaded.task, loaded.device, loaded.dtype)
+            if loaded
+            else (known.task or generation.request.task, known.device, known.dtype)
+        )
         return DeploymentStatus(
             name=deployment.name,
             model=generation.request.model,
-            task=_first(
-                loaded and loaded.task, resolution and resolution.task, generation.request.task
-            ),
+            task=task,
             desired=deployment.desired,
             phase=phase,
             replicas=deployment.replicas,
             ready=len(serving),
             generation=generation.number,
-            device=_first(loaded and loaded.device, resolution and resolution.device),
-            dtype=_first(loaded and loaded.dtype, resolution and resolution.dtype),
-            commit=resolution.commit if resolution else None,
+            device=device,
+            dtype=dtype,
+            commit=known.commit,
             created_at=deployment.created_at,
             updated_at=deployment.updated_at,
             reason=reason,
@@ -203,7 +206,3 @@ class Member:
         """The status that explains why nothing is coming."""
         statuses = [worker.status() for worker in self.serving()]
         return min(statuses, key=lambda status: _ORDER.index(status.phase), default=None)
-
-
-def _first(*candidates: str | None) -> str | None:
-    return next((candidate for candidate in candidates if candidate), None)
