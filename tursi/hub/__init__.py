@@ -1,0 +1,150 @@
+"""Where models come from: folders on disk, and the hub by way of the fetcher process."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from twisted.internet import defer
+from twisted.internet.defer import Deferred, DeferredSemaphore, fail, gatherResults
+from twisted.internet.threads import deferToThreadPool
+from twisted.python.failure import Failure
+
+from tursi import config
+from tursi.errors import ModelFilesMissing, ShuttingDown
+from tursi.hub import disk
+from tursi.hub.fetch import Fetch, Running, Spawn
+from tursi.model import CatalogueEntry, Progress, Reference, Resolution
+
+__all__ = ["Hub", "Running", "Spawn"]
+
+_COMMAND = (sys.executable, "-I", "-m", "tursi.fetcher")
+_MAX_FETCHES = 4
+"""Fetcher processes at a time; more of them wait."""
+_DISK_SECONDS = 30.0
+"""A look at the disk that takes longer is given up (a network disk that hangs)."""
+
+
+class Hub:
+    """Finds and downloads models.
+
+    ``cache`` is a huggingface cache of our own. ``environment`` is what a
+    fetcher gets besides what ``settings`` say; ``spawn`` starts one under a
+    keeper: name, argv, environment, and who receives its frames.
+    """
+
+    def __init__(
+        self,
+        *,
+        cache: Path,
+        settings: config.Hub,
+        environment: Mapping[str, str],
+        spawn: Spawn,
+        reactor: Any,
+    ) -> None:
+        self._cache = cache
+        self._stall_seconds = settings.stall_seconds
+        self._environment = _fetcher_environment(cache, settings, environment)
+        self._spawn = spawn
+        self._reactor = reactor
+        self._slots = DeferredSemaphore(_MAX_FETCHES)
+        self._fetches: dict[Reference, Fetch] = {}
+        # Those too that nobody waits for any more, until their process is gone.
+        self._unfinished: set[Fetch] = set()
+        self._stopped = False
+
+    def resolve(
+        self, reference: Reference, progress: Callable[[Progress], None]
+    ) -> Deferred[Resolution]:
+        """The folder with the model's files, downloaded first where need be.
+
+        Who waits for the same reference shares one download, which is cancelled
+        with the last Deferred of its waiters. Fails with a ``LoadError`` about a
+        folder, a ``FetchError`` about the hub, or ``ShuttingDown``.
+        """
+        if self._stopped:
+            return fail(ShuttingDown())
+        if reference.folder is not None:
+            return self._in_thread(disk.look, Path(reference.folder))
+        fetch = self._fetches.get(reference)
+        if fetch is not None and not fetch.closed:
+            return fetch.wait(progress)
+        fetch = self._new(reference)
+        # In this order: a fetcher that can't be started fails at once.
+        waiting = fetch.wait(progress)
+        fetch.start()
+        return waiting
+
+    def catalogue(self) -> Deferred[list[CatalogueEntry]]:
+        """The models in the cache, sorted by name."""
+        return self._in_thread(disk.catalogue, self._cache)
+
+    def stop(self) -> Deferred[None]:
+        """Cancel every download; fires when no fetcher is left."""
+        self._stopped = True
+        ends: list[Deferred[None]] = []
+        for fetch in tuple(self._unfinished):
+            end: Deferred[None] = Deferred()
+            fetch.at_end(partial(end.callback, None))
+            ends.append(end)
+            fetch.cancel(ShuttingDown())
+        return gatherResults(ends).addCallback(lambda _: None)
+
+    def _in_thread(self, function: Callable[[Path], Any], path: Path) -> Deferred[Any]:
+        def slow(failure: Failure) -> Failure:
+            failure.trap(defer.TimeoutError)
+            return Failure(
+                ModelFilesMissing(f"The disk with {path} doesn't answer; is it a network disk?")
+            )
+
+        found = deferToThreadPool(self._reactor, self._reactor.getThreadPool(), function, path)
+        return found.addTimeout(_DISK_SECONDS, self._reactor).addErrback(slow)
+
+    def _new(self, reference: Reference) -> Fetch:
+        repository = reference.repository or ""
+        arguments = (*_COMMAND, repository, reference.revision or "", str(self._cache))
+        name = "fetch-" + re.sub(r"[^A-Za-z0-9._-]+", "--", str(reference))
+        fetch = Fetch(
+            str(reference),
+            lambda receive: self._spawn(name, arguments, self._environment, receive),
+            slots=self._slots,
+            stall_seconds=self._stall_seconds,
+            reactor=self._reactor,
+        )
+        self._fetches[reference] = fetch
+        self._unfinished.add(fetch)
+
+        def ended() -> None:
+            self._unfinished.discard(fetch)
+            if self._fetches.get(reference) is fetch:
+                del self._fetches[reference]
+
+        fetch.at_end(ended)
+        return fetch
+
+
+def _fetcher_environment(
+    cache: Path, settings: config.Hub, environment: Mapping[str, str]
+) -> dict[str, str]:
+    """What huggingface_hub in a fetcher reads; the file with settings goes first."""
+    variables = {
+        "HF_ENDPOINT": settings.endpoint,
+        # xet keeps chunks and logs somewhere: not in the home of whoever runs the daemon.
+        "HF_XET_CACHE": str(cache / "xet"),
+        **environment,
+        # Telemetry asks the hub for more than the model.
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    if settings.endpoint != config.Hub().endpoint:
+        variables["HF_ENDPOINT"] = settings.endpoint
+    if settings.offline:
+        variables["HF_HUB_OFFLINE"] = "1"
+    if settings.token_file:
+        # The daemon never reads the token, it only says where it is.
+        variables.pop("HF_TOKEN", None)
+        variables["HF_TOKEN_PATH"] = settings.token_file
+    return variables
