@@ -396,6 +396,8 @@ def test_a_killed_keeper_has_its_orphans_cleared_before_the_end_is_told(house: H
     ((uuid, cleared),) = house.clearing
     assert uuid == "uuid-0"
     assert not child.exits
+    house.monitor.kill(child.name)
+    assert not house.reactor.getDelayedCalls(), "there is no keeper any more"
     cleared.callback(6)
     assert child.exits == [
         Exit(worker_pid=4711, reported=False, tree="killed 6 after the keeper had died")

@@ -216,6 +216,7 @@ class KeeperProtocol(ProcessProtocol):
 
         Not ``processEnded``, which waits until nobody holds a pipe any more.
         """
+        self._gone = True
         if self._last_resort is not None and self._last_resort.active():
             self._last_resort.cancel()
         self._read_rest(_STATUS)
@@ -255,7 +256,6 @@ class KeeperProtocol(ProcessProtocol):
         for fd in (*_STREAMS, _LIFELINE, _STATUS):
             # Somebody outside the tree may hold them for ever.
             self.transport.closeChildFD(fd)
-        self._gone = True
         if killed:
             self._exit = replace(self._exit, tree=sentence.format(killed))
         self._watcher.ended(self._exit)
