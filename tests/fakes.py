@@ -16,6 +16,10 @@ from twisted.internet.task import Clock
 from twisted.internet.testing import MemoryReactorClock
 from twisted.python.failure import Failure
 
+from tursi.errors import TursiError
+from tursi.model import Phase, WorkerLife
+from tursi.wire import End, Head
+
 
 class InlineReactor(MemoryReactorClock):
     """A reactor in memory whose other threads are this one."""
@@ -135,3 +139,63 @@ class SpawningReactor(Clock):
         self.keepers.append(keeper)
         processProtocol.makeConnection(keeper)
         return keeper
+
+
+class RecordedSink:
+    """Where an answer goes; keeps it."""
+
+    def __init__(self) -> None:
+        self.heads: list[Head] = []
+        self.pieces: list[bytes] = []
+        self.ends: list[End] = []
+        self.errors: list[TursiError] = []
+
+    @property
+    def data(self) -> bytes:
+        """The body so far."""
+        return b"".join(self.pieces)
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended well."""
+        return bool(self.ends)
+
+    def head(self, head: Head) -> None:
+        """Keep it."""
+        self.heads.append(head)
+
+    def body(self, data: bytes) -> None:
+        """Keep it."""
+        self.pieces.append(data)
+
+    def end(self, end: End) -> None:
+        """Keep it."""
+        assert not self.ends
+        assert not self.errors
+        self.ends.append(end)
+
+    def failed(self, error: TursiError) -> None:
+        """Keep it."""
+        assert not self.ends
+        assert not self.errors
+        self.errors.append(error)
+
+
+class Recorder:
+    """An observer of workers; keeps what they tell."""
+
+    def __init__(self) -> None:
+        self.phases: list[Phase] = []
+        """Of all workers, without repetition."""
+        self.causes: list[str] = []
+        self.lives: dict[str | None, WorkerLife] = {}
+
+    def changed(self, worker: Any, cause: str) -> None:
+        """Keep phase and cause."""
+        self.causes.append(cause)
+        if not self.phases or self.phases[-1] is not worker.phase:
+            self.phases.append(worker.phase)
+
+    def life(self, life: WorkerLife) -> None:
+        """Keep the row."""
+        self.lives[life.uuid] = life

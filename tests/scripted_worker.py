@@ -78,7 +78,7 @@ class ScriptedWorker:
 
     def run(self) -> None:
         self.terminable()
-        print(f"scripted worker {os.getpid()} begins", flush=True)
+        sys.stderr.write(f"scripted worker {os.getpid()} begins\n")
         if not self.options.no_hello:
             hello = wire.Hello(self.options.protocol, os.getpid(), start_time())
             self.send(wire.encode(Kind.HELLO, 0, msgspec.msgpack.encode(hello)))
