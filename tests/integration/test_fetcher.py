@@ -12,16 +12,24 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 import pytest
+from pytest_twisted import ensureDeferred
 from stand_in_hub import Fault, Snapshot, StandInHub
 
-from tursi import wire
-from tursi.model import Progress, Resolution
+from twisted.internet import reactor
+from twisted.internet.defer import gatherResults
+
+from tursi import config, wire
+from tursi.errors import HubUnreachable, RevisionNotFound
+from tursi.hub import Hub
+from tursi.model import Progress, Reference, Resolution
+from tursi.supervision.logs import LifeLog
+from tursi.supervision.oneshot import OneShot, Running
 
 MODEL = "someone/tiny"
 MAIN = "/content/[^/]+/[^/]+/model.safetensors"
@@ -424,3 +432,67 @@ def test_a_cache_that_cannot_be_written(fetch: Fetcher, tiny: Snapshot) -> None:
     sentence = fetch().sentence("fetch_failed", 70)
     assert "can't be written to the cache" in sentence
     assert os.strerror(errno.EEXIST) in sentence
+
+
+# -- under a keeper, as the daemon runs it ----------------------------------------------
+
+
+class Daemon:
+    """The part of the daemon that downloads: the hub, and fetchers under real keepers."""
+
+    def __init__(self, folder: Path, fetch: Fetcher, stall_seconds: float) -> None:
+        self.log = folder / "fetcher.log"
+        self.running: list[Running] = []
+        self._one_shot = OneShot(reactor)
+        self.hub = Hub(
+            cache=fetch.cache,
+            settings=config.Hub(stall_seconds=stall_seconds),
+            environment=fetch.environment,
+            spawn=self._spawn,
+            reactor=reactor,
+        )
+
+    def _spawn(
+        self,
+        name: str,
+        arguments: tuple[str, ...],
+        environment: Mapping[str, str],
+        receive: Callable[[wire.Frame], None],
+    ) -> Running:
+        life_log = LifeLog(self.log, clock=time.time, size=1 << 20, rate=1 << 20)
+        running = self._one_shot.run(name, arguments, environment, receive, life_log)
+        self.running.append(running)
+        return running
+
+
+@ensureDeferred
+async def test_the_hub_downloads_by_a_fetcher_under_a_keeper(
+    fetch: Fetcher, tiny: Snapshot, tmp_path: Path
+) -> None:
+    daemon = Daemon(tmp_path, fetch, 30)
+    progress: list[Progress] = []
+    model = Reference.parse(MODEL)
+    both = gatherResults([daemon.hub.resolve(model, progress.append) for _ in range(2)])
+    first, second = await both
+    assert first == second
+    assert first.files == WANTED
+    assert progress[-1].done == first.size
+    assert len(daemon.running) == 1
+    (entry,) = await daemon.hub.catalogue()
+    assert (entry.name, entry.commit, entry.size) == (MODEL, tiny.commit, first.size)
+    with pytest.raises(RevisionNotFound, match="has no revision 'v9'"):
+        await daemon.hub.resolve(Reference.parse(MODEL + "@v9"), progress.append)
+    await daemon.hub.stop()
+
+
+@ensureDeferred
+async def test_the_hub_gives_up_a_download_that_stalls(
+    fetch: Fetcher, tiny: Snapshot, hub: StandInHub, tmp_path: Path
+) -> None:
+    hub.faults.append(Fault(MAIN, "stall"))
+    daemon = Daemon(tmp_path, fetch, 3)
+    with pytest.raises(HubUnreachable, match="made no progress for 3 seconds"):
+        await daemon.hub.resolve(Reference.parse(MODEL), lambda _: None)
+    # The Deferred fires only when nothing of the fetcher is left.
+    assert daemon.running[0].finished.called
+    await daemon.hub.stop()

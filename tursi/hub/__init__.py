@@ -107,7 +107,8 @@ class Hub:
     def _new(self, reference: Reference) -> Fetch:
         repository = reference.repository or ""
         arguments = (*_COMMAND, repository, reference.revision or "", str(self._cache))
-        name = "fetch-" + re.sub(r"[^A-Za-z0-9._-]+", "--", str(reference))
+        # It names a log file too.
+        name = "fetch-" + re.sub(r"[^A-Za-z0-9._-]+", "--", str(reference))[:200]
         fetch = Fetch(
             str(reference),
             lambda receive: self._spawn(name, arguments, self._environment, receive),
