@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -39,10 +38,7 @@ def main() -> None:
     try:
         with daemon(scripted=True) as ours:
             wait_for(port, psutil.Process(peer.pid))
-            folder = ours.folder / "echo"
-            folder.mkdir()
-            (folder / "script.json").write_text(json.dumps({"echo": True}))
-            ours.deploy("echo", folder / "script.json")
+            ours.deploy("echo", ours.script(echo=True))
             ours.wait("echo")
             assert ours.process is not None
             server = psutil.Process(ours.process.pid)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "integration"))
 
-from daemon import daemon  # noqa: E402 - found by the line above
+from daemon import daemon
 
 
 def main() -> None:
@@ -21,8 +20,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0)
     options = parser.parse_args()
     with daemon(scripted=True) as ours:
-        script = ours.folder / "script.json"
-        script.write_text(json.dumps({"echo": True}))
+        script = ours.script(echo=True)
         for number in range(options.deployments):
             ours.deploy(f"echo-{number}", script)
         for number in range(options.deployments):

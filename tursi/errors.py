@@ -156,6 +156,12 @@ class RequestCancelled(TursiError):
     code = "request_cancelled"
 
 
+class StartingUp(TursiError):
+    """The daemon is starting; try again in a second."""
+
+    code = "starting_up"
+
+
 class ShuttingDown(TursiError):
     """The daemon is stopping."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -111,6 +112,16 @@ class Daemon:
         assert self.process is not None
         self.process.kill()
         self.process.wait(10)
+
+    def script(self, name: str = "script", **options: Any) -> Path:
+        """A folder that passes for a model and makes a scripted worker behave as told."""
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text("{}")
+        # A safetensors file without a tensor.
+        (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+        (folder / "scripted.json").write_text(json.dumps(options))
+        return folder
 
     def deploy(self, name: str, model: Path | str, **fields: Any) -> dict[str, Any]:
         """Create or change a deployment; its status."""

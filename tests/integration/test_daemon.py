@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -10,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
@@ -18,13 +16,6 @@ import pytest
 from daemon import TWISTD, Daemon, daemon, until
 
 BODY = {"model": "echo", "input": "hello"}
-
-
-def script(running: Daemon, name: str = "script", **options: Any) -> Path:
-    """A 'model' that makes a scripted worker behave as the options say."""
-    path = running.folder / f"{name}.json"
-    path.write_text(json.dumps(options))
-    return path
 
 
 @pytest.fixture
@@ -40,7 +31,7 @@ def worker_pid(running: Daemon, name: str) -> int:
 
 
 def test_a_deployment_answers_and_unknown_names_do_not(running: Daemon) -> None:
-    running.deploy("echo", script(running, echo=True))
+    running.deploy("echo", running.script(echo=True))
     running.wait("echo")
     answer = running.client.post("/v1/embeddings", json=BODY, headers={"x-request-id": "abc"})
     assert (answer.status_code, answer.json()) == (200, BODY)
@@ -53,8 +44,8 @@ def test_a_deployment_answers_and_unknown_names_do_not(running: Daemon) -> None:
 
 
 def test_kill_9_of_a_worker_brings_a_new_one_and_others_never_notice(running: Daemon) -> None:
-    running.deploy("echo", script(running, echo=True))
-    running.deploy("other", script(running, "other", echo=True))
+    running.deploy("echo", running.script(echo=True))
+    running.deploy("other", running.script("other", echo=True))
     running.wait("echo")
     running.wait("other")
     failures: list[int] = []
@@ -95,7 +86,7 @@ def test_kill_9_of_a_worker_brings_a_new_one_and_others_never_notice(running: Da
 
 
 def test_a_request_whose_worker_dies_gets_502_at_once(running: Daemon) -> None:
-    running.deploy("echo", script(running, echo=True, delay=30))
+    running.deploy("echo", running.script(echo=True, delay=30))
     running.wait("echo")
     pid = worker_pid(running, "echo")
     answers: list[tuple[int, float]] = []
@@ -118,8 +109,8 @@ def test_a_request_whose_worker_dies_gets_502_at_once(running: Daemon) -> None:
 def test_kill_9_of_the_daemon_leaves_nothing_and_a_restart_brings_all_back(
     running: Daemon,
 ) -> None:
-    running.deploy("echo", script(running, echo=True, fork=3), replicas=2)
-    running.deploy("stopped", script(running, "stopped", echo=True))
+    running.deploy("echo", running.script(echo=True, fork=3), replicas=2)
+    running.deploy("stopped", running.script("stopped", echo=True))
     running.wait("echo")
     assert running.control.post("/deployments/stopped/stop").status_code == 202
     before = running.tree()
@@ -137,7 +128,7 @@ def test_kill_9_of_the_daemon_leaves_nothing_and_a_restart_brings_all_back(
 
 
 def test_sigterm_ends_everything_and_in_flight_work_is_answered(running: Daemon) -> None:
-    running.deploy("echo", script(running, echo=True, delay=1.0))
+    running.deploy("echo", running.script(echo=True, delay=1.0))
     running.wait("echo")
     answers: list[int] = []
     thread = threading.Thread(
@@ -156,7 +147,7 @@ def test_sigterm_ends_everything_and_in_flight_work_is_answered(running: Daemon)
 
 
 def test_a_request_waits_for_a_loading_model(running: Daemon) -> None:
-    running.deploy("echo", script(running, echo=True, load_seconds=2.0))
+    running.deploy("echo", running.script(echo=True, load_seconds=2.0))
     answer = running.client.post("/v1/embeddings", json=BODY)
     assert answer.status_code == 200
 
@@ -164,7 +155,7 @@ def test_a_request_waits_for_a_loading_model(running: Daemon) -> None:
 def test_a_load_longer_than_the_wait_and_a_full_queue_are_told_with_retry_after() -> None:
     settings = "[requests]\nload_wait_seconds = 1.0\nmax_queued = 2\n"
     with daemon(scripted=True, settings=settings) as running:
-        running.deploy("echo", script(running, echo=True, load_seconds=30.0))
+        running.deploy("echo", running.script(echo=True, load_seconds=30.0))
         until(lambda: running.status("echo")["phase"] == "loading", "it loads")
         answers: list[httpx.Response] = []
 
@@ -182,11 +173,11 @@ def test_a_load_longer_than_the_wait_and_a_full_queue_are_told_with_retry_after(
             thread.join(10)
         assert [answer.status_code for answer in answers] == [503, 503]
         assert all(1 <= int(answer.headers["retry-after"]) <= 120 for answer in answers)
-        assert "loading" in answers[0].json()["error"]["message"]
+        assert "(load, " in answers[0].json()["error"]["message"]
 
 
 def test_a_client_that_disconnects_mid_stream_cancels_the_work(running: Daemon) -> None:
-    running.deploy("stream", script(running, stream=10_000, interval=0.05))
+    running.deploy("stream", running.script(stream=10_000, interval=0.05))
     running.wait("stream")
     body = {"model": "stream", "prompt": "x", "stream": True}
     with running.client.stream("POST", "/v1/completions", json=body) as answer:
@@ -196,7 +187,7 @@ def test_a_client_that_disconnects_mid_stream_cancels_the_work(running: Daemon) 
 
 
 def test_scale_stop_start_and_remove(running: Daemon) -> None:
-    running.deploy("echo", script(running, echo=True))
+    running.deploy("echo", running.script(echo=True))
     running.wait("echo")
     scaled = running.control.post("/deployments/echo/scale", json={"replicas": 3})
     assert scaled.status_code == 202
@@ -217,8 +208,8 @@ def test_scale_stop_start_and_remove(running: Daemon) -> None:
 
 
 def test_a_changed_deployment_is_a_new_generation_and_no_request_is_lost(running: Daemon) -> None:
-    first = script(running, "first", echo=True)
-    second = script(running, "second", echo=True, load_seconds=1.0)
+    first = running.script("first", echo=True)
+    second = running.script("second", echo=True, load_seconds=1.0)
     running.deploy("echo", first)
     running.wait("echo")
     assert running.control.put("/deployments/echo", json={"model": str(first)}).json()[
@@ -233,9 +224,9 @@ def test_a_changed_deployment_is_a_new_generation_and_no_request_is_lost(running
 
 
 def test_a_new_generation_that_fails_leaves_the_old_one_serving(running: Daemon) -> None:
-    running.deploy("echo", script(running, echo=True))
+    running.deploy("echo", running.script(echo=True))
     running.wait("echo")
-    broken = script(running, "broken", fail="weights_corrupt:The weights are damaged.")
+    broken = running.script("broken", fail="weights_corrupt:The weights are damaged.")
     running.deploy("echo", broken)
     status = until(
         lambda: (now := running.status("echo"))["phase"] == "failed" and now, "it has failed"
@@ -245,7 +236,7 @@ def test_a_new_generation_that_fails_leaves_the_old_one_serving(running: Daemon)
 
 
 def test_logs_are_kept_by_life_and_followed(running: Daemon) -> None:
-    running.deploy("echo", script(running, echo=True))
+    running.deploy("echo", running.script(echo=True))
     running.wait("echo")
     until(
         lambda: running.control.get("/deployments/echo/logs").json()["lines"],

@@ -36,6 +36,7 @@ STATUS: Mapping[str, int] = {
     errors.WorkerLost.code: 502,
     errors.ModelLoading.code: 503,
     errors.DeploymentUnavailable.code: 503,
+    errors.StartingUp.code: 503,
     errors.ShuttingDown.code: 503,
     errors.DatabaseBusy.code: 503,
     errors.DeadlineExceeded.code: 504,

@@ -235,7 +235,7 @@ class Convergence:
             self._phases[worker.name] = phase
             self._journal.note(
                 f"worker.{phase.value}",
-                f"replica {worker.replica} of {worker.deployment} is {phase.value}: {cause}",
+                f"replica {worker.replica} is {phase.value}",
                 deployment=worker.deployment,
                 worker=worker.uuid,
                 cause=cause,

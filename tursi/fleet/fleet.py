@@ -15,8 +15,8 @@ from tursi import wire
 from tursi.config import Configuration
 from tursi.errors import (
     DeploymentNotFound,
-    ModelLoading,
     ModelNotFound,
+    StartingUp,
     TursiError,
 )
 from tursi.fleet.convergence import Convergence, MakeWorker
@@ -100,7 +100,8 @@ class Fleet:
         self._flushing = LoopingCall(self._flush_soon)
         self._pruning = LoopingCall(self._prune_soon)
         self._flushing.clock = self._pruning.clock = reactor
-        self._closed: TursiError | None = ModelLoading("The daemon is starting.", retry_after=1)
+        self._opened = False
+        self._closed: TursiError | None = StartingUp(retry_after=1)
 
     # -- life ----------------------------------------------------------------------
 
@@ -110,7 +111,7 @@ class Fleet:
             self._members[deployment.name] = Member(deployment, self._queue)
         self._flushing.start(STATISTICS_SECONDS, now=False)
         self._pruning.start(PRUNE_SECONDS, now=True)
-        self._closed = None
+        self._opened, self._closed = True, None
         self._convergence.soon()
 
     async def close(self) -> None:
@@ -142,6 +143,7 @@ class Fleet:
         return self.deployments()
 
     def _find(self, model: str) -> Member:
+        self._check_opened()
         member = self._members.get(model)
         if member is not None and not member.leaving:
             return member
@@ -250,6 +252,7 @@ class Fleet:
 
     def deployment(self, name: str) -> DeploymentStatus:
         """How it is; ``DeploymentNotFound``."""
+        self._check_opened()
         found = self._members.get(name)
         if found is None:
             raise _not_found(name)
@@ -257,6 +260,7 @@ class Fleet:
 
     def deployments(self) -> list[DeploymentStatus]:
         """All of them, by name."""
+        self._check_opened()
         return [member.status() for _, member in sorted(self._members.items())]
 
     def worker_statuses(self, name: str) -> Sequence[WorkerStatus]:
@@ -336,10 +340,16 @@ class Fleet:
         return "healthy" if all(part.healthy for part in parts) else "degraded", parts
 
     def _member(self, name: str) -> Member:
+        self._check_opened()
         member = self._members.get(name)
         if member is None or member.leaving:
             raise _not_found(name)
         return member
+
+    def _check_opened(self) -> None:
+        """Before it has been read what there is, nothing can be said of anything."""
+        if not self._opened:
+            raise StartingUp(retry_after=1)
 
     def _check_open(self) -> None:
         if self._closed is not None:
