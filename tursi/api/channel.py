@@ -182,7 +182,7 @@ class Channel(http.HTTPChannel):
         self._wait("closing", _LINGER_SECONDS)
         status, body = status_of(error), errors.answer(error).body
         length = len(body)
-        request_id = self.requests[-1].request_id if self.requests else self.site.new_id()
+        request_id = (self.requests and self.requests[-1].request_id) or self.site.new_id()
         if getattr(self, "_command", b"") == b"HEAD":
             body = b""
         self.transport.write(

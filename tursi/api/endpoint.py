@@ -108,7 +108,7 @@ def router(seconds: float, *owners: object) -> Klein:
     return app
 
 
-def _unrouted(request: Any, failure: Failure) -> bytes:
+def _unrouted(request: Any, failure: Failure) -> Any:
     """Nothing is at this path, or not for this method."""
     allowed: set[str] = set()
     if isinstance(failure.value, MethodNotAllowed):

@@ -52,9 +52,10 @@ class Front:
         )
         self.handlers = [each for owner in owners for each in endpoints(owner)]
         description.update(document(info.version, self.handlers, TABLE))
+        self.klein = router(configuration.requests.deadline_seconds, *owners)
         self._root = Root(
             Inference(fleet, metrics, configuration),
-            router(configuration.requests.deadline_seconds, *owners).resource(),
+            self.klein.resource(),
         )
         # Unique without any randomness: no two daemons have the same pid at the
         # same time.
@@ -89,8 +90,9 @@ class Root(Resource):
         if request.match is not None and request.method == b"POST":
             self._inference.render(request, request.match)
             return NOT_DONE_YET
-        if not request.path.startswith(b"/"):
-            request.respond(errors.answer(RouteNotFound("The path must begin with '/'.")))
+        if not request.path.startswith(b"/") or request.path.startswith(b"//"):
+            # Twisted would drop the first byte, whatever it is, and the doubled slash.
+            request.respond(errors.answer(RouteNotFound("The path must begin with one '/'.")))
             return NOT_DONE_YET
         segments = [unquote_to_bytes(each) for each in request.path[1:].split(b"/")]
         if not _is_text(segments):

@@ -16,7 +16,8 @@ from tursi.faces.openai.errors import ErrorBody
 from tursi.faces.route import Route
 
 _REFERENCE = "#/components/schemas/{name}"
-_PART = re.compile(r"<(?:\w+:)?(\w+)>")
+PART = re.compile(r"<(?:\w+:)?(\w+)>")
+"""A part of a path in werkzeug's syntax."""
 _STREAM = {"schema": {"type": "string"}}
 
 
@@ -37,7 +38,7 @@ def document(
     described = _Schemas(types, schemas)
     paths: dict[str, dict[str, Any]] = {}
     for contract, handler in handlers:
-        path = _PART.sub(r"{\1}", contract.path)
+        path = PART.sub(r"{\1}", contract.path)
         paths.setdefault(path, {})[contract.method.lower()] = _endpoint(
             contract, handler, described, components
         )
@@ -96,7 +97,7 @@ def _endpoint(
         },
     }
     parameters = [
-        _parameter("path", name, {"type": "string"}) for name in _PART.findall(contract.path)
+        _parameter("path", name, {"type": "string"}) for name in PART.findall(contract.path)
     ]
     if contract.query is not None:
         query = components[contract.query.__name__]

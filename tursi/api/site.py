@@ -41,7 +41,8 @@ class Site(server.Site):
         self.access = access
         self.settings = settings
         self.new_id = new_id
-        self._channels: set[Channel] = set()
+        self.channels: set[Channel] = set()
+        """Open connections."""
         shortest = min(settings.header_seconds, settings.body_seconds, settings.idle_seconds)
         self._interval = min(1.0, shortest / 4)
         self._look: Any = None
@@ -63,25 +64,25 @@ class Site(server.Site):
         self, addr: IAddress | None
     ) -> Channel | None:
         """A new connection, or ``None`` to close it where there are too many."""
-        if len(self._channels) >= self.settings.max_connections:
+        if len(self.channels) >= self.settings.max_connections:
             return None
         return cast("Channel", super().buildProtocol(addr))
 
     def opened(self, channel: Channel) -> None:
         """Watch the deadlines of ``channel``."""
-        self._channels.add(channel)
+        self.channels.add(channel)
         if self._look is None:
             self._look = self.reactor.callLater(self._interval, self._look_at_deadlines)
 
     def closed(self, channel: Channel) -> None:
         """The connection is gone."""
-        self._channels.discard(channel)
-        if not self._channels and self._look is not None:
+        self.channels.discard(channel)
+        if not self.channels and self._look is not None:
             self._look.cancel()
             self._look = None
 
     def _look_at_deadlines(self) -> None:
         self._look = self.reactor.callLater(self._interval, self._look_at_deadlines)
         now = self.reactor.seconds()
-        for channel in [each for each in self._channels if each.deadline <= now]:
+        for channel in [each for each in self.channels if each.deadline <= now]:
             channel.overdue()

@@ -1,0 +1,209 @@
+"""A fleet in memory, whose answers a test writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from tursi.api.fleet import Sink
+from tursi.errors import DeploymentNotFound, ModelNotFound
+from tursi.fleet import Part, Work
+from tursi.model import (
+    CatalogueEntry,
+    DeploymentStatus,
+    Desired,
+    Event,
+    Generation,
+    Minute,
+    Phase,
+    Request,
+    Usage,
+    WorkerLife,
+    WorkerStatus,
+)
+
+
+class Head(NamedTuple):
+    status: int = 200
+    content_type: str = "application/json"
+    headers: dict[str, str] = {}  # noqa: RUF012 - the tests don't change it
+
+
+class End(NamedTuple):
+    usage: Usage = Usage(3, 5, 2, 0.01, 0.02)
+    error: str = ""
+
+
+@dataclass
+class Passage:
+    """A request that the fleet holds."""
+
+    model: str
+    work: Work
+    sink: Sink
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    def answer(self, body: bytes, head: Head = Head(), end: End = End()) -> None:  # noqa: B008 - frozen values
+        self.sink.head(head)
+        self.sink.body(body)
+        self.sink.end(end)
+
+
+def status(name: str, **changes: object) -> DeploymentStatus:
+    """A deployment that serves."""
+    one = DeploymentStatus(
+        name=name,
+        model=f"org/{name}",
+        task="feature-extraction",
+        desired=Desired.RUNNING,
+        phase=Phase.READY,
+        replicas=1,
+        ready=1,
+        generation=1,
+        device="cpu",
+        dtype="float32",
+        commit=None,
+        created_at=1_700_000_000.0,
+        updated_at=1_700_000_000.5,
+        workers=(
+            WorkerStatus(
+                name=f"{name}.1.0#1",
+                replica=0,
+                phase=Phase.READY,
+                since=1_700_000_001.0,
+                uuid=f"uuid-{name}",
+                restarts=1,
+                rss=1000,
+                cpu_seconds=2.5,
+            ),
+        ),
+    )
+    return replace(one, **changes)  # type: ignore[arg-type] # fields by name
+
+
+@dataclass
+class FakeFleet:
+    """Keeps what it is told; ``refuse`` is raised by the next ``submit``."""
+
+    statuses: dict[str, DeploymentStatus] = field(
+        default_factory=lambda: {"small": status("small")}
+    )
+    passages: list[Passage] = field(default_factory=list)
+    refuse: Exception | None = None
+    calls: list[tuple[object, ...]] = field(default_factory=list)
+    history: list[Event] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    watchers: list[Callable[[Event], None]] = field(default_factory=list)
+    followers: list[Callable[[str], None]] = field(default_factory=list)
+    broken: Exception | None = None
+    meanwhile: Callable[[], None] = lambda: None
+
+    def submit(self, model: str, work: Work, sink: Sink) -> Passage:
+        if self.refuse is not None:
+            raise self.refuse
+        passage = Passage(model, work, sink)
+        self.passages.append(passage)
+        return passage
+
+    def find(self, model: str) -> str:
+        for one in self.statuses.values():
+            if model in {one.name, one.model}:
+                return one.name
+        raise ModelNotFound(f"The model {model!r} does not exist.", param="model")
+
+    def models(self) -> list[DeploymentStatus]:
+        return self.deployments()
+
+    def deployments(self) -> list[DeploymentStatus]:
+        if self.broken is not None:
+            raise self.broken
+        return list(self.statuses.values())
+
+    def deployment(self, name: str) -> DeploymentStatus:
+        try:
+            return self.statuses[name]
+        except KeyError:
+            raise DeploymentNotFound(f"There is no deployment {name!r}.") from None
+
+    async def deploy(
+        self, name: str | None, request: Request, replicas: int, by: str
+    ) -> tuple[DeploymentStatus, str]:
+        self.calls.append(("deploy", name, request, replicas, by))
+        assert name is not None
+        outcome = "unchanged" if name in self.statuses else "created"
+        self.statuses[name] = status(name, model=request.model, replicas=replicas)
+        return self.statuses[name], outcome
+
+    async def _change(self, kind: str, name: str, by: str) -> DeploymentStatus:
+        self.calls.append((kind, name, by))
+        return self.deployment(name)
+
+    async def remove(self, name: str, by: str) -> DeploymentStatus:
+        return await self._change("remove", name, by)
+
+    async def start(self, name: str, by: str) -> DeploymentStatus:
+        return await self._change("start", name, by)
+
+    async def stop(self, name: str, by: str) -> DeploymentStatus:
+        return await self._change("stop", name, by)
+
+    async def restart(self, name: str, by: str) -> DeploymentStatus:
+        return await self._change("restart", name, by)
+
+    async def scale(self, name: str, replicas: int, by: str) -> DeploymentStatus:
+        self.calls.append(("scale", name, replicas, by))
+        return self.deployment(name)
+
+    async def generations(self, name: str) -> list[Generation]:
+        return [Generation(1, Request(self.deployment(name).model), 1_700_000_000.0, "uid 0")]
+
+    async def lives(self, name: str, limit: int) -> list[WorkerLife]:
+        self.deployment(name)
+        return [WorkerLife("uuid", name, 1, 0, "boot", 1_700_000_000.25)][:limit]
+
+    async def events(self, deployment: str | None, after: int, limit: int) -> list[Event]:
+        found = [
+            event
+            for event in self.history
+            if event.id > after and deployment in {None, event.deployment}
+        ]
+        self.meanwhile()
+        return found[-limit:] if limit else []
+
+    def watch(
+        self, deployment: str | None, callback: Callable[[Event], None]
+    ) -> Callable[[], None]:
+        self.watchers.append(callback)
+        return lambda: self.watchers.remove(callback)
+
+    def happen(self, event: Event) -> None:
+        self.history.append(event)
+        for watcher in list(self.watchers):
+            watcher(event)
+
+    async def log_tail(self, name: str, lines: int) -> list[str]:
+        self.deployment(name)
+        self.meanwhile()
+        return self.lines[-lines:] if lines else []
+
+    def follow_log(self, name: str, callback: Callable[[str], None]) -> Callable[[], None]:
+        self.followers.append(callback)
+        return lambda: self.followers.remove(callback)
+
+    def write(self, line: str) -> None:
+        self.lines.append(line)
+        for follower in list(self.followers):
+            follower(line)
+
+    async def statistics(self, name: str, minutes: int) -> list[Minute]:
+        return [Minute(name, 28_333_333, requests=minutes)]
+
+    async def catalogue(self) -> list[CatalogueEntry]:
+        return [CatalogueEntry("org/small", "/models/small", 1000, used_by=("small",))]
+
+    def health(self) -> tuple[str, list[Part]]:
+        return "healthy", [Part("small", True, "ready")]

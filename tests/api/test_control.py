@@ -1,0 +1,373 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conversation import House
+from fake_fleet import status
+
+from twisted.internet.defer import Deferred
+
+from tursi.errors import DatabaseFull
+from tursi.model import DeploymentStatus, Desired, Phase, Request, Role
+
+
+def test_deployments_are_listed_with_times_in_rfc_3339() -> None:
+    reply = House().ask("GET", "/deployments")
+    assert reply.status == 200
+    (one,) = reply.json()["deployments"]
+    assert one["name"] == "small"
+    assert one["phase"] == "ready"
+    assert one["created_at"] == "2023-11-14T22:13:20.000Z"
+    assert one["updated_at"] == "2023-11-14T22:13:20.500Z"
+    assert one["workers"][0]["since"] == "2023-11-14T22:13:21.000Z"
+    assert one["next_try_at"] is None
+
+
+def test_put_creates_and_then_finds_nothing_to_do() -> None:
+    house = House()
+    body = {"model": "org/new", "task": None, "device": "cpu", "replicas": 2}
+    created = house.ask("PUT", "/deployments/new", body)
+    assert created.status == 201
+    assert created.json()["outcome"] == "created"
+    assert created.json()["deployment"]["name"] == "new"
+    again = house.ask("PUT", "/deployments/new", {"model": "org/new"})
+    assert again.status == 200
+    assert again.json()["outcome"] == "unchanged"
+    assert house.fleet.calls == [
+        ("deploy", "new", Request("org/new", None, "cpu", "auto"), 2, "127.0.0.1"),
+        ("deploy", "new", Request("org/new", None, "auto", "auto"), 2, "127.0.0.1"),
+    ]
+
+
+def test_post_takes_the_name_from_the_reference() -> None:
+    house = House()
+    assert house.ask("POST", "/deployments", {"model": "org/Big-Model@main"}).status == 201
+    assert house.fleet.calls[0][1] == "Big-Model"
+    house.ask("POST", "/deployments", {"model": "/models/x", "name": "mine"})
+    assert house.fleet.calls[1][1] == "mine"
+
+
+@pytest.mark.parametrize("action", ["start", "stop", "restart"])
+def test_actions_are_accepted(action: str) -> None:
+    house = House()
+    reply = house.ask("POST", f"/deployments/small/{action}")
+    assert reply.status == 202
+    assert reply.json()["name"] == "small"
+    assert house.fleet.calls == [(action, "small", "127.0.0.1")]
+
+
+def test_scale_and_delete() -> None:
+    house = House()
+    assert house.ask("POST", "/deployments/small/scale", {"replicas": 3}).status == 202
+    assert house.ask("DELETE", "/deployments/small").status == 202
+    assert house.fleet.calls == [
+        ("scale", "small", 3, "127.0.0.1"),
+        ("remove", "small", "127.0.0.1"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/deployments/small", None),
+        ("/deployments/small/workers", "workers"),
+        ("/deployments/small/generations", "generations"),
+        ("/deployments/small/lives?limit=1", "lives"),
+        ("/deployments/small/events", "events"),
+        ("/deployments/small/statistics?minutes=5", "minutes"),
+        ("/deployments/small/logs?lines=10", "lines"),
+        ("/events?after=0&limit=10&deployment=small", "events"),
+        ("/catalogue", "models"),
+        ("/v1/models", "data"),
+    ],
+)
+def test_lists_are_objects(path: str, expected: str | None) -> None:
+    reply = House().ask("GET", path)
+    assert reply.status == 200
+    assert expected is None or isinstance(reply.json()[expected], list)
+
+
+def test_a_minute_is_a_time() -> None:
+    (minute,) = House().ask("GET", "/deployments/small/statistics?minutes=7").json()["minutes"]
+    assert minute["minute"] == "2023-11-14T22:13:00Z"
+    assert minute["requests"] == 7
+
+
+def test_status_says_what_runs() -> None:
+    reply = House().ask("GET", "/status").json()
+    assert reply["version"] == "1.2.3"
+    assert reply["pid"] == 42
+    assert reply["started_at"] == "2023-11-14T22:13:20.000Z"
+    assert reply["listeners"] == [{"endpoint": "tcp:8430", "roles": ["inference"]}]
+    assert reply["counts"]["ready"] == 1
+    assert "twisted" in reply["versions"]
+
+
+def test_health_and_readiness() -> None:
+    house = House()
+    assert house.ask("GET", "/health").json() == {
+        "status": "healthy",
+        "parts": [{"name": "small", "healthy": True, "message": "ready"}],
+    }
+    assert house.ask("GET", "/ready").status == 200
+    house.fleet.statuses["slow"] = status("slow", phase=Phase.LOADING, ready=0)
+    reply = house.ask("GET", "/ready")
+    assert reply.status == 503
+    assert reply.json() == {"ready": False, "waiting": ["slow"]}
+    house.fleet.statuses["slow"] = status("slow", phase=Phase.FAILED, ready=0)
+    assert house.ask("GET", "/ready").status == 200
+    house.fleet.statuses["slow"] = status(
+        "slow", phase=Phase.STOPPED, ready=0, desired=Desired.STOPPED
+    )
+    assert house.ask("GET", "/ready").status == 200
+
+
+@pytest.mark.parametrize("path", ["small", "org%2Fsmall", "org/small"])
+def test_a_model_is_found_by_its_name_or_reference(path: str) -> None:
+    house = House()
+    reply = house.ask("GET", f"/v1/models/{path}")
+    assert reply.json() == {
+        "id": "small",
+        "created": 1_700_000_000,
+        "object": "model",
+        "owned_by": "tursi",
+    }
+    assert house.ask("GET", f"/models/{path}/health").status == 200
+    info = house.ask("GET", f"/models/{path}/info").json()
+    assert info["model_id"] == "org/small"
+    assert info["model_dtype"] == "float32"
+
+
+def test_a_model_that_does_not_serve_is_not_healthy() -> None:
+    house = House()
+    house.fleet.statuses["small"] = status("small", phase=Phase.LOADING, ready=0)
+    assert house.ask("GET", "/models/small/health").status == 503
+
+
+def test_an_unknown_model_is_not_found_in_the_shape_of_openai() -> None:
+    error = House().ask("GET", "/v1/models/nope").error
+    assert error["code"] == "model_not_found"
+    assert "nope" in error["message"]
+
+
+# -- bad input -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "param"),
+    [
+        (b"{not json", "invalid_request", None),
+        (b"", "invalid_request", None),
+        (b"[1, 2]", "invalid_request", None),
+        (b'{"model": "\xff"}', "invalid_request", None),
+        (b'{"model":' + b"[" * 20000 + b"]" * 20000 + b"}", "invalid_request", "model"),
+        (b"{}", "invalid_request", "model"),
+        (b'{"model": 5}', "invalid_request", "model"),
+        (b'{"model": "../etc"}', None, None),
+        (b'{"model": "org/x", "replicas": 0}', "invalid_request", "replicas"),
+        (b'{"model": "org/x", "replicas": NaN}', "invalid_request", None),
+        (b'{"model": "org/x", "replicas": 1e99}', "invalid_request", "replicas"),
+        (b'{"model": "org/x", "replcias": 1}', "invalid_request", None),
+    ],
+)
+def test_a_bad_body_is_refused_with_a_sentence(
+    body: bytes, code: str | None, param: str | None
+) -> None:
+    house = House()
+    reply = house.ask(
+        "POST", "/deployments", body, headers={"Content-Type": "application/json; charset=utf-8"}
+    )
+    assert reply.status == 400
+    if code is not None:
+        assert (reply.error["code"], reply.error["param"]) == (code, param)
+    assert not house.fleet.calls
+
+
+@pytest.mark.parametrize(
+    "content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""]
+)
+def test_only_json_is_taken(content_type: str) -> None:
+    house = House()
+    headers = {"Content-Type": content_type} if content_type else {}
+    body = b'{"model": "org/x"}'
+    reply = house.ask("PUT", "/deployments/x", body, headers=headers)
+    assert (reply.status, reply.error["code"]) == (415, "unsupported_media_type")
+    reply = house.ask("POST", "/deployments/small/stop", body, headers=headers)
+    assert reply.status == 415
+    assert not house.fleet.calls
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ("limit=many", "limit"),
+        ("limit=-1", "limit"),
+        ("limit=1001", "limit"),
+        ("follow=perhaps", "follow"),
+        ("limits=5", None),
+        ("limit=%ff", None),
+    ],
+)
+def test_a_bad_query_is_refused(query: str, param: str | None) -> None:
+    reply = House().ask("GET", f"/events?{query}")
+    assert reply.status == 400
+    assert reply.error["param"] == param
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "/nothing",
+        "/v1",
+        "/v1/nothing-here",
+        "/deployments/",
+        "//deployments",
+        "/deployments/a/b/c",
+        "/DEPLOYMENTS",
+        "*",
+        "http://localhost/health",
+        "health",
+        "/deployments/../status",
+        "/%2e%2e/status",
+    ],
+)
+def test_an_unknown_route_is_not_found(path: str) -> None:
+    reply = House().ask("GET", path)
+    assert (reply.status, reply.error["code"]) == (404, "route_not_found")
+
+
+def test_a_path_that_is_not_text_is_refused() -> None:
+    reply = House().ask("GET", "/deployments/%ff")
+    assert (reply.status, reply.error["code"]) == (400, "invalid_request")
+
+
+@pytest.mark.parametrize("method", ["OPTIONS", "TRACE", "PATCH", "CONNECT", "BREW", "PUT"])
+@pytest.mark.parametrize(
+    ("path", "allow"),
+    [
+        ("/deployments", "GET, HEAD, POST"),
+        ("/health", "GET, HEAD"),
+        ("/metrics", "GET, HEAD"),
+        ("/v1/embeddings", "POST"),
+        ("/models/small", "POST"),
+        ("/models/small/health", "GET, HEAD, POST"),
+        ("/deployments/small/start", "POST"),
+    ],
+)
+def test_other_methods_are_told_which_to_use(method: str, path: str, allow: str) -> None:
+    reply = House().ask(method, path)
+    assert reply.status == 405
+    assert reply.headers["Allow"] == allow
+    assert reply.error["code"] == "method_not_allowed"
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/deployments/small/start", "/deployments/small/stop", "/deployments/small/scale"],
+)
+def test_get_changes_nothing(path: str) -> None:
+    house = House()
+    assert house.ask("GET", path).status == 405
+    assert house.ask("HEAD", path).status == 405
+    assert not house.fleet.calls
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/deployments", "/health", "/ready", "/status", "/metrics", "/openapi.json", "/v1/models"],
+)
+def test_head_is_get_without_a_body(path: str) -> None:
+    house = House()
+    transport = house.send(f"HEAD {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    head, _, rest = transport.value().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 OK")
+    assert rest == b""
+    length = len(house.ask("GET", path).body)
+    assert b"Content-Length: %d" % length in head
+
+
+def test_an_unknown_deployment_is_not_found() -> None:
+    house = House()
+    for method, path in [
+        ("GET", "/deployments/nope"),
+        ("DELETE", "/deployments/nope"),
+        ("POST", "/deployments/nope/start"),
+        ("GET", "/deployments/nope/logs"),
+        ("GET", "/deployments/nope/logs?follow=1"),
+        ("GET", "/deployments/nope/events?follow=1"),
+        ("GET", "/deployments/nope/workers"),
+    ]:
+        reply = house.ask(method, path)
+        assert (reply.status, reply.error["code"]) == (404, "deployment_not_found"), path
+
+
+def test_a_full_disk_is_told() -> None:
+    house = House()
+    house.fleet.broken = DatabaseFull()
+    reply = house.ask("GET", "/deployments")
+    assert (reply.status, reply.error["code"]) == (507, "database_full")
+
+
+def test_a_defect_has_an_incident_in_answer_and_log_and_no_traceback(logged_failures: Any) -> None:
+    house = House()
+    house.fleet.broken = RuntimeError("secret detail")
+    reply = house.ask("GET", "/deployments")
+    assert reply.status == 500
+    assert reply.error["code"] == "internal_error"
+    assert reply.error["incident"] in reply.error["message"]
+    assert b"secret" not in reply.body
+    assert b"Traceback" not in reply.body
+    (failure,) = logged_failures.flush(RuntimeError)
+    assert failure.getErrorMessage() == "secret detail"
+
+
+def test_each_role_is_needed() -> None:
+    house = House()
+    for role, path in [
+        (Role.CONTROL, "/deployments"),
+        (Role.CONTROL, "/status"),
+        (Role.HEALTH, "/health"),
+        (Role.METRICS, "/metrics"),
+        (Role.INFERENCE, "/v1/models"),
+    ]:
+        others = tuple(each for each in Role if each is not role)
+        reply = house.ask("GET", path, roles=others)
+        assert (reply.status, reply.error["code"]) == (403, "role_not_offered")
+        assert house.ask("GET", path, roles=(role,)).status == 200
+    reply = house.ask(
+        "POST", "/v1/embeddings", {"model": "small"}, roles=(Role.CONTROL, Role.HEALTH)
+    )
+    assert (reply.status, reply.error["code"]) == (403, "role_not_offered")
+
+
+def test_a_change_goes_on_when_its_client_leaves() -> None:
+    house = House()
+    gate: Deferred[None] = Deferred()
+
+    async def slow(name: str, by: str) -> DeploymentStatus:
+        await gate
+        house.fleet.calls.append(("finished", name))
+        return house.fleet.deployment(name)
+
+    house.fleet.stop = slow  # type: ignore[method-assign] # this one takes its time
+    transport = house.send(b"POST /deployments/small/stop HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert transport.value() == b""
+    transport.leave()
+    gate.callback(None)
+    assert house.fleet.calls == [("finished", "small")]
+    assert transport.value() == b""
+
+
+def test_a_change_that_takes_too_long_is_answered() -> None:
+    house = House()
+
+    async def endless(name: str, by: str) -> DeploymentStatus:
+        await Deferred[None]()
+        return house.fleet.deployment(name)
+
+    house.fleet.stop = endless  # type: ignore[method-assign] # this one never ends
+    transport = house.send(b"POST /deployments/small/stop HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    house.clock.pump([1.0] * 602)
+    assert transport.value().startswith(b"HTTP/1.1 504 ")

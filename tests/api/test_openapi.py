@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from typing import Any
+
+from conversation import House
+from openapi_spec_validator import OpenAPIV31SpecValidator
+
+from tursi.api.openapi import PART
+from tursi.faces import TABLE
+
+
+def document(house: House) -> Any:
+    return house.ask("GET", "/openapi.json").json()
+
+
+def test_the_document_is_valid() -> None:
+    found = document(House())
+    assert found["openapi"] == "3.1.0"
+    assert found["info"]["version"] == "1.2.3"
+    OpenAPIV31SpecValidator(found).validate()
+
+
+def test_every_route_is_in_the_document() -> None:
+    house = House()
+    described = {
+        (path, method) for path, methods in document(house)["paths"].items() for method in methods
+    }
+    klein = house.front.klein.url_map
+    served = {
+        (PART.sub(r"{\1}", rule.rule), method.lower())
+        for rule in klein.iter_rules()
+        for method in rule.methods or ()
+        if method != "HEAD"
+    }
+    served |= {(route.path, "post") for route in TABLE}
+    assert described == served
+
+
+def test_times_are_described_as_they_are_sent() -> None:
+    schemas = document(House())["components"]["schemas"]
+    time = {"type": "string", "format": "date-time"}
+    assert schemas["DeploymentStatus"]["properties"]["created_at"] == time
+    assert time in schemas["DeploymentStatus"]["properties"]["next_try_at"]["anyOf"]
+    assert schemas["Minute"]["properties"]["minute"] == time
+
+
+def test_operations_have_names_of_their_own_and_a_summary() -> None:
+    operations = [one for each in document(House())["paths"].values() for one in each.values()]
+    names = [each["operationId"] for each in operations]
+    assert len(set(names)) == len(names)
+    assert all(each["summary"] for each in operations)
+
+
+def test_errors_are_described_in_the_shape_of_the_route() -> None:
+    paths = document(House())["paths"]
+    for path, kind in [("/v1/embeddings", "ErrorBody"), ("/models/{name}", "PipelineError")]:
+        content = paths[path]["post"]["responses"]["default"]["content"]
+        assert content["application/json"]["schema"]["$ref"].endswith(f"/{kind}")
