@@ -121,6 +121,14 @@ def test_too_long_is_refused_or_cut_when_asked(all_minilm: Bench) -> None:
         embed(all_minilm, long)
 
 
+def test_far_too_long_is_refused_without_counting(all_minilm: Bench) -> None:
+    huge = "word " * 1_000_000
+    with pytest.raises(ContextLengthExceeded, match="has 5000000 characters"):
+        embed(all_minilm, huge)
+    (cut,) = embed(all_minilm, huge, truncate=True)
+    assert np.allclose(cut, embed(all_minilm, "word " * 254)[0], atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("inputs", "sentence"),
     [

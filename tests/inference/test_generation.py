@@ -310,6 +310,8 @@ def test_prompts_that_do_not_fit_are_refused_or_cut(bench: Bench, reference: Ref
         generate(bench, long)
     with pytest.raises(ContextLengthExceeded, match="200 in the prompt and 100 to generate"):
         generate(bench, long[:200], max_tokens=100)
+    with pytest.raises(ContextLengthExceeded, match="Prompt 0 has 500000 characters"):
+        generate(bench, "hello" * 100_000)
     request = GenerateRequest(
         prompts=(long,), truncate=True, logprobs=0, sampling=Sampling(max_tokens=6, ignore_eos=True)
     )

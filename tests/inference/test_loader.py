@@ -129,6 +129,17 @@ def test_sentence_files_come_before_the_architecture(tmp_path: Path) -> None:
     assert Checkpoint(tmp_path).task(None) is Task.FEATURE_EXTRACTION
 
 
+def test_sentence_modules_that_are_not_known(tmp_path: Path) -> None:
+    models.sentence(tmp_path)
+    modules = json.loads((tmp_path / "modules.json").read_text("utf-8"))
+    for place, name in ((0, "StaticEmbedding"), (1, "LSTM")):
+        changed = [dict(module) for module in modules]
+        changed[place]["type"] = f"sentence_transformers.models.{name}"
+        (tmp_path / "modules.json").write_text(json.dumps(changed), "utf-8")
+        with pytest.raises(ArchitectureUnsupported, match=f"module '{name}'"):
+            load(tmp_path)
+
+
 def test_the_readme_decides_where_the_weights_can_do_it(tmp_path: Path) -> None:
     models.fill_mask(tmp_path)
     readme = tmp_path / "README.md"
@@ -225,7 +236,7 @@ def test_running_out_of_memory_has_its_sentence(
         raise error
 
     monkeypatch.setattr("transformers.AutoModel.from_pretrained", exhausted)
-    with pytest.raises(OutOfMemory, match="isn't enough memory on auto to load"):
+    with pytest.raises(OutOfMemory, match=r"enough memory to load the model \(device auto\)"):
         load(models.bare(tmp_path))
 
 

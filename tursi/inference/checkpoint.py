@@ -52,9 +52,12 @@ class Checkpoint:
         """Where the transformer itself is."""
         self.config: dict[str, Any] = self._configuration()
 
-    def json(self, name: str) -> dict[str, Any]:
-        """The JSON object in a file of the root folder; empty if there is no such file."""
-        value = _read_json(self.root / name)
+    def json(self, name: str, *, inside: bool = False) -> dict[str, Any]:
+        """The JSON object in a file of the root folder; empty if there is no such file.
+
+        ``inside`` means beside the transformer's own files.
+        """
+        value = _read_json((self.folder if inside else self.root) / _inside(name))
         return value if isinstance(value, dict) else {}
 
     @cached_property
@@ -124,9 +127,17 @@ class Checkpoint:
 
     def _modules(self) -> list[dict[str, Any]]:
         modules = _read_json(self.root / "modules.json")
-        if isinstance(modules, list) and all(isinstance(entry, dict) for entry in modules):
-            return modules
-        return []
+        if not isinstance(modules, list) or not modules:
+            return []
+        if not all(isinstance(entry, dict) for entry in modules):
+            raise WeightsCorrupt(f"{self.root / 'modules.json'} isn't a list of modules.")
+        kind = str(modules[0].get("type", "")).rpartition(".")[2]
+        if kind != "Transformer":
+            raise ArchitectureUnsupported(
+                f"The model begins with the sentence-transformers module {kind!r}; Tursi serves "
+                "those that begin with a Transformer."
+            )
+        return modules
 
     def _configuration(self) -> dict[str, Any]:
         path = self.folder / "config.json"

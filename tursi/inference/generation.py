@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from tursi.errors import InternalError, InvalidRequest, TursiError
 from tursi.inference.cache import Decoder, SharedCache
+from tursi.inference.continuation import Row, Session
 from tursi.inference.job import NOT_FINITE, Job, incident
 from tursi.inference.outbox import Outbox
 from tursi.inference.prompts import Prompts
@@ -24,15 +25,12 @@ from tursi.inference.sampling import Sampler, resolve
 from tursi.inference.scheduler import StickyError, sticky
 from tursi.inference.tokens import MAX_INPUTS, Tokenizer
 from tursi.inference.transcript import Transcript
-from tursi.model import Task, Usage
+from tursi.model import Task
 from tursi.tasks import (
-    Choice,
     Delta,
-    FinishReason,
     Generated,
     GenerateRequest,
     TaskRequest,
-    TokenLogprob,
 )
 
 _PREFILL_CHUNK = 512
@@ -44,44 +42,10 @@ _MAX_LOGPROBS = 20
 
 
 @dataclass(eq=False, slots=True)
-class _Session:
-    """A request with rows that aren't all done."""
-
-    job: Job
-    request: GenerateRequest
-    prompt_tokens: int
-    unfinished: int
-    choices: dict[int, Choice] = field(default_factory=dict)
-    completion_tokens: int = 0
-    ended: bool = False
-    began: float | None = None
-    batch_size: int = 0
-
-
-@dataclass(eq=False, slots=True)
-class _Row:
-    session: _Session
-    choice: int
-    prompt: tuple[int, ...]
-    limit: int
-    sampler: Sampler
-    transcript: Transcript
-    last: int = 0
-    """The token that was generated last."""
-    made: int = 0
-    text: list[str] = field(default_factory=list)
-    tokens: list[TokenLogprob] = field(default_factory=list)
-    held: list[tuple[int, TokenLogprob]] = field(default_factory=list)
-    """Tokens whose text isn't shown yet, each with the place where its text begins."""
-    ids: list[int] = field(default_factory=list)
-    """Everything so far, for models that can't go on from a cache."""
-
-
-@dataclass(eq=False, slots=True)
 class _Prefill:
     """A prompt that is being read for one or more rows."""
 
-    rows: list[_Row]
+    rows: list[Row]
     cache: SharedCache
     done: int = 0
 
@@ -111,10 +75,10 @@ class Generator:
         self._vocabulary = int(model.get_output_embeddings().weight.shape[0])
         self._eos = _eos(model, tokenizer)
         self._capacity = max_sequences if self._decoder.batched else 1
-        self._sessions: dict[Job, _Session] = {}
-        self._waiting: deque[_Row] = deque()
+        self._sessions: dict[Job, Session] = {}
+        self._waiting: deque[Row] = deque()
         self._prefill: _Prefill | None = None
-        self._rows: list[_Row] = []
+        self._rows: list[Row] = []
         self._cache: SharedCache | None = None
 
     @property
@@ -151,17 +115,18 @@ class Generator:
             frozenset() if sampling.ignore_eos else self._eos
         )
         known = frozenset(end for end in ends if 0 <= end < self._vocabulary)
-        session = _Session(
+        session = Session(
             job,
             request,
+            ends=ends,
             prompt_tokens=sum(len(prompt) for prompt in prompts),
             unfinished=len(prompts) * request.n,
         )
-        rows: list[_Row] = []
+        rows: list[Row] = []
         for choice in range(session.unfinished):
             prompt = prompts[choice // request.n]
             rows.append(
-                _Row(
+                Row(
                     session=session,
                     choice=choice,
                     prompt=prompt,
@@ -179,6 +144,7 @@ class Generator:
                         # A chat's answer begins afresh.
                         () if request.messages else prompt[-_CONTEXT_TOKENS:],
                     ),
+                    name=self._name,
                 )
             )
         self._sessions[job] = session
@@ -200,7 +166,7 @@ class Generator:
         self._guarded(self._decode, self._rows)
         self._clear()
 
-    def _guarded(self, work: Callable[[], None], rows: Sequence[_Row]) -> None:
+    def _guarded(self, work: Callable[[], None], rows: Sequence[Row]) -> None:
         """Run ``work``; a defect in it costs the requests of ``rows``, not the worker."""
         if not rows:
             return
@@ -218,6 +184,9 @@ class Generator:
                 self._rows, self._cache = [], None
             else:
                 self._prefill = None
+
+    def _name(self, token: int) -> str:
+        return self._tokenizer.decode([token], special=True)
 
     def _begin_prefill(self, now: float) -> None:
         free = self._capacity - len(self._rows)
@@ -262,11 +231,11 @@ class Generator:
         cache = self._cache
         assert cache is not None  # noqa: S101 - there are rows
         if self._decoder.batched:
-            logits = cache.step(self._decoder, [row.last for row in self._rows])
+            logits = cache.step(self._decoder, [row.ids[-1] for row in self._rows])
         else:
             row = self._rows[0]
             length = cache.lengths[0] + 1
-            new = (row.last,) if self._decoder.cached else (*row.prompt, *row.ids)
+            new = row.ids[-1:] if self._decoder.cached else [*row.prompt, *row.ids]
             logits = self._forward_one(new, cache, length)
             cache.lengths = [length]
         self._take(self._rows, logits)
@@ -281,7 +250,7 @@ class Generator:
             torch.arange(length - len(ids), length, device=device).unsqueeze(0),
         )
 
-    def _take(self, rows: Sequence[_Row], logits: torch.Tensor) -> None:
+    def _take(self, rows: Sequence[Row], logits: torch.Tensor) -> None:
         """Choose each row's next token and pass on what it makes visible."""
         values, places = logits.max(dim=-1)
         best, greedy = values.tolist(), places.tolist()
@@ -296,71 +265,29 @@ class Generator:
                 self._fail(session, InternalError(NOT_FINITE))
                 continue
             try:
-                self._accept(row, greedy[index], logits[index])
+                self._emit(row, row.advance(greedy[index], logits[index]))
             except TursiError as error:
                 self._fail(session, error)
             except Exception as error:  # noqa: BLE001 - a defect must cost one request, not its neighbours
                 self._fail(session, incident(error))
 
-    def _accept(self, row: _Row, greedy: int, logits: torch.Tensor) -> None:
-        session, sampling = row.session, row.session.request.sampling
-        token = greedy if row.sampler.plain else row.sampler.choose(logits)
-        row.sampler.accept(token)
-        row.last = token
-        row.made += 1
-        row.ids.append(token)
-        session.completion_tokens += 1
-        reason: FinishReason | None = None
-        transcript = row.transcript
-        begins = transcript.length
-        if token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos):
-            reason = "stop"
-            text = transcript.finish()
-        else:
-            if session.request.logprobs is not None:
-                row.held.append((begins, self._logprob(token, logits, session.request.logprobs)))
-            text = transcript.push(token, stops=row.made >= sampling.min_tokens)
-            if transcript.stopped:
-                reason = "stop"
-            elif row.made >= row.limit:
-                reason = "length"
-                text += transcript.finish()
-                if transcript.stopped:
-                    reason = "stop"
-        self._emit(row, text, reason)
-
-    def _emit(self, row: _Row, text: str, reason: FinishReason | None) -> None:
+    def _emit(self, row: Row, delta: Delta) -> None:
+        """Pass on what a step has added to a row, or keep it until the request is done."""
         session, job = row.session, row.session.job
-        tokens: tuple[TokenLogprob, ...] = ()
-        if row.held and (text or reason):
-            shown = row.transcript.shown
-            tokens = tuple(
-                token for begins, token in row.held if begins < shown or not row.transcript.stopped
-            )
-            row.held = []
-        if job.call.stream:
-            if text or tokens or reason:
-                delta = Delta(row.choice, text, tokens, reason)
-                self._outbox.stream(job, job.call.delta(delta))
-        else:
-            row.text.append(text)
-            row.tokens += tokens
-        if reason is None:
+        if job.call.stream and (delta.text or delta.tokens or delta.finish_reason):
+            self._outbox.stream(job, job.call.delta(delta))
+        if delta.finish_reason is None:
             return
         if not job.call.stream:
-            special = bool(session.request.messages)
-            prompt = "" if special else self._tokenizer.decode(row.prompt)
-            session.choices[row.choice] = Choice(
-                row.choice, "".join(row.text), reason, tuple(row.tokens), prompt
-            )
-        row.limit = 0  # done
+            prompt = "" if session.request.messages else self._tokenizer.decode(row.prompt)
+            session.choices[row.choice] = row.whole(delta.finish_reason, prompt)
         session.unfinished -= 1
         if session.unfinished == 0:
             self._finish(session)
 
-    def _finish(self, session: _Session) -> None:
+    def _finish(self, session: Session) -> None:
         job = session.job
-        usage = self._usage(session)
+        usage = session.usage(self._clock())
         if job.call.stream:
             self._outbox.close(job, usage)
         else:
@@ -369,13 +296,13 @@ class Generator:
             self._outbox.answer(job, answer, usage)
         self._forget(session)
 
-    def _fail(self, session: _Session, error: TursiError) -> None:
+    def _fail(self, session: Session, error: TursiError) -> None:
         if session.ended:
             return
-        self._outbox.fail(session.job, error, self._usage(session))
+        self._outbox.fail(session.job, error, session.usage(self._clock()))
         self._forget(session)
 
-    def _forget(self, session: _Session) -> None:
+    def _forget(self, session: Session) -> None:
         session.ended = True
         del self._sessions[session.job]
 
@@ -387,7 +314,7 @@ class Generator:
             if not self._prefill.rows:
                 self._prefill = None
         keep = [
-            index for index, row in enumerate(self._rows) if row.limit and not row.session.ended
+            index for index, row in enumerate(self._rows) if not (row.finished or row.session.ended)
         ]
         if len(keep) == len(self._rows):
             return
@@ -396,32 +323,6 @@ class Generator:
             self._cache = None
         elif self._cache is not None:
             self._cache.keep(keep)
-
-    def _usage(self, session: _Session) -> Usage:
-        job = session.job
-        began = session.began
-        now = self._clock()
-        return Usage(
-            prompt_tokens=session.prompt_tokens,
-            completion_tokens=session.completion_tokens,
-            batch_size=session.batch_size,
-            queue_seconds=max(0.0, (now if began is None else began) - job.arrived),
-            compute_seconds=0.0 if began is None else max(0.0, now - began),
-        )
-
-    def _logprob(self, token: int, logits: torch.Tensor, count: int) -> TokenLogprob:
-        """What the model itself thought, before penalties, temperature and cuts."""
-        chances = logits.log_softmax(dim=-1)
-        values, places = chances.topk(min(count, len(chances))) if count else (None, None)
-        top: tuple[TokenLogprob, ...] = ()
-        if values is not None and places is not None:
-            top = tuple(
-                TokenLogprob(self._tokenizer.decode([id_], special=True), id_, value)
-                for id_, value in zip(places.tolist(), values.tolist(), strict=True)
-            )
-        return TokenLogprob(
-            self._tokenizer.decode([token], special=True), token, float(chances[token]), top
-        )
 
 
 def _eos(model: Any, tokenizer: Tokenizer) -> frozenset[int]:

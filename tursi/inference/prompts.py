@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from tursi.errors import ContextLengthExceeded, InvalidRequest
-from tursi.inference.tokens import Tokenizer
+from tursi.inference.tokens import Tokenizer, clipped
 from tursi.tasks import GenerateRequest, Text
 
 _ALLOWED_ARGUMENTS = {"add_generation_prompt", "continue_final_message"}
@@ -29,7 +29,10 @@ class Prompts:
         if request.messages:
             prompts = [self._chat(request)]
         else:
-            prompts = [self._text(text, index) for index, text in enumerate(request.prompts)]
+            prompts = [
+                self._text(text, index, truncate=request.truncate)
+                for index, text in enumerate(request.prompts)
+            ]
         if not prompts:
             raise InvalidRequest("There is no prompt.", param="prompt")
         wanted = request.sampling.max_tokens
@@ -53,7 +56,7 @@ class Prompts:
             )
         return prompts, wanted if wanted is not None else self.context - longest
 
-    def _text(self, text: Text, index: int) -> tuple[int, ...]:
+    def _text(self, text: Text, index: int, *, truncate: bool) -> tuple[int, ...]:
         tokenizer = self._tokenizer
         if text == "":
             # Nothing to continue is a fine beginning where the model has a token for it.
@@ -62,6 +65,10 @@ class Prompts:
                 return (int(begin),)
         if not text:
             raise InvalidRequest(f"Prompt {index} is empty.", param="prompt")
+        if isinstance(text, str):
+            text = clipped(
+                text, self.context, f"Prompt {index}", "prompt", truncate=truncate, end=True
+            )
         return tuple(tokenizer.encode([text], param="prompt")[0].ids)
 
     def _chat(self, request: GenerateRequest) -> tuple[int, ...]:
@@ -94,6 +101,9 @@ class Prompts:
             raise InvalidRequest(
                 f"The model's chat template refuses these messages: {error}", param="messages"
             ) from None
+        text = clipped(
+            text, self.context, "The chat", "messages", truncate=request.truncate, end=True
+        )
         # The template writes its special tokens itself.
         ids: Sequence[int] = tokenizer.encode(text, add_special_tokens=False)
         if not ids:

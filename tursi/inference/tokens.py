@@ -11,6 +11,11 @@ from tursi.tasks import Text
 
 MAX_INPUTS = 2048
 """Inputs in one request (OpenAI's own limit)."""
+_MAX_CHARACTERS = 256
+"""Characters per token beyond which a text is too long without counting its tokens.
+
+Counting them takes a second per megabyte, while others wait.
+"""
 _NO_LIMIT = 10**9
 """transformers writes an absurd number where a tokenizer has no maximum length."""
 
@@ -72,17 +77,15 @@ class Tokenizer:
                 f"One request takes at most {MAX_INPUTS} inputs; this one has {len(inputs)}.",
                 param=param,
             )
-        for index, text in enumerate(inputs):
-            if not any(text) if _is_pair(text) else not text:
-                raise InvalidRequest(f"Input {index} is empty.", param=param)
+        inputs = [
+            self._checked(text, index, param, truncate=truncate)
+            for index, text in enumerate(inputs)
+        ]
         texts = [self._prepared(text, prefix) for text in inputs if not _is_ids(text)]
         encoded = iter(self._encode(texts))
         found: list[Tokens] = []
         for index, text in enumerate(inputs):
-            if _is_ids(text):
-                tokens = Tokens(self._checked_ids(text, index, param))
-            else:
-                tokens = next(encoded)
+            tokens = Tokens(text) if _is_ids(text) else next(encoded)
             if self.limit is not None and len(tokens.ids) > self.limit:
                 if not truncate:
                     raise ContextLengthExceeded(
@@ -140,14 +143,43 @@ class Tokenizer:
             self._fast.no_truncation()
         return Tokens(encoding["input_ids"], encoding.get("token_type_ids"), truncated=True)
 
-    def _checked_ids(self, ids: Any, index: int, param: str) -> tuple[int, ...]:
-        if min(ids) < 0 or max(ids) >= self._vocabulary:
+    def _checked(self, text: Any, index: int, param: str, *, truncate: bool) -> Any:
+        """The input, if there is anything in it and it is in the model's words."""
+        if not any(text) if _is_pair(text) else not text:
+            raise InvalidRequest(f"Input {index} is empty.", param=param)
+        if not _is_ids(text):
+            if self.limit is None:
+                return text
+            return clipped(text, self.limit, f"Input {index}", param, truncate=truncate)
+        if min(text) < 0 or max(text) >= self._vocabulary:
             raise InvalidRequest(
                 f"Input {index} has a token id outside of the model's vocabulary "
                 f"(0 to {self._vocabulary - 1}).",
                 param=param,
             )
-        return tuple(ids)
+        return text
+
+
+def clipped(
+    text: Any, limit: int, what: str, param: str, *, truncate: bool, end: bool = False
+) -> Any:
+    """``text`` without what lies far beyond ``limit`` tokens; its ``end`` stays if that is set.
+
+    Raises ``ContextLengthExceeded`` instead unless ``truncate``.
+    """
+    most = limit * _MAX_CHARACTERS
+    size = sum(map(len, text)) if _is_pair(text) else len(text)
+    if size <= most:
+        return text
+    if not truncate:
+        raise ContextLengthExceeded(
+            f"{what} has {size} characters, but the model takes at most {limit} tokens; "
+            "shorten it or ask for truncation.",
+            param=param,
+        )
+    if _is_pair(text):
+        return (text[0][:most], text[1][:most])
+    return text[-most:] if end else text[:most]
 
 
 def sane_limit(*limits: Any) -> int | None:
