@@ -211,7 +211,7 @@ async def test_stop_drains(house: House) -> None:
     sink = RecordedSink()
     worker.submit(ASK, sink)
     stopped = worker.stop()
-    assert worker.phase is Phase.DRAINING
+    assert Phase.DRAINING in house.observer.phases
     await stopped
     assert sink.done
     assert bytes(sink.data) == ASK.body
@@ -244,7 +244,7 @@ async def test_restart_comes_back_without_counting_a_failure(house: House) -> No
     assert house.observer.lives[first].intent == "restart"
 
 
-FATES = {
+FATES: dict[str, tuple[list[str], dict[str, Any], Phase, FailureClass, str]] = {
     "never-says-hello": (
         ["--no-hello"],
         {"spawn_seconds": 0.6},
