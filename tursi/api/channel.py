@@ -112,16 +112,6 @@ class Channel(http.HTTPChannel):
             self._wait("headers", self.site.settings.header_seconds)
         super().dataReceived(data)
 
-    def lineReceived(self, line: bytes) -> None:  # noqa: N802 - Twisted's name
-        """A line of the headers."""
-        if self._stage != "closing":
-            super().lineReceived(line)
-
-    def rawDataReceived(self, data: bytes) -> None:  # noqa: N802 - Twisted's name
-        """A piece of a body, or of what follows the request in progress."""
-        if self._stage != "closing":
-            super().rawDataReceived(data)
-
     def headerReceived(self, line: bytes) -> bool:  # noqa: N802 - Twisted's name
         """A header."""
         if self._stage == "closing":
@@ -197,8 +187,14 @@ class Channel(http.HTTPChannel):
         self._networkProducer.unregisterProducer()
         self._networkProducer.resumeProducing()
         self.setRawMode()
+        # For good, so that a line of a request that isn't refused costs nothing.
+        self.lineReceived = self.rawDataReceived = _ignore  # type: ignore[method-assign]
         # A TLS transport can't close one half.
         close_half: Any = getattr(
             self.transport, "loseWriteConnection", self.transport.loseConnection
         )
         close_half()
+
+
+def _ignore(data: bytes) -> None:
+    """What is received after a refusal."""

@@ -93,7 +93,7 @@ class Exchange:
         if self._done:
             return
         self._ticket = ticket
-        request.notifyFinish().addErrback(self._lost)
+        request.on_lost = self._lost
         request.on_overdue = self._overdue
         request.channel.answer_within(work.seconds)
 
@@ -163,7 +163,7 @@ class Exchange:
     def stopProducing(self) -> None:  # noqa: N802 - Twisted's name
         """The connection is gone; ``_lost`` says so too."""
 
-    def _lost(self, reason: Failure) -> None:  # noqa: ARG002 - an errback's signature
+    def _lost(self) -> None:
         if not self._done:
             self._cancel(RequestCancelled.code)
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from twisted.web import server
-from twisted.web.http import datetimeToString
+from twisted.web import http, server
 
 from tursi.errors import InternalError, PayloadTooLarge
 from tursi.faces import TABLE
@@ -40,6 +39,8 @@ class Request(server.Request):
     request_id = b""
     on_overdue: Callable[[], None] | None = None
     """Called when the answer takes longer than ``channel.answer_within`` was told."""
+    on_lost: Callable[[], None] | None = None
+    """Called when the connection is lost before the answer is finished."""
     _received: BytesIO
     _limit = 0
     _chunks: int | None = None
@@ -91,6 +92,9 @@ class Request(server.Request):
         """The whole body."""
         return self._received.getvalue()
 
+    def parseCookies(self) -> None:  # noqa: N802 - Twisted's name
+        """Nothing: there are no cookies."""
+
     def _too_large(self) -> PayloadTooLarge:
         return PayloadTooLarge(
             f"The body is larger than {self._limit} bytes, the most that this path takes."
@@ -101,12 +105,22 @@ class Request(server.Request):
     def process(self) -> None:
         """Hand the complete request to the site's resource."""
         headers = self.responseHeaders
-        headers.setRawHeaders(b"Date", [datetimeToString()])
+        headers.setRawHeaders(b"Date", [self.site.date()])
         headers.setRawHeaders(b"X-Request-Id", [self.request_id])
         try:
             self.site.resource.render(self)
         except Exception:  # noqa: BLE001 - whatever it is, the client gets an answer
             self.processingFailed(Failure())
+
+    # What the site's class does besides is of no use here, and costs.
+    write = http.Request.write
+    finish = http.Request.finish
+
+    def connectionLost(self, reason: Failure) -> None:  # noqa: N802 - Twisted's name
+        """The client has gone."""
+        super().connectionLost(reason)
+        if self.on_lost is not None:
+            self.on_lost()
 
     def overdue(self) -> None:
         """The answer takes too long."""

@@ -46,6 +46,8 @@ class Site(server.Site):
         shortest = min(settings.header_seconds, settings.body_seconds, settings.idle_seconds)
         self._interval = min(1.0, shortest / 4)
         self._look: Any = None
+        self._second = -1
+        self._date = b""
 
     def startFactory(self) -> None:  # noqa: N802 - Twisted's name
         """Nothing: Twisted would keep a clock for its access log."""
@@ -67,6 +69,13 @@ class Site(server.Site):
         if len(self.channels) >= self.settings.max_connections:
             return None
         return cast("Channel", super().buildProtocol(addr))
+
+    def date(self) -> bytes:
+        """Now, for the Date header; made anew once a second."""
+        second = int(self.reactor.seconds())
+        if second != self._second:
+            self._second, self._date = second, http.datetimeToString()
+        return self._date
 
     def opened(self, channel: Channel) -> None:
         """Watch the deadlines of ``channel``."""
