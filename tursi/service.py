@@ -54,8 +54,9 @@ _KEPT_VARIABLES = (
 """What children inherit of the daemon's environment: no token, no notify socket, nothing else."""
 
 _FETCHER_VARIABLES = (
-    "HF_TOKEN", "HF_HOME", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy",
-    "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "HF_HUB_DISABLE_XET",
+    "HF_ENDPOINT", "HF_TOKEN", "HF_TOKEN_PATH", "HF_HOME", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET",
+    "XDG_CACHE_HOME", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy",
+    "https_proxy", "all_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE",
 )  # fmt: skip
 """What the fetcher gets besides: the way to the hub, and its token."""
 
