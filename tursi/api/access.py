@@ -38,9 +38,7 @@ class Access:
     """
 
     def __init__(self, hosts: Iterable[str], roles: Iterable[Role]) -> None:
-        named = frozenset(
-            host.lower().encode("idna" if not host.isascii() else "ascii") for host in hosts
-        )
+        named = frozenset(host.lower().encode("utf-8") for host in hosts)
         self._hosts = _LOOPBACK | named
         self._local_hosts = _LOCAL | named
         self._roles = frozenset(roles)
