@@ -90,7 +90,8 @@ def _type(schema: JsonSchema) -> str:
         return "one of " + ", ".join(f"``{each}``" for each in schema["enum"])
     kind = schema.get("type", "anything")
     if kind == "array" and isinstance(schema.get("items"), Mapping):
-        return f"list of {_type(schema['items'])}"
+        items = _type(schema["items"])
+        return f"list of ({items})" if " or " in items else f"list of {items}"
     return ", ".join(kind) if isinstance(kind, list) else str(kind)
 
 

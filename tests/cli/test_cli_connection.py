@@ -135,6 +135,12 @@ def test_an_answer_that_does_not_come_has_a_deadline(api: Api) -> None:
             1,
             "Oops. (incident i1)",
         ),
+        (
+            {"error": {"message": "Stops.", "code": "shutting_down", "retry_after": 5}},
+            503,
+            3,
+            "Stops. (try again in 5 s)",
+        ),
         (None, 502, 1, "The daemon answered with status 502."),
         (["x"], 500, 1, "The daemon answered with status 500."),
     ],

@@ -236,7 +236,7 @@ def failure(body: Any, status: int) -> Failure:
     outcome = _EXIT_BY_CODE.get(code, Exit.NOT_FOUND if status == 404 else Exit.FAILED)
     if error.get("retry_after") is not None:
         text = f"{text} (try again in {error['retry_after']} s)"
-        outcome = Exit.TRY_LATER
+        outcome = _EXIT_BY_CODE.get(code, Exit.TRY_LATER)
     return Failure(text, outcome, code)
 
 
