@@ -92,11 +92,18 @@ class Session:
             keeper_pid=life.keeper_pid,
             keeper_start_time=life.keeper_start_time,
         )
-        with life.socket:
-            life.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        try:
+            self._connect(life.socket)
+        except OSError as error:
+            # The process is there, so it has to go the way that processes go.
+            self._tell(self._machine.broke, f"its data socket can't be used: {error.strerror}")
+
+    def _connect(self, data: socket.socket) -> None:
+        with data:
+            data.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
             # It duplicates the descriptor.
             self._reactor.adoptStreamConnection(
-                life.socket.fileno(), socket.AF_UNIX, Factory.forProtocol(lambda: self.link)
+                data.fileno(), socket.AF_UNIX, Factory.forProtocol(lambda: self.link)
             )
 
     def started(self, pid: int) -> None:

@@ -120,7 +120,6 @@ class Worker:
         self._proc = proc
         self._machine = lifecycle(self, settings, _Feeding(reactor, self._feed), random)
         self._actions: deque[Callable[[], None]] = deque()
-        self._acting = False
         self._session: Session | None = None
         self._monitored = False
         self._may_spawn = False
@@ -342,18 +341,12 @@ class Worker:
         the monitor wants to know at once what comes of ``exited``.
         """
         given(*arguments)
-        if self._acting:
-            return
-        self._acting = True
-        try:
-            while self._actions:
-                action = self._actions.popleft()
-                try:
-                    action()
-                except Exception:  # noqa: BLE001 - the deadlines see to what a defect leaves undone
-                    log.failure("{worker}: an action failed", worker=self.name)
-        finally:
-            self._acting = False
+        while self._actions:
+            action = self._actions.popleft()
+            try:
+                action()
+            except Exception:  # noqa: BLE001 - the deadlines see to what a defect leaves undone
+                log.failure("{worker}: an action failed", worker=self.name)
 
     def _act(self, action: Callable[[], None]) -> None:
         self._actions.append(action)
