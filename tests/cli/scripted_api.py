@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import socketserver
+import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
@@ -142,6 +143,17 @@ class _Handler(BaseHTTPRequestHandler):
 
 class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     daemon_threads = True
+
+
+@contextmanager
+def child(command: Sequence[object], **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A process that is killed if the test fails, rather than waited for."""
+    with subprocess.Popen([str(each) for each in command], **options) as process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
 
 
 @contextmanager

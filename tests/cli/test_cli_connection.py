@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from scripted_api import Api, Reply, refusal, scripted_api
+from scripted_api import Api, Reply, child, refusal, scripted_api
 
 from tursi import __version__
 from tursi.cli import main
@@ -93,14 +93,12 @@ def test_a_connection_that_breaks_is_told_in_one_line(api: Api) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(quiet))
         listener.listen(1)
-        process = subprocess.Popen(
-            [sys.executable, "-c", "from tursi.cli import main; main()", "--socket", quiet, "ps"],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        listener.settimeout(30)
-        listener.accept()[0].close()
-        _, stderr = process.communicate(timeout=30)
+        code = "from tursi.cli import main; main()"
+        command = [sys.executable, "-c", code, "--socket", quiet, "ps"]
+        with child(command, stderr=subprocess.PIPE, text=True) as process:
+            listener.settimeout(30)
+            listener.accept()[0].close()
+            _, stderr = process.communicate(timeout=30)
     assert process.returncode == Exit.NO_DAEMON
     assert stderr.startswith(f"tursi: The connection to the daemon at {quiet} broke")
 

@@ -12,9 +12,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from scripted_api import child
 
 from tursi.cli import demo
 from tursi.cli.connection import Failure
@@ -91,11 +93,11 @@ class Demo:
         """What the daemon does."""
         (self.state / "script").write_text(script)
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self) -> AbstractContextManager[subprocess.Popen[str]]:
         """Run a demo."""
         digest = hashlib.sha256(WEIGHTS).hexdigest()
         code = RUN.format(digest=digest, twistd=str(self.twistd))
-        return subprocess.Popen(
+        return child(
             [sys.executable, "-c", code, f"--state={self.state}", f"--model={self.model}"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

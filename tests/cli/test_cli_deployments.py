@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from scripted_api import Api, Reply, deployment, refusal, scripted_api, worker
+from scripted_api import Api, Reply, child, deployment, refusal, scripted_api, worker
 
 import tursi.cli.deployments
 from tursi.cli.connection import Exit
@@ -210,7 +210,7 @@ def test_ctrl_c_in_up_leaves_the_deployment_to_come_up_and_says_so(api: Api) -> 
     api.on("POST", "/deployments", created(deployment("loading")))
     api.on("GET", "/deployments/mini", deployment("loading"))
     command = [sys.executable, "-c", TURSI, "--socket", str(api.socket), "up", "org/mini"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with child(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 30
         while len(api.asked) < 3:
             assert time.monotonic() < deadline, "it doesn't wait"
@@ -237,7 +237,7 @@ def test_up_on_a_terminal_shows_a_bar(api: Api) -> None:
     command = [sys.executable, "-c", TURSI, "--socket", str(api.socket), "up", "org/mini"]
     master, slave = os.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
-    with subprocess.Popen(command, stdout=slave, stderr=slave, env=environment) as process:
+    with child(command, stdout=slave, stderr=slave, env=environment) as process:
         os.close(slave)
         shown = b""
         try:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from threading import Event
 
 import pytest
-from scripted_api import Api, Reply, refusal, scripted_api
+from scripted_api import Api, Reply, child, refusal, scripted_api
 
 from tursi.cli.connection import Exit
 
@@ -69,7 +69,7 @@ def test_ctrl_c_ends_following(api: Api) -> None:
     api.on("GET", "/events", Reply(pieces=[f"id: 7\ndata: {json.dumps(EVENT)}\n\n"], hold=Event()))
     code = "from tursi.cli import main; main()"
     command = [sys.executable, "-c", code, "--socket", str(api.socket), "events", "-f", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with child(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert json.loads(process.stdout.readline()) == EVENT
         process.send_signal(signal.SIGINT)
