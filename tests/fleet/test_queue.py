@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
-from tursi.supervision.link import Sink
 
 from twisted.internet.task import Clock
 
@@ -21,6 +20,7 @@ from tursi.errors import (
 )
 from tursi.fleet.queue import RequestQueue, Work, shutting_down
 from tursi.model import Phase, Usage
+from tursi.supervision.link import Sink
 
 
 @dataclass

@@ -1,0 +1,394 @@
+"""The fleet on a real store in memory's speed, with workers and a hub that do as they are told."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from fakes import InlineConnectionPool, InlineReactor
+
+from tursi import store
+from tursi.config import Configuration
+from tursi.errors import (
+    DeploymentNotFound,
+    DeploymentUnavailable,
+    HubUnreachable,
+    InvalidRequest,
+    ModelFilesMissing,
+    ModelNotFound,
+    QueueFull,
+    RepositoryNotFound,
+    StartingUp,
+)
+from tursi.fleet import Fleet, Work
+from tursi.model import (
+    CatalogueEntry,
+    Event,
+    Loaded,
+    LoadOrder,
+    Phase,
+    Progress,
+    Reference,
+    Request,
+    Resolution,
+    WorkerStatus,
+)
+from tursi.plan import Key
+from tursi.store import Store
+
+T = TypeVar("T")
+NOW = 1_800_000_000.0
+
+
+class FakeWorker:
+    """A replica that is in whatever phase the test puts it."""
+
+    log = None
+    uuid = None
+    in_flight = 0
+    loaded = Loaded(task="feature-extraction", device="cpu", dtype="float32")
+
+    def __init__(self, name: str, key: Key, order: LoadOrder, observer: Any) -> None:
+        self.name, self.order = name, order
+        self.deployment, self.generation, self.replica = key
+        self.phase = Phase.STOPPED
+        self.reason: str | None = None
+        self.observer = observer
+        self.stopped: Deferred[None] = Deferred()
+        self.resets = 0
+
+    def become(self, phase: Phase, reason: str | None = None) -> None:
+        self.phase, self.reason = phase, reason
+        self.observer.changed(self, reason or "as the test says")
+
+    def start(self) -> None:
+        self.become(Phase.QUEUED)
+
+    def admit(self) -> None:
+        self.become(Phase.SPAWNING)
+
+    def stop(self) -> Deferred[None]:
+        self.become(Phase.DRAINING)
+        return self.stopped
+
+    def reset(self) -> None:
+        self.resets += 1
+        self.become(Phase.QUEUED)
+
+    def status(self) -> WorkerStatus:
+        return WorkerStatus(
+            self.name, self.replica, self.phase, NOW, generation=self.generation, reason=self.reason
+        )
+
+    def submit(self, ask: object, sink: object) -> int:
+        raise QueueFull
+
+
+class FakeHub:
+    """A hub whose answers the test gives."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Reference, Deferred[Resolution], Any]] = []
+        self.cancelled = 0
+
+    def resolve(self, reference: Reference, progress: Any) -> Deferred[Resolution]:
+        def cancel(_: object) -> None:
+            self.cancelled += 1
+
+        waiting: Deferred[Resolution] = Deferred(cancel)
+        self.asked.append((reference, waiting, progress))
+        return waiting
+
+    def catalogue(self) -> Deferred[list[CatalogueEntry]]:
+        done: Deferred[list[CatalogueEntry]] = Deferred()
+        done.callback([CatalogueEntry("org/name", "/cache/name", 10)])
+        return done
+
+
+class Bench:
+    """A fleet with everything around it in the test's hands."""
+
+    def __init__(self, folder: Path) -> None:
+        self.reactor = InlineReactor()
+        path = folder / "tursi.sqlite"
+        store.prepare(path)
+        self.store = Store(path, self.reactor, pool=InlineConnectionPool)
+        self.store.start()
+        self.hub = FakeHub()
+        self.workers: list[FakeWorker] = []
+        self.fleet = Fleet(
+            store=self.store,
+            hub=self.hub,  # type: ignore[arg-type] # a fake
+            make_worker=self.make,  # type: ignore[arg-type] # makes fakes
+            configuration=Configuration(),
+            logs=folder / "logs",
+            reactor=self.reactor,
+            now=lambda: NOW,
+        )
+
+    def make(self, *, name: str, key: Key, order: LoadOrder, observer: Any) -> FakeWorker:
+        worker = FakeWorker(name, key, order, observer)
+        self.workers.append(worker)
+        return worker
+
+    def open(self) -> None:
+        self.do(self.fleet.open())
+        self.turn()
+
+    def turn(self) -> None:
+        """Let the reactor do what is due."""
+        for _ in range(4):
+            self.reactor.advance(0)
+
+    def do(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        outcome: list[T | Failure] = []
+        Deferred.fromCoroutine(coroutine).addBoth(outcome.append)
+        self.turn()
+        [result] = outcome
+        if isinstance(result, Failure):
+            result.raiseException()
+        return result  # type: ignore[return-value] # a failure has been raised
+
+    def deploy(self, name: str = "a", replicas: int | None = None, **fields: Any) -> str:
+        request = Request(**{"model": "/models/a", **fields})
+        _, outcome = self.do(self.fleet.deploy(name, request, replicas, "uid 0"))
+        return outcome
+
+    def found(self, **fields: Any) -> None:
+        """The hub knows the files of the oldest question."""
+        _, waiting, _ = self.hub.asked.pop(0)
+        waiting.callback(Resolution(**{"folder": "/models/a", **fields}))
+        self.turn()
+
+    def not_found(self, error: Exception) -> None:
+        _, waiting, _ = self.hub.asked.pop(0)
+        waiting.errback(error)
+        self.turn()
+
+    def phase(self, name: str = "a") -> Phase:
+        return self.fleet.deployment(name).phase
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    one = Bench(tmp_path)
+    one.open()
+    yield one
+    for call in one.reactor.getDelayedCalls():
+        call.cancel()
+    one.store.stop()
+
+
+def test_before_it_has_been_opened_nothing_is_said(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    for look in (bench.fleet.deployments, lambda: bench.fleet.find("a")):
+        with pytest.raises(StartingUp):
+            look()
+    with pytest.raises(StartingUp):
+        bench.do(bench.fleet.scale("a", 1, "uid 0"))
+    bench.store.stop()
+
+
+def test_a_deployment_is_found_loaded_and_served(bench: Bench) -> None:
+    assert bench.deploy(replicas=2) == "created"
+    [(reference, _, progress)] = bench.hub.asked
+    assert reference == Reference(folder="/models/a")
+    progress(Progress("fetch", 1, 2))
+    assert bench.fleet.deployment("a").progress == Progress("fetch", 1, 2)
+    bench.found(size=5)
+    assert [worker.phase for worker in bench.workers] == [Phase.SPAWNING] * 2
+    assert bench.workers[0].order.folder == "/models/a"
+    for worker in bench.workers:
+        worker.become(Phase.READY)
+    status = bench.fleet.deployment("a")
+    assert (status.phase, status.ready, status.task) == (Phase.READY, 2, "feature-extraction")
+    assert bench.fleet.find("/models/a") == "a"
+    [generation] = bench.do(bench.fleet.generations("a"))
+    assert generation.resolution is not None
+    assert generation.resolution.dtype == "float32"
+
+
+def test_the_same_again_changes_nothing_and_keeps_the_replicas(bench: Bench) -> None:
+    bench.deploy(replicas=3)
+    assert bench.deploy() == "unchanged"
+    assert bench.fleet.deployment("a").replicas == 3
+    assert bench.deploy(replicas=1) == "scaled"
+    assert bench.deploy(dtype="bfloat16") == "replaced"
+    assert bench.fleet.deployment("a").generation == 2
+
+
+@pytest.mark.parametrize(
+    "fields", [{"device": "gpu"}, {"dtype": "int3"}, {"task": "cooking"}, {"model": "../a"}]
+)
+def test_what_can_not_be_is_refused_and_nothing_is_kept(
+    bench: Bench, fields: dict[str, str]
+) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        bench.deploy(**fields)
+    assert refused.value.param == next(iter(fields))
+    assert bench.fleet.deployments() == []
+
+
+def test_a_model_that_is_not_there_fails_with_its_sentence_until_asked_again(
+    bench: Bench,
+) -> None:
+    bench.deploy()
+    bench.not_found(ModelFilesMissing("There is no folder /models/a."))
+    status = bench.fleet.deployment("a")
+    assert (status.phase, status.reason) == (Phase.FAILED, "There is no folder /models/a.")
+    with pytest.raises(DeploymentUnavailable, match="There is no folder"):
+        bench.fleet.submit("a", Work("r", "i", "", b"", 1.0), None)  # type: ignore[arg-type] # refused first
+    assert bench.hub.asked == []
+    assert bench.deploy() == "retried"
+    bench.found()
+    assert bench.phase() is Phase.SPAWNING
+
+
+def test_a_hub_that_can_not_be_reached_is_tried_again_ever_later(bench: Bench) -> None:
+    bench.deploy(model="org/name")
+    for delay in (5, 10, 20):
+        bench.not_found(HubUnreachable("The hub is away."))
+        status = bench.fleet.deployment("a")
+        assert (status.phase, status.next_try_at) == (Phase.BACKOFF, NOW + delay)
+        bench.reactor.advance(delay - 0.1)
+        assert bench.hub.asked == []
+        bench.reactor.advance(0.2)
+        bench.turn()
+    bench.found()
+    assert bench.phase() is Phase.SPAWNING
+
+
+def test_removing_cancels_the_fetch_and_forgets_it(bench: Bench) -> None:
+    bench.deploy(model="org/name")
+    bench.do(bench.fleet.remove("a", "uid 0"))
+    assert bench.hub.cancelled == 1
+    with pytest.raises(DeploymentNotFound):
+        bench.fleet.deployment("a")
+
+
+def test_a_removed_deployment_stays_visible_until_its_workers_have_gone(bench: Bench) -> None:
+    bench.deploy()
+    bench.found()
+    [worker] = bench.workers
+    worker.become(Phase.READY)
+    bench.do(bench.fleet.remove("a", "uid 0"))
+    assert bench.phase() is Phase.DRAINING
+    with pytest.raises(ModelNotFound):
+        bench.fleet.find("a")
+    with pytest.raises(DeploymentNotFound):
+        bench.do(bench.fleet.remove("a", "uid 0"))
+    worker.phase = Phase.STOPPED
+    worker.stopped.callback(None)
+    bench.turn()
+    assert bench.fleet.deployments() == []
+
+
+def test_one_that_is_wanted_again_while_it_drains_waits_for_its_predecessor(
+    bench: Bench,
+) -> None:
+    bench.deploy()
+    bench.found()
+    [first] = bench.workers
+    first.become(Phase.READY)
+    bench.do(bench.fleet.remove("a", "uid 0"))
+    assert bench.deploy() == "created"
+    bench.found()
+    second = bench.workers[-1]
+    assert second.generation == 2
+    first.stopped.callback(None)
+    bench.turn()
+    second.become(Phase.READY)
+    assert bench.phase() is Phase.READY
+
+
+def test_stopping_and_starting(bench: Bench) -> None:
+    bench.deploy()
+    bench.found()
+    [worker] = bench.workers
+    worker.become(Phase.READY)
+    bench.do(bench.fleet.stop("a", "uid 0"))
+    worker.stopped.callback(None)
+    bench.turn()
+    assert bench.phase() is Phase.STOPPED
+    with pytest.raises(DeploymentUnavailable, match="stopped"):
+        bench.fleet.submit("a", Work("r", "i", "", b"", 1.0), None)  # type: ignore[arg-type] # refused first
+    bench.do(bench.fleet.start("a", "uid 0"))
+    assert len(bench.workers) == 2
+
+
+def test_a_failed_worker_is_tried_again_on_demand(bench: Bench) -> None:
+    bench.deploy()
+    bench.found()
+    [worker] = bench.workers
+    worker.become(Phase.FAILED, "the weights are damaged")
+    assert bench.fleet.health()[0] == "degraded"
+    assert bench.deploy() == "retried"
+    assert worker.resets == 1
+
+
+def test_events_are_written_and_watched(bench: Bench) -> None:
+    seen: list[Event] = []
+    unwatch = bench.fleet.watch("a", seen.append)
+    bench.deploy()
+    bench.deploy("b", model="org/b")
+    bench.not_found(RepositoryNotFound("There is no such repository."))
+    unwatch()
+    bench.do(bench.fleet.stop("b", "uid 0"))
+    assert {event.deployment for event in seen} == {"a"}
+    written = bench.do(bench.fleet.events("a", 0, 100))
+    assert [event.kind for event in written] == [event.kind for event in seen]
+    assert "fetch.failed" in [event.kind for event in written]
+
+
+def test_what_was_deployed_comes_back_with_a_new_daemon(tmp_path: Path) -> None:
+    first = Bench(tmp_path)
+    first.open()
+    first.deploy()
+    first.found()
+    first.deploy("b")
+    first.do(first.fleet.stop("b", "uid 0"))
+    for call in first.reactor.getDelayedCalls():
+        call.cancel()
+    first.store.stop()
+    second = Bench(tmp_path)
+    second.open()
+    assert [worker.deployment for worker in second.workers] == ["a"]
+    assert second.hub.asked == []
+    for call in second.reactor.getDelayedCalls():
+        call.cancel()
+    second.store.stop()
+
+
+def test_the_catalogue_says_who_uses_what(bench: Bench) -> None:
+    bench.deploy(model="org/name")
+    bench.found(folder="/cache/name")
+    bench.deploy("b", model="/elsewhere")
+    bench.found(folder="/elsewhere")
+    entries = bench.do(bench.fleet.catalogue())
+    assert [(entry.folder, entry.used_by) for entry in entries] == [
+        ("/cache/name", ("a",)),
+        ("/elsewhere", ("b",)),
+    ]
+
+
+def test_closing_stops_every_worker_and_refuses_the_rest(bench: Bench) -> None:
+    bench.deploy()
+    bench.found()
+    [worker] = bench.workers
+    closing = Deferred.fromCoroutine(bench.fleet.close())
+    assert worker.phase is Phase.DRAINING
+    assert not closing.called
+    worker.stopped.callback(None)
+    bench.turn()
+    assert closing.called
+    with pytest.raises(Exception, match="stopping"):
+        bench.fleet.submit("a", Work("r", "i", "", b"", 1.0), None)  # type: ignore[arg-type] # refused first
