@@ -503,6 +503,14 @@ def test_a_socket_that_cannot_be_adopted_ends_the_process(world: World) -> None:
     assert world.worker.status().reason == "its data socket can't be used: Too many open files"
 
 
+def test_who_is_never_admitted_fails_for_want_of_room(world: World) -> None:
+    world.worker.start()
+    world.reactor.advance(24 * 3600)
+    status = world.worker.status()
+    assert (status.phase, status.failure) == (Phase.FAILED, FailureClass.RESOURCE)
+    assert status.reason == "there was no room for it for 24 h"
+
+
 def test_environment_is_passed_as_it_is(world: World) -> None:
     world.spawn()
     environment: Mapping[str, str] = world.monitor.launches[0].environment

@@ -290,6 +290,8 @@ class Worker:
 
     def announce(self, phase: Phase, cause: str) -> None:
         """Take on the phase, and tell."""
+        if phase is Phase.FAILED and self.phase is Phase.QUEUED:
+            self._failure = FailureClass.RESOURCE
         self.phase = phase
         self._since = self._now()
         if phase in {Phase.READY, Phase.STOPPED}:
