@@ -145,6 +145,14 @@ def test_up_fails_when_one_replica_of_several_fails(api: Api) -> None:
     assert "It crashed 5 times." in result.stderr
 
 
+def test_up_waits_for_replicas_that_are_not_there_yet(api: Api) -> None:
+    api.on("POST", "/deployments", created(deployment(replicas=2), "scaled"))
+    both = [worker(), worker(replica=1)]
+    api.on("GET", "/deployments/mini", deployment(replicas=2, ready=2, workers=both))
+    result = api.tursi("up", "org/mini", "--replicas", "2")
+    assert (result.exit_code, result.stderr) == (Exit.OK, "mini: 1 of 2 replicas ready\n")
+
+
 def test_up_waits_for_the_new_generation_while_the_old_one_serves(api: Api) -> None:
     old, new = worker(), worker("loading", generation=2)
     api.on(

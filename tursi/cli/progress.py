@@ -82,7 +82,7 @@ def look(status: Mapping[str, Any]) -> Look:
     ready = phases.count(Phase.READY)
     if status["phase"] == Phase.READY and ready >= status["replicas"]:
         return Look(Verdict.READY, "ready")
-    given_up = bool(phases) and all(each in {*_GIVEN_UP, Phase.READY} for each in phases)
+    given_up = ready < len(phases) and all(each in {*_GIVEN_UP, Phase.READY} for each in phases)
     if status["phase"] in _GIVEN_UP or given_up:
         return Look(Verdict.FAILED, _reason(status))
     if status["phase"] == Phase.BACKOFF:
