@@ -36,12 +36,11 @@ def main() -> None:
         after = server.cpu_times()
         cpu = (after.user - before.user + after.system - before.system) / options.seconds
         keepers = [child for child in server.children() if "keeper.py" in " ".join(child.cmdline())]
+        keeper_rss = sum(keeper.memory_info().rss for keeper in keepers) / max(len(keepers), 1)
         print(
             f"{options.deployments} deployments: daemon RSS "
-            f"{server.memory_info().rss / 1e6:.1f} MB, "
-            f"{100 * cpu:.2f} % of a core at rest; keepers "
-            f"{sum(keeper.memory_info().rss for keeper in keepers) / 1e6 / max(len(keepers), 1):.1f}"
-            " MB each"
+            f"{server.memory_info().rss / 1e6:.1f} MB, {100 * cpu:.2f} % of a core at rest; "
+            f"keepers {keeper_rss / 1e6:.1f} MB each"
         )
 
 

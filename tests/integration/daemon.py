@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import httpx
 import psutil
@@ -25,7 +25,7 @@ TWISTD = Path(sys.executable).with_name("twistd")
 SCRIPTED = Path(__file__).with_name("scripted_daemon.py")
 
 
-def until(look: Callable[[], T], what: str, seconds: float = 60.0) -> T:
+def until(look: Callable[[], T | Literal[False] | None], what: str, seconds: float = 60.0) -> T:
     """The first true answer of ``look``; fails with ``what`` when the time is over."""
     deadline = time.monotonic() + seconds
     while True:
