@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import faulthandler
+import hashlib
 import heapq
 import itertools
 import json
@@ -26,8 +28,9 @@ from typing import Any
 
 import msgspec
 
-from tursi import wire
+from tursi import heartbeat, wire
 from tursi.errors import LoadError, by_code
+from tursi.heartbeat import Operation
 from tursi.model import Loaded, LoadOrder, Progress, Usage
 from tursi.wire import Kind
 
@@ -44,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--stall", action="store_true", help="load for ever, without progress")
     one.add_argument("--fail", metavar="CODE:MESSAGE", help="say so instead of READY, and exit")
     one.add_argument("--at", type=int, default=0, help="when what follows happens: request, 0=load")
-    one.add_argument("--hang", choices=("gil", "nogil", "stop"))
+    one.add_argument("--hang", choices=("gil", "nogil", "spin", "stop"))
     one.add_argument("--exit", type=int)
     one.add_argument("--signal", type=int)
     one.add_argument("--garbage", action="store_true")
@@ -73,6 +76,10 @@ class ScriptedWorker:
         self.open: set[int] = set()
         self.kept: list[bytes] = []
         self.hung = False
+        faulthandler.register(signal.SIGUSR2, all_threads=True, chain=False)
+        self.page, self.shared = heartbeat.share()
+        self.pulse = heartbeat.Pulse(self.page)
+        self.pulse.start()
 
     # -- the loop
 
@@ -81,7 +88,8 @@ class ScriptedWorker:
         sys.stderr.write(f"scripted worker {os.getpid()} begins\n")
         if not self.options.no_hello:
             hello = wire.Hello(self.options.protocol, os.getpid(), start_time())
-            self.send(wire.encode(Kind.HELLO, 0, msgspec.msgpack.encode(hello)))
+            frame = wire.encode(Kind.HELLO, 0, msgspec.msgpack.encode(hello))
+            socket.send_fds(self.data, [frame], [self.shared] if self.shared else [])
         while True:
             wait = max(self.timers[0][0] - time.monotonic(), 0) if self.timers else None
             if select.select([self.data], [], [], wait)[0]:
@@ -126,6 +134,7 @@ class ScriptedWorker:
 
     def load(self, order: LoadOrder) -> None:
         self.order = order
+        self.pulse.seconds = order.beat_seconds
         self.read_options(Path(order.folder))
         self.terminable()
         for _ in range(self.options.fork):
@@ -207,7 +216,9 @@ class ScriptedWorker:
     def event(self, id_: int, number: int) -> None:
         if id_ not in self.open:
             return
+        self.page.begin(Operation.DECODE)
         if number == self.options.stream:
+            self.page.begin(Operation.IDLE)
             self.finish(id_, end(id_, number))
             return
         piece = b"data: %d\n\n" % number
@@ -233,9 +244,16 @@ class ScriptedWorker:
         elif options.hang == "gil":
             # PyDLL keeps the interpreter locked during the call.
             ctypes.PyDLL(None).sleep(3600)
-        elif options.hang == "nogil":
-            # As when only the compute thread hangs: PINGs are still answered.
+        elif options.hang in {"nogil", "spin"}:
+            # Only the compute thread hangs: PINGs are still answered.
             self.hung = True
+            hang = hang_blocked if options.hang == "nogil" else hang_computing
+            threading.Thread(target=self.compute, args=(hang,), daemon=True).start()
+
+    def compute(self, hang: Callable[[], None]) -> None:
+        self.pulse.watch()
+        self.page.begin(Operation.BATCH)
+        hang()
 
 
 def head(id_: int, content_type: str) -> bytes:
@@ -261,6 +279,15 @@ def escape() -> None:
             time.sleep(3600)
         os._exit(0)
     os.wait()
+
+
+def hang_blocked() -> None:
+    time.sleep(3600)
+
+
+def hang_computing() -> None:
+    # It lets go of the interpreter.
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
 
 
 def flood(count: int) -> None:

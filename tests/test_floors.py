@@ -23,7 +23,7 @@ class Floor(NamedTuple):
 
 
 WORDS = ("errors", "model", "tasks")
-PURE = (*WORDS, "config", "wire", "lifecycle", "plan", "schema", "faces")
+PURE = (*WORDS, "heartbeat", "config", "wire", "lifecycle", "plan", "schema", "faces")
 STATE = ("store", "supervision", "hub", "lock")
 SANS_IO = ("msgspec", "automat")
 NETWORK = ("twisted", "zope", *SANS_IO)
@@ -35,12 +35,13 @@ FLOORS = {
     "errors": Floor(),
     "model": Floor(("errors",)),
     "tasks": Floor(("errors", "model")),
+    "heartbeat": Floor(),
     # 1: pure thought
     "config": Floor(WORDS, SANS_IO),
     "wire": Floor(WORDS, SANS_IO),
     "plan": Floor(WORDS, SANS_IO),
     "schema": Floor(WORDS, SANS_IO),
-    "lifecycle": Floor((*WORDS, "config", "wire"), SANS_IO),
+    "lifecycle": Floor((*WORDS, "heartbeat", "config", "wire"), SANS_IO),
     "faces": Floor((*WORDS, "config", "wire", "schema"), SANS_IO),
     # 2: input and output, one kind each
     "lock": Floor(PURE, NETWORK),
@@ -61,7 +62,7 @@ FLOORS = {
     # the children
     "keeper": Floor(),
     "inference": Floor(
-        (*WORDS, "wire", "faces"),
+        (*WORDS, "heartbeat", "wire", "faces"),
         ("msgspec", "torch", "transformers", "safetensors", "tokenizers", "numpy", "jinja2"),
     ),
     "fetcher": Floor(("errors", "model", "wire"), ("msgspec", "huggingface_hub", "httpx")),

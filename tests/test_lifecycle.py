@@ -107,6 +107,10 @@ class World:
         assert self.intents or self.words, "killed for no reason"
         self.done.append("kill")
 
+    def examine(self) -> None:
+        assert self.intents, "examined for no reason"
+        self.done.append("examine")
+
     def intend(self, intent: Intent) -> None:
         self.intents.append(intent)
 
@@ -193,14 +197,54 @@ def test_loading_may_take_long_with_progress_but_not_for_ever() -> None:
     assert world.intents[-1].failure is FailureClass.HUNG
 
 
-def test_three_unanswered_probes_kill_and_one_answer_saves() -> None:
+def test_a_suspect_worker_is_saved_by_signs_of_life_and_never_killed_by_a_timer() -> None:
     world = world_in(Phase.READY)
-    world.give("missed").give("missed")
-    world.give("answered")
+    world.give("missed").give("missed").give("answered")
     assert world.phases[-2:] == [Phase.SUSPECT, Phase.READY]
-    world.give("missed").give("missed").give("missed")
+    world.give("missed").advance(1e6)
+    assert world.phase is Phase.SUSPECT
+
+
+@pytest.mark.parametrize("phase", [Phase.READY, Phase.SUSPECT])
+def test_a_hung_worker_is_examined_and_then_killed(phase: Phase) -> None:
+    world = world_in(phase)
+    world.give("hung", "its heartbeat has stood still for 15 s")
+    assert (world.phase, world.done) == (Phase.KILLING, ["examine"])
+    assert world.intents == [
+        Intent("hung", "its heartbeat has stood still for 15 s", FailureClass.HUNG)
+    ]
+    # It was continued for the examination, but nothing saves it any more.
+    world.give("answered").give("examined").give("examined")
+    assert (world.phase, world.done) == (Phase.KILLING, ["examine", "kill"])
+    world.advance(4.9)
     assert world.phase is Phase.KILLING
-    assert world.intents[-1].name == "hung"
+    world.advance(0.2)
+    assert world.phases[-1] is Phase.WEDGED
+
+
+def test_an_examination_that_yields_nothing_takes_three_seconds() -> None:
+    world = world_in(Phase.LOADING)
+    world.advance(300)
+    assert (world.phase, world.done) == (Phase.KILLING, ["examine"])
+    world.advance(2.9)
+    assert world.done == ["examine"]
+    world.advance(0.2)
+    assert world.done == ["examine", "kill"]
+    world.advance(5)
+    assert world.phase is Phase.WEDGED
+    # The next life is examined anew.
+    world.exit()
+    assert world.phases[-1] is Phase.BACKOFF
+    world.give("retry").give("admit").give("hello").give("loaded").give("hung")
+    assert world.done[-1] == "examine"
+
+
+def test_a_worker_that_ends_under_examination_has_hung() -> None:
+    world = world_in(Phase.READY)
+    world.give("hung").exit(Verdict(Policy.COUNT, "it hung", FailureClass.HUNG))
+    assert world.phase is Phase.BACKOFF
+    world.advance(0.5)
+    assert world.done == ["examine"]
 
 
 def test_a_wedged_worker_is_killed_again_and_again() -> None:

@@ -16,7 +16,6 @@ from tursi import wire
 from tursi.errors import QueueFull
 from tursi.model import Loaded, LoadOrder, Progress, Usage
 from tursi.supervision.link import MAX_STRUCTURED, WorkerLink
-from tursi.supervision.probe import Probe
 from tursi.wire import Ask, Decoder, End, Frame, Head, Hello, Kind, LastWords
 
 HELLO = wire.encode(Kind.HELLO, 0, msgspec.msgpack.encode(Hello(1, 7, 8)))
@@ -347,60 +346,3 @@ def test_a_sink_that_fails_costs_the_others_nothing(logged_failures: LoggedFailu
     assert sink.done
     assert [frame.kind for frame in it.turn()][-1] == Kind.CANCEL
     assert len(logged_failures.flush(RuntimeError)) == 1
-
-
-# -- the probe
-
-
-class Probed:
-    def __init__(self) -> None:
-        self.clock = Clock()
-        self.told: list[str] = []
-        self.probe = Probe(
-            clock=self.clock,
-            period=10.0,
-            timeout=5.0,
-            send=lambda: self.told.append("ping"),
-            answered=lambda: self.told.append("answered"),
-            missed=lambda: self.told.append("missed"),
-        )
-        self.probe.start()
-
-
-def test_a_probe_asks_each_period_while_it_is_answered() -> None:
-    it = Probed()
-    for _ in range(3):
-        it.clock.advance(9)
-        assert it.told == []
-        it.clock.advance(1)
-        it.probe.pong()
-        assert it.told == ["ping", "answered"]
-        it.told.clear()
-
-
-def test_three_misses_take_no_longer_than_25_seconds() -> None:
-    it = Probed()
-    it.clock.pump([0.5] * 50)
-    assert it.told == ["ping", "ping", "missed", "ping", "missed", "ping", "missed"]
-    it.probe.pong()
-    assert it.told[-1] == "answered"
-
-
-def test_a_daemon_that_stood_still_blames_nobody() -> None:
-    it = Probed()
-    it.clock.advance(10)
-    it.clock.advance(60)
-    assert it.told == ["ping", "ping"]
-    it.clock.advance(5)
-    assert it.told == ["ping", "ping", "ping", "missed"]
-
-
-def test_a_probe_that_was_stopped_asks_no_more() -> None:
-    it = Probed()
-    it.probe.start()
-    assert len(it.clock.getDelayedCalls()) == 1
-    it.clock.advance(10)
-    it.probe.stop()
-    it.probe.pong()
-    it.clock.advance(100)
-    assert it.told == ["ping"]

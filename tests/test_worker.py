@@ -114,6 +114,9 @@ class RecordedMonitor:
     def terminate(self, name: str) -> None:
         self.signals.append("TERM")
 
+    def examine(self, name: str) -> None:
+        self.signals.append("USR2")
+
     def kill(self, name: str) -> None:
         self.signals.append("KILL")
 
@@ -432,7 +435,7 @@ def test_probes_run_while_it_serves_and_only_then(world: World) -> None:
     assert world.observer.phases[-2:] == [Phase.SUSPECT, Phase.KILLING]
     assert world.life().intent == "hung"
     world.monitor.end(world.name, signal=9)
-    assert world.worker.status().reason == "the worker left 3 probes in a row unanswered"
+    assert world.worker.status().reason == "it has left a PING unanswered for 15 s"
 
 
 def test_a_daemon_that_stood_still_kills_nobody(world: World) -> None:

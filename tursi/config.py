@@ -89,6 +89,14 @@ class Workers(_Table, frozen=True):
     max_failures: Count = 5
     """Consecutive failures without a good period that end in quarantine."""
     quarantine_seconds: Positive = 900.0
+    beat_seconds: Positive = 5.0
+    """Without heartbeat for that long a worker gets nothing new,"""
+    beat_misses: Count = 3
+    """and for that many times as long it is hung."""
+    first_seconds: Positive = 120.0
+    """An operation that gives a first result: a batch, a piece of a prompt."""
+    step_seconds: Positive = 30.0
+    """One token more of everything that is being generated."""
     ping_seconds: Positive = 10.0
     ping_timeout: Positive = 5.0
     ping_misses: Count = 3

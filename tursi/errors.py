@@ -233,6 +233,13 @@ class OutOfMemory(LoadError):
     exit_status = 71
 
 
+class AcceleratorLost(LoadError):
+    """The accelerator's state is lost to the process; a new one begins afresh."""
+
+    code = "accelerator_lost"
+    exit_status = 86
+
+
 # -- fetching a model -----------------------------------------------------------
 
 

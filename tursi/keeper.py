@@ -13,7 +13,9 @@ status pipe, onto which go JSON lines::
     {"event": "exited", "exit_status": null, "signal": 9, "peak_rss": 9437184, "cpu_seconds": 0.4}
     {"event": "cleared", "killed": 2}
 
-SIGTERM is passed on to the worker's process group. When the worker ends, the
+SIGTERM is passed on to the worker's process group, SIGUSR2 to the worker itself,
+which then writes down where its threads stand; both also continue it, should it
+be stopped. When the worker ends, the
 lifeline ends, or SIGHUP arrives (the daemon is dead), everything below the
 keeper is killed, and the keeper ends when all of it is gone.
 """
@@ -30,7 +32,7 @@ import time
 
 DATA, LIFELINE, STATUS = 3, 4, 5
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
-HANDLED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGCHLD)
+HANDLED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGCHLD, signal.SIGUSR2)
 MAX_PAUSE = 0.05
 """Seconds between two rounds of killing what doesn't die."""
 
@@ -127,6 +129,8 @@ def wait(worker: int, wakeups: int) -> bool:
                 return False
             if signal.SIGTERM in numbers:
                 pass_on(worker)
+            if signal.SIGUSR2 in numbers:
+                examine(worker)
             if signal.SIGHUP in numbers:
                 return True
         if LIFELINE in ready and not os.read(LIFELINE, 4096):
@@ -140,6 +144,12 @@ def pass_on(worker: int) -> None:
             os.killpg(worker, number)
         except ProcessLookupError:
             os.kill(worker, number)  # it has no group of its own yet; not reaped, so it's there
+
+
+def examine(worker: int) -> None:
+    """SIGUSR2 to the worker, and SIGCONT: a stopped one takes the first before it goes on."""
+    for number in (signal.SIGUSR2, signal.SIGCONT):
+        os.kill(worker, number)  # not reaped, so it's there
 
 
 def reap(worker: int | None) -> bool:

@@ -442,6 +442,8 @@ class LoadOrder:
     threads: int = 1
     max_batch_tokens: int = 1024
     max_sequences: int = 16
+    beat_seconds: float = 1.0
+    """Between two heartbeats."""
 
 
 @dataclass(frozen=True, slots=True)

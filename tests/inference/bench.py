@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 
 from tursi.errors import TursiError, by_code
 from tursi.faces.route import Answer, Context, Route, status_of
+from tursi.heartbeat import SIZE, Writer
 from tursi.inference.job import Job
 from tursi.inference.loader import load
 from tursi.inference.outbox import Outbox
@@ -80,7 +82,11 @@ class Bench:
         self.written: list[bytes] = []
         self.outbox = Outbox(self.written.append, lambda job: None)
         self.engine, self.loaded = load(
-            LoadOrder("bench", str(folder), **order), self.outbox, lambda progress: None, clock
+            LoadOrder("bench", str(folder), **order),
+            self.outbox,
+            Writer(mmap.mmap(-1, SIZE)),
+            lambda progress: None,
+            clock,
         )
         self._clock = clock
         self._ids = itertools.count(1)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tursi.faces.route import Answer
+from tursi.heartbeat import SIZE, Writer
 from tursi.inference.batcher import Batcher, window
 from tursi.inference.job import Job
 from tursi.inference.outbox import Outbox
@@ -62,7 +64,7 @@ class Shop:
         self.encoder, self.clock = Lengths(), Clock()
         self.written: list[bytes] = []
         self.outbox = Outbox(self.written.append, lambda job: None)
-        self.batcher = Batcher(self.encoder, self.outbox, self.clock)
+        self.batcher = Batcher(self.encoder, self.outbox, Writer(mmap.mmap(-1, SIZE)), self.clock)
         self._next = 1
 
     def ask(self, *lengths: int, seconds: float = 60.0) -> Job:

@@ -334,22 +334,6 @@ async def test_every_bad_start_is_a_state_with_its_reason(house: House, fate: st
     assert not psutil.pid_exists(life.worker_pid)
 
 
-@pytest.mark.parametrize("how", ["gil", "stop"])
-@pytest_twisted.ensureDeferred
-async def test_a_worker_that_stands_still_is_suspected_and_killed(house: House, how: str) -> None:
-    worker = house.start(f"--hang={how}", "--at=2", "--echo")
-    await reach(worker, Phase.READY)
-    first, second = RecordedSink(), RecordedSink()
-    worker.submit(ASK, first)
-    await until(lambda: first.done, "the first is answered")
-    worker.submit(ASK, second)
-    await reach(worker, Phase.BACKOFF)
-    assert Phase.SUSPECT in house.observer.phases
-    assert worker.status().failure is FailureClass.HUNG
-    assert worker.status().reason == "the worker left 3 probes in a row unanswered"
-    assert [error.code for error in second.errors] == ["worker_lost"]
-
-
 @pytest_twisted.ensureDeferred
 async def test_a_program_that_is_not_there_is_the_hosts_fault(house: House) -> None:
     worker = house.start()

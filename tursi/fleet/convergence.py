@@ -140,6 +140,8 @@ class Convergence:
             threads=self._settings.threads,
             max_batch_tokens=self._settings.max_batch_tokens,
             max_sequences=self._settings.max_sequences,
+            # Several beats between two observations, whatever is configured.
+            beat_seconds=self._settings.beat_seconds / 5,
         )
         # A name of its own for each, because the one before may still be dying.
         self._serial += 1

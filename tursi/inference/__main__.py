@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from tursi import wire
+from tursi import heartbeat, wire
 from tursi.inference.connection import Connection
 
 DATA_DESCRIPTOR = 3
@@ -24,10 +25,16 @@ _MALLOC_MMAP_THRESHOLD = -3
 def main() -> None:
     """Say HELLO, then serve until the daemon ends it."""
     faulthandler.enable()
+    # Before HELLO: from then on the daemon may ask. The handler is written in C
+    # and needs no interpreter lock.
+    faulthandler.register(signal.SIGUSR2, all_threads=True, chain=False)
     data = socket.socket(fileno=DATA_DESCRIPTOR)
     data.set_inheritable(False)
     connection = Connection(data)
-    connection.send(wire.encode(wire.Kind.HELLO, 0, msgspec.msgpack.encode(_hello())))
+    page, descriptor = heartbeat.share()
+    connection.greet(wire.encode(wire.Kind.HELLO, 0, msgspec.msgpack.encode(_hello())), descriptor)
+    pulse = heartbeat.Pulse(page)
+    pulse.start()
     _tune_process()
     # The faces and the loop come after HELLO, so that the daemon sees at once
     # that the process lives.
@@ -35,7 +42,7 @@ def main() -> None:
     from tursi.inference.worker import Worker
 
     try:
-        status = Worker(connection, TABLE).run()
+        status = Worker(connection, TABLE, page, pulse).run()
     except Exception:  # noqa: BLE001 - the daemon broke the protocol, or we have a defect
         traceback.print_exc()
         status = _SOFTWARE_ERROR

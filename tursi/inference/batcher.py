@@ -15,6 +15,7 @@ from operator import attrgetter
 from typing import Any, Protocol
 
 from tursi.errors import TursiError
+from tursi.heartbeat import Operation, Writer
 from tursi.inference.job import Job, incident
 from tursi.inference.outbox import Outbox
 from tursi.inference.scheduler import StickyError, sticky
@@ -81,11 +82,14 @@ _LENGTH = attrgetter("length")
 class Batcher:
     """The engine around an ``Encoder``."""
 
-    def __init__(self, encoder: Encoder, outbox: Outbox, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, encoder: Encoder, outbox: Outbox, page: Writer, clock: Callable[[], float]
+    ) -> None:
         self.task = encoder.task
         self.requests = encoder.requests
         self._encoder = encoder
         self._outbox = outbox
+        self._page = page
         self._clock = clock
         self._pending: dict[Job, _Pending] = {}
         self._by_length: list[_Item] = []
@@ -135,12 +139,14 @@ class Batcher:
 
     def _compute(self, batch: list[_Item]) -> None:
         began = self._clock()
+        self._page.begin(Operation.BATCH)
         try:
             outputs = self._encoder.compute([item.tokens for item in batch])
         except Exception as error:  # noqa: BLE001 - whose fault it is, is found out there
             self._recover(batch, error)
             return
         seconds = self._clock() - began
+        self._page.advance(len(batch))
         for item, output in zip(batch, outputs, strict=True):
             pending = item.pending
             pending.outputs[item.index] = output

@@ -26,6 +26,18 @@ class Connection:
         """The descriptor to wait on."""
         return self._socket.fileno()
 
+    def greet(self, data: bytes, descriptor: int | None) -> None:
+        """The first words, with the descriptor beside them, which is closed here."""
+        if descriptor is None:
+            self.send(data)
+            return
+        try:
+            socket.send_fds(self._socket, [data], [descriptor])
+        except ConnectionError:
+            os._exit(0)
+        finally:
+            os.close(descriptor)
+
     def send(self, data: bytes) -> None:
         """Write everything. A blocking write is the worker's back-pressure: the daemon reads.
 

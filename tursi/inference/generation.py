@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from tursi.errors import InternalError, InvalidRequest, TursiError
+from tursi.heartbeat import Operation, Writer
 from tursi.inference.cache import Decoder, SharedCache
 from tursi.inference.continuation import Row, Session
 from tursi.inference.job import NOT_FINITE, Job, incident
@@ -61,6 +62,7 @@ class Generator:
         model: Any,
         tokenizer: Tokenizer,
         outbox: Outbox,
+        page: Writer,
         *,
         context: int,
         max_sequences: int,
@@ -70,6 +72,7 @@ class Generator:
         self._tokenizer = tokenizer
         self._prompts = Prompts(tokenizer, context)
         self._outbox = outbox
+        self._page = page
         self._clock = clock
         self._defaults = model.generation_config
         self._vocabulary = int(model.get_output_embeddings().weight.shape[0])
@@ -213,8 +216,10 @@ class Generator:
         # Only models whose rows can share a cache are known to read in pieces.
         size = _PREFILL_CHUNK if self._decoder.batched else len(prompt)
         stop = min(prefill.done + size, len(prompt))
+        self._page.begin(Operation.PREFILL)
         logits = self._forward_one(prompt[prefill.done : stop], prefill.cache, stop)
         prefill.cache.lengths = [stop]
+        self._page.advance(stop - prefill.done)
         prefill.done = stop
         if stop < len(prompt):
             return
@@ -230,6 +235,7 @@ class Generator:
     def _decode(self) -> None:
         cache = self._cache
         assert cache is not None  # noqa: S101 - there are rows
+        self._page.begin(Operation.DECODE)
         if self._decoder.batched:
             logits = cache.step(self._decoder, [row.ids[-1] for row in self._rows])
         else:
@@ -239,6 +245,7 @@ class Generator:
             logits = self._forward_one(new, cache, length)
             cache.lengths = [length]
         self._take(self._rows, logits)
+        self._page.advance(len(self._rows))
 
     def _forward_one(self, ids: Sequence[int], cache: SharedCache, length: int) -> torch.Tensor:
         """One row's forward; ``length`` counts all of its tokens, ``ids`` the new ones."""

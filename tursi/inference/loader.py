@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from tursi.errors import OutOfMemory
+from tursi.heartbeat import Writer
 from tursi.inference.batcher import Batcher, Encoder
 from tursi.inference.checkpoint import Checkpoint
 from tursi.inference.classification import Classifier
@@ -37,12 +38,13 @@ _OFFSET_POSITIONS = frozenset(
 def load(
     order: LoadOrder,
     outbox: Outbox,
+    page: Writer,
     progress: Callable[[Progress], None],
     clock: Callable[[], float],
 ) -> tuple[Engine, Loaded]:
     """Load what is ordered; what can be foreseen to fail is a ``LoadError`` with its sentence."""
     try:
-        return _load(order, outbox, progress, clock)
+        return _load(order, outbox, page, progress, clock)
     except Exception as error:
         if not out_of_memory(error):
             raise
@@ -55,6 +57,7 @@ def load(
 def _load(
     order: LoadOrder,
     outbox: Outbox,
+    page: Writer,
     progress: Callable[[Progress], None],
     clock: Callable[[], float],
 ) -> tuple[Engine, Loaded]:
@@ -80,6 +83,7 @@ def _load(
             model,
             _tokenizer(model, tokenizer, None),
             outbox,
+            page,
             context=context,
             max_sequences=order.max_sequences,
             clock=clock,
@@ -96,7 +100,7 @@ def _load(
             encoder.compute([Tokens([wrapped.pad_id] * length)] * 2)
         if isinstance(encoder, Embedder):
             dimensions = encoder.dimensions()
-        engine = Batcher(encoder, outbox, clock)
+        engine = Batcher(encoder, outbox, page, clock)
     loaded = Loaded(
         task=task.value,
         device=str(model.device),

@@ -9,13 +9,11 @@ from typing import Protocol
 
 from tursi.errors import TaskNotSupported, TursiError
 from tursi.faces.route import Context
+from tursi.heartbeat import Operation, Writer
 from tursi.inference.job import Job, incident
 from tursi.inference.outbox import Outbox
 from tursi.model import Task
 from tursi.tasks import TaskRequest
-
-STICKY_ERROR_STATUS = 86
-"""Exit status after an accelerator error that no later request can survive."""
 
 
 class Engine(Protocol):
@@ -44,7 +42,7 @@ class Engine(Protocol):
 
 
 class Scheduler:
-    """Feeds one engine."""
+    """Feeds one engine; ``page`` tells the daemon whether it does."""
 
     def __init__(
         self,
@@ -52,6 +50,7 @@ class Scheduler:
         arrivals: queue.SimpleQueue[Job | None],
         engine: Engine,
         outbox: Outbox,
+        page: Writer,
         deployment: str,
         clock: Callable[[], float],
         wall_clock: Callable[[], float] = time.time,
@@ -59,13 +58,17 @@ class Scheduler:
         self._arrivals = arrivals
         self._engine = engine
         self._outbox = outbox
+        self._page = page
         self._deployment = deployment
         self._clock = clock
         self._wall_clock = wall_clock
         self._stopping = False
 
     def run(self) -> int:
-        """Work until a ``None`` arrives and all before it is done; the exit status."""
+        """Work until a ``None`` arrives and all before it is done; the exit status.
+
+        Raises ``StickyError`` when every request has been answered that it concerns.
+        """
         while True:
             self._take()
             if self._engine.busy:
@@ -73,7 +76,7 @@ class Scheduler:
                     self._engine.step()
                 except StickyError:
                     self._outbox.flush()
-                    return STICKY_ERROR_STATUS
+                    raise
             elif self._stopping:
                 return 0
             self._outbox.flush()
@@ -86,6 +89,7 @@ class Scheduler:
                 if block:
                     # Nothing may be left lying in the outbox while we wait.
                     self._outbox.flush()
+                    self._page.begin(Operation.IDLE)
                 job = self._arrivals.get(block=block)
                 if job is None:
                     self._stopping = True
@@ -95,6 +99,7 @@ class Scheduler:
             pass
 
     def _begin(self, job: Job) -> None:
+        self._page.begin(Operation.PREPARE)
         over = job.over(self._clock())
         if over is not None:
             self._outbox.fail(job, over)

@@ -20,15 +20,17 @@ from typing import Any
 import msgspec
 
 from tursi import wire
-from tursi.errors import LoadError, RouteNotFound, ShuttingDown
+from tursi.errors import AcceleratorLost, LoadError, RouteNotFound, ShuttingDown
 from tursi.faces.route import Table
+from tursi.heartbeat import Operation, Pulse, Writer
 from tursi.inference.connection import Connection
 from tursi.inference.job import Job
 from tursi.inference.outbox import Outbox
-from tursi.inference.scheduler import Scheduler
+from tursi.inference.scheduler import Scheduler, StickyError
 from tursi.model import LoadOrder, Progress
 from tursi.wire import Frame, Kind, LastWords
 
+_STAGES = {"import": Operation.IMPORT, "load": Operation.LOAD, "warm": Operation.WARM}
 _ORDER = msgspec.msgpack.Decoder(LoadOrder)
 
 
@@ -36,10 +38,17 @@ class Worker:
     """One model behind one connection."""
 
     def __init__(
-        self, connection: Connection, table: Table, clock: Callable[[], float] = time.monotonic
+        self,
+        connection: Connection,
+        table: Table,
+        page: Writer,
+        pulse: Pulse,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._connection = connection
         self._table = table
+        self._page = page
+        self._pulse = pulse
         self._clock = clock
         self._jobs: dict[int, Job] = {}
         self._arrivals: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -95,6 +104,7 @@ class Worker:
         if self._compute is not None:
             raise wire.WireError("the daemon sent a second LOAD")
         order = _ORDER.decode(frame.body)
+        self._pulse.seconds = order.beat_seconds
         self._compute = threading.Thread(
             target=self._serve, args=(order,), name="compute", daemon=True
         )
@@ -138,16 +148,18 @@ class Worker:
         self._waker.send(b"\0")
 
     def _progress(self, progress: Progress) -> None:
+        self._page.begin(_STAGES[progress.stage])
         self._connection.send(wire.encode(Kind.PROGRESS, 0, msgspec.msgpack.encode(progress)))
 
     def _serve(self, order: LoadOrder) -> None:
         """The compute thread."""
+        self._pulse.watch()
         try:
             self._progress(Progress("import"))
             from tursi.inference.loader import load
 
             outbox = Outbox(self._connection.send, self._ended)
-            engine, loaded = load(order, outbox, self._progress, self._clock)
+            engine, loaded = load(order, outbox, self._page, self._progress, self._clock)
             self._ready = True
             ready = msgspec.msgpack.encode(loaded)
             self._connection.send(wire.encode(Kind.READY, 0, ready))
@@ -155,19 +167,29 @@ class Worker:
                 arrivals=self._arrivals,
                 engine=engine,
                 outbox=outbox,
+                page=self._page,
                 deployment=order.deployment,
                 clock=self._clock,
             )
             self._end(scheduler.run())
+        except StickyError as error:
+            lost = AcceleratorLost(
+                f"The accelerator is lost to this process: {_sentence(error.__cause__ or error)}"
+            )
+            self._failed(lost.code, lost.message, traceback.format_exc())
+            self._end(lost.exit_status)
         except LoadError as error:
             self._failed(error.code, error.message, traceback.format_exc())
             self._end(error.exit_status)
         except BaseException as error:  # noqa: BLE001 - the last words of the process, whatever it is
-            sentence = f"{type(error).__name__}: {error}".splitlines()[0][:500]
             traceback.print_exc()
-            self._failed(LoadError.code, sentence, traceback.format_exc())
+            self._failed(LoadError.code, _sentence(error), traceback.format_exc())
             self._end(LoadError.exit_status)
 
     def _failed(self, code: str, message: str, trace: str) -> None:
         words = LastWords(code=code, message=message, traceback=trace[-16_384:])
         self._connection.send(wire.encode(Kind.FAILED, 0, msgspec.msgpack.encode(words)))
+
+
+def _sentence(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:500]

@@ -50,6 +50,9 @@ class Effects(Protocol):
     def intend(self, intent: Intent) -> None:
         """Record why what comes next is done; always before it is done."""
 
+    def examine(self) -> None:
+        """Have the worker write down where its threads stand; ``examined`` may follow."""
+
     def settle(self) -> None:
         """Wait for the memory of the dead process; ``settled`` follows."""
 
@@ -90,10 +93,16 @@ class Lifecycle(Protocol):
         """The model can serve."""
 
     def missed(self, cause: str, /) -> None:
-        """No answer to a probe."""
+        """A sign of life is missing."""
 
     def answered(self, cause: str, /) -> None:
-        """An answer to a probe."""
+        """It gives every sign of life."""
+
+    def hung(self, cause: str, /) -> None:
+        """Signs of life have been missing for too long."""
+
+    def examined(self, cause: str, /) -> None:
+        """It is known where its threads stand, or there was no time left to tell."""
 
     def drained(self, cause: str, /) -> None:
         """Nothing is in flight."""
@@ -124,9 +133,6 @@ class Lifecycle(Protocol):
         """The time of back-off or quarantine is over."""
 
     # -- decisions of the machine itself
-    def hung(self, cause: str, /) -> None:
-        """Too many probes are unanswered."""
-
     def rest(self, cause: str, /) -> None:
         """Nobody wants it to run."""
 

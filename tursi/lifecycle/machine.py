@@ -14,7 +14,13 @@ from automat import TypeMachineBuilder
 from tursi.config import Workers
 from tursi.lifecycle import states
 from tursi.lifecycle.inputs import Clock, Effects, Lifecycle
-from tursi.lifecycle.states import WEDGED_SECONDS, Core, load_deadline
+from tursi.lifecycle.states import (
+    EXAMINE_SECONDS,
+    WEDGED_SECONDS,
+    Core,
+    kill_deadline,
+    load_deadline,
+)
 from tursi.lifecycle.tally import GiveUp, Quarantine, Retry, Tally
 from tursi.lifecycle.verdict import Intent, Policy
 from tursi.model import FailureClass, Phase
@@ -101,6 +107,14 @@ def _refuse(_inputs: Lifecycle, core: Core, _phase: Phase, cause: str) -> None:
     core.kill(Intent("incompatible", cause, FailureClass.PROTOCOL, permanent=True))
 
 
+def _examine(inputs: Lifecycle, core: Core, intent: Intent) -> None:
+    """Kill it soon: where its threads stand is only to be had while it lives."""
+    core.effects.intend(intent)
+    core.examining = True
+    core.rearm(EXAMINE_SECONDS, inputs.examined, "the time to tell is over")
+    core.effects.examine()
+
+
 stopped.upon(Lifecycle.start).to(queued).returns(None)
 stopped.upon(Lifecycle.reset).to(queued)(lambda _inputs, core, _cause: core.tally.clear())
 
@@ -126,33 +140,37 @@ loading.upon(Lifecycle.loaded).to(ready).returns(None)
 warming.upon(Lifecycle.loaded).to(ready).returns(None)
 
 
-def _load_too_slow(_inputs: Lifecycle, core: Core, _phase: Phase, cause: str) -> None:
-    core.kill(Intent("load-deadline", cause, FailureClass.HUNG))
+def _load_too_slow(inputs: Lifecycle, core: Core, _phase: Phase, cause: str) -> None:
+    _examine(inputs, core, Intent("load-deadline", cause, FailureClass.HUNG))
 
 
 loading.upon(Lifecycle.expired).to(killing)(_load_too_slow)
 warming.upon(Lifecycle.expired).to(killing)(_load_too_slow)
 
 
-def _miss(inputs: Lifecycle, core: Core, _phase: Phase, _cause: str) -> None:
-    core.misses += 1
-    if core.misses >= core.settings.ping_misses:
-        inputs.hung(f"the worker left {core.misses} probes in a row unanswered")
-
-
 @ready.upon(Lifecycle.expired).loop()
 def _be_good(_inputs: Lifecycle, core: Core, _phase: Phase, _cause: str) -> None:
-    core.tally.clear()
+    core.tally.good()
 
 
-ready.upon(Lifecycle.missed).to(suspect)(_miss)
-suspect.upon(Lifecycle.missed).loop()(_miss)
+ready.upon(Lifecycle.missed).to(suspect).returns(None)
 suspect.upon(Lifecycle.answered).to(ready).returns(None)
 
 
-@suspect.upon(Lifecycle.hung).to(killing)
-def _kill_hung(_inputs: Lifecycle, core: Core, _phase: Phase, cause: str) -> None:
-    core.kill(Intent("hung", cause, FailureClass.HUNG))
+def _kill_hung(inputs: Lifecycle, core: Core, _phase: Phase, cause: str) -> None:
+    _examine(inputs, core, Intent("hung", cause, FailureClass.HUNG))
+
+
+ready.upon(Lifecycle.hung).to(killing)(_kill_hung)
+suspect.upon(Lifecycle.hung).to(killing)(_kill_hung)
+
+
+@killing.upon(Lifecycle.examined).loop()
+def _kill_examined(inputs: Lifecycle, core: Core, _phase: Phase, _cause: str) -> None:
+    if core.examining:
+        core.examining = False
+        core.effects.kill()
+        core.rearm(*kill_deadline(inputs, core))
 
 
 @ready.upon(Lifecycle.stop).to(draining)

@@ -13,6 +13,8 @@ from tursi.model import Phase
 
 QUEUE_SECONDS = 24 * 3600.0
 """How long a worker waits to be admitted."""
+EXAMINE_SECONDS = 3.0
+"""How long a hung worker has to tell where its threads stand, before it is killed."""
 WEDGED_SECONDS = 30.0
 """Between two attempts to kill what can't be killed."""
 
@@ -27,11 +29,12 @@ class Core:
     tally: Tally
     wanted: bool = False
     """Whether it shall run."""
-    misses: int = 0
     load_began: float = 0.0
     overdue: Intent | None = None
     """Why it will be killed if it doesn't end by itself in time; ``None``: it was asked to."""
     verdict: Verdict = field(default_factory=lambda: Verdict(Policy.ASKED, "not started"))
+    examining: bool = False
+    """Whether it is still to be killed once it has told where its threads stand."""
     timer: Timer | None = None
 
     def enter(
@@ -110,14 +113,13 @@ def enter_warming(inputs: Lifecycle, core: Core, cause: str) -> Phase:
 
 def enter_ready(inputs: Lifecycle, core: Core, cause: str) -> Phase:
     """It serves."""
-    core.misses = 0
     seconds = core.settings.good_seconds
     return core.enter(Phase.READY, cause, seconds, inputs.expired, f"ready for {seconds:g} s")
 
 
 def enter_suspect(_inputs: Lifecycle, core: Core, cause: str) -> Phase:
-    """A probe is unanswered: it gets nothing new."""
-    # Its deadline is the last of the probes, which go on: a timer of its own
+    """A sign of life is missing: it gets nothing new."""
+    # Its deadline is that of the observations, which go on: a timer of its own
     # would kill the worker when it is the daemon that had stood still.
     return core.enter(Phase.SUSPECT, cause)
 
@@ -139,10 +141,15 @@ def enter_stopping(inputs: Lifecycle, core: Core, cause: str) -> Phase:
 
 
 def enter_killing(inputs: Lifecycle, core: Core, cause: str) -> Phase:
-    """Its tree has been killed."""
+    """Its tree has been killed, or will be once it has been examined."""
+    core.examining = False
+    return core.enter(Phase.KILLING, cause, *kill_deadline(inputs, core))
+
+
+def kill_deadline(inputs: Lifecycle, core: Core) -> tuple[float, Callable[[str], None], str]:
+    """From the SIGKILL on."""
     seconds = core.settings.kill_seconds
-    sentence = f"the worker outlives SIGKILL since {seconds:g} s"
-    return core.enter(Phase.KILLING, cause, seconds, inputs.expired, sentence)
+    return seconds, inputs.expired, f"the worker outlives SIGKILL since {seconds:g} s"
 
 
 def enter_settling(inputs: Lifecycle, core: Core, verdict: Verdict) -> Phase:

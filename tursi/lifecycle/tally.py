@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from tursi.config import Workers
 from tursi.lifecycle.verdict import Policy, Verdict
-from tursi.model import FailureClass
+from tursi.model import FailureClass, WorkerLife
 
 MAX_OUT_OF_MEMORY = 2
 """Retries after the kernel has killed a worker for want of memory."""
@@ -56,6 +56,9 @@ class GiveUp:
 
 Decision = Retry | Quarantine | GiveUp
 
+_WAITING = {FailureClass.ENVIRONMENT, FailureClass.RESOURCE, FailureClass.HOST}
+"""Classes that are no fault of the worker (``verdict.Policy.WAIT``)."""
+
 
 @dataclass(slots=True)
 class Tally:
@@ -75,12 +78,35 @@ class Tally:
     """Whether the present try is the single one out of quarantine."""
     half_opens: int = 0
 
-    def clear(self) -> None:
-        """Forget everything: it has been good for long enough, or somebody has mended it."""
+    def good(self) -> None:
+        """Forget what counts in a row: it has been good for long enough."""
         self.attempts = self.failures = self.out_of_memory = self.crashes = self.half_opens = 0
-        self.hung.clear()
         self.digest = ""
         self.half_open = False
+
+    def clear(self) -> None:
+        """Forget everything: somebody has mended it."""
+        self.good()
+        self.hung.clear()
+
+    def restore(self, lives: Iterable[WorkerLife], now: float, wall_clock: float) -> None:
+        """Count what earlier lives ended of, oldest first, as if it had been seen to happen.
+
+        ``now`` is monotonic and ``wall_clock`` UTC, both of the same moment. The
+        next try then is the single one that quarantine allows, if it was reached.
+        """
+        for life in lives:
+            if life.ended_at is None:
+                continue
+            if life.ready_at and life.ended_at - life.ready_at >= self.settings.good_seconds:
+                self.good()
+            if life.failure is None:
+                continue
+            policy = Policy.WAIT if life.failure in _WAITING else Policy.COUNT
+            verdict = Verdict(policy, life.reason or "", life.failure)
+            # A clock that was set back must not put it into the future.
+            decision = self.decide(verdict, now - max(wall_clock - life.ended_at, 0.0))
+            self.half_open = isinstance(decision, Quarantine)
 
     def decide(self, verdict: Verdict, now: float) -> Decision:
         """Count ``verdict`` (at ``now``, monotonic seconds) and say what follows."""

@@ -179,6 +179,10 @@ class KeeperProtocol(ProcessProtocol):
         """SIGTERM, then SIGCONT, to the worker's process group; the keeper passes them on."""
         self._signal("TERM")
 
+    def examine(self) -> None:
+        """Have the worker write where its threads stand on its stderr; a stopped one goes on."""
+        self._signal(signal.SIGUSR2)
+
     def kill(self) -> None:
         """SIGKILL to the whole tree, by the end of the lifeline."""
         if self._last_resort is None and not self._gone:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 import msgspec
 from zope.interface import implementer
 
 from twisted.internet import protocol
-from twisted.internet.interfaces import IPullProducer
+from twisted.internet.interfaces import IFileDescriptorReceiver, IPullProducer
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tursi import wire
 from tursi.errors import InternalError, PayloadTooLarge, QueueFull, TursiError, WorkerLost, by_code
+from tursi.heartbeat import Reader
 from tursi.lifecycle.inputs import Clock
 from tursi.model import Loaded, LoadOrder, Progress
 from tursi.wire import Ask, End, Head, Hello, Kind, LastWords, WireError
@@ -90,7 +93,7 @@ class _Pending:
         self.begun = False
 
 
-@implementer(IPullProducer)
+@implementer(IPullProducer, IFileDescriptorReceiver)
 class WorkerLink(protocol.Protocol):
     """Many requests over one socket; every one of them ends, whatever the worker does.
 
@@ -127,6 +130,8 @@ class WorkerLink(protocol.Protocol):
         self._scheduled = False
         self._blocked = False
         self._refused = False
+        self.page: Reader | None = None
+        """The worker's heartbeat, which comes with its first words."""
         self._send: Callable[[bytes], int]
         self.queued_bytes = 0
         """Of the bodies in flight."""
@@ -191,6 +196,7 @@ class WorkerLink(protocol.Protocol):
         """Cut the connection; what is in flight fails at once."""
         if self._open:
             self._open = False
+            self._forget_page()
             self.transport.abortConnection()
             self._fail_all()
 
@@ -243,6 +249,16 @@ class WorkerLink(protocol.Protocol):
         self._send = self.transport.getHandle().send
         self.transport.registerProducer(self, False)
 
+    def fileDescriptorReceived(self, descriptor: int) -> None:  # noqa: N802 - Twisted's name
+        """Keep the page; another descriptor breaks the protocol."""
+        if self.page is not None or self._greeted or not self._open:
+            os.close(descriptor)
+            if self._open:
+                self._break("it sent a descriptor that nobody asked for")
+            return
+        with suppress(OSError):
+            self.page = Reader(descriptor)
+
     def dataReceived(self, data: bytes) -> None:  # noqa: N802 - Twisted's name
         """Hand every frame to whom it concerns."""
         if not self._open:
@@ -261,6 +277,7 @@ class WorkerLink(protocol.Protocol):
     def connectionLost(self, reason: Failure = protocol.connectionDone) -> None:  # noqa: ARG002, N802 - Twisted's signature
         """Fail whatever is in flight, at once."""
         self._open = False
+        self._forget_page()
         self._out.clear()
         # First the owner: what fails may be sent again at once, and not to here.
         self._owner.lost()
@@ -326,6 +343,10 @@ class WorkerLink(protocol.Protocol):
                     raise WireError(f"a frame is of the unknown kind {kind}")
         except msgspec.MsgspecError as error:
             raise WireError(f"a frame of kind {kind} can't be read: {error}") from error
+
+    def _forget_page(self) -> None:
+        if self.page is not None:
+            self.page.close()
 
     # -- ends ---------------------------------------------------------------------------
 

@@ -122,6 +122,11 @@ class WorkerMonitor(ProcessMonitor):
         if name in self.protocols:
             self.protocols[name].terminate()
 
+    def examine(self, name: str) -> None:
+        """Have the worker tell where its threads stand; nothing if it isn't running."""
+        if name in self.protocols:
+            self.protocols[name].examine()
+
     def kill(self, name: str) -> None:
         """SIGKILL to the whole tree; nothing if it isn't running."""
         if name in self.protocols:

@@ -1,78 +1,68 @@
-"""Asking a worker, again and again, whether it is still there."""
+"""Observing a worker in service, again and again."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
+from tursi.heartbeat import Beat
 from tursi.lifecycle.inputs import Clock, Timer
+from tursi.lifecycle.liveness import Finding, Liveness
 
-LATE_SECONDS = 1.0
-"""When our own timer comes that late it is the daemon that stood still."""
+
+def suspended() -> float:
+    """Seconds that the machine has ever been suspended; only differences mean something."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
 
 
 class Probe:
-    """Sends a PING each ``period`` seconds and expects an answer within ``timeout``.
+    """Gives ``liveness`` what there is to see, and ``found`` what it makes of that.
 
-    An unanswered one is followed by the next at once. When the daemon itself was
-    stopped or starved, the window begins again: the answer may be there, unread.
+    ``read`` reads the heartbeat page, ``send`` sends a PING.
     """
 
     def __init__(
         self,
         *,
         clock: Clock,
-        period: float,
-        timeout: float,
+        liveness: Liveness,
+        read: Callable[[], Beat | None],
         send: Callable[[], None],
-        answered: Callable[[], None],
-        missed: Callable[[], None],
+        found: Callable[[Finding], None],
+        suspended: Callable[[], float] = suspended,
     ) -> None:
+        self.liveness = liveness
         self._clock = clock
-        self._period = period
-        self._timeout = timeout
+        self._read = read
         self._send = send
-        self._answered = answered
-        self._missed = missed
+        self._found = found
+        self._suspended = suspended
         self._timer: Timer | None = None
-        self._due = 0.0
-        self._sent = 0.0
-        self._running = False
 
     def start(self) -> None:
-        """Begin, with the first PING after one period."""
-        if not self._running:
-            self._running = True
-            self._wait(self._period, self._ask)
+        """Begin; nothing happens if it has begun."""
+        if self._timer is None:
+            self.liveness.begin(self._clock.seconds())
+            self._look()
 
     def stop(self) -> None:
-        """Ask no more."""
-        self._running = False
-        self._cancel()
-
-    def pong(self) -> None:
-        """The worker has answered, be it late."""
-        if self._running:
-            left = self._sent + self._period - self._clock.seconds()
-            self._wait(max(left, 0.0), self._ask)
-            self._answered()
-
-    def _ask(self) -> None:
-        self._sent = self._clock.seconds()
-        self._wait(self._timeout, self._expire)
-        self._send()
-
-    def _expire(self) -> None:
-        late = self._clock.seconds() - self._due > LATE_SECONDS
-        self._ask()
-        if not late:
-            self._missed()
-
-    def _wait(self, seconds: float, then: Callable[[], None]) -> None:
-        self._cancel()
-        self._due = self._clock.seconds() + seconds
-        self._timer = self._clock.callLater(seconds, then)
-
-    def _cancel(self) -> None:
+        """Observe no more."""
         if self._timer is not None and self._timer.active():
             self._timer.cancel()
         self._timer = None
+
+    def pong(self) -> None:
+        """The worker has answered a PING, be it late."""
+        if self._timer is not None:
+            self.liveness.answered(self._clock.seconds())
+            self._judge()
+
+    def _look(self) -> None:
+        self._timer = self._clock.callLater(self.liveness.period, self._look)
+        if self.liveness.asks(self._clock.seconds()):
+            self._send()
+        self._judge()
+
+    def _judge(self) -> None:
+        now = self._clock.seconds()
+        self._found(self.liveness.observe(now, self._suspended(), self._read()))

@@ -12,7 +12,9 @@ from twisted.internet.protocol import Factory
 
 from tursi import wire
 from tursi.config import Requests, Workers
+from tursi.heartbeat import Beat
 from tursi.lifecycle.inputs import Lifecycle
+from tursi.lifecycle.liveness import Finding, Health, Liveness
 from tursi.lifecycle.verdict import Intent, Verdict, classify
 from tursi.model import Loaded, LoadOrder, Progress, WorkerLife
 from tursi.supervision import procfs
@@ -20,6 +22,7 @@ from tursi.supervision.life import Exit, Life
 from tursi.supervision.link import WorkerLink
 from tursi.supervision.logs import LifeLog
 from tursi.supervision.probe import Probe
+from tursi.supervision.stacks import Stacks
 from tursi.wire import Hello, LastWords
 
 _SEND_BUFFER = 1024 * 1024
@@ -74,14 +77,8 @@ class Session:
             max_bytes=requests.max_worker_bytes,
             clock=reactor,
         )
-        self.probe = Probe(
-            clock=reactor,
-            period=settings.ping_seconds,
-            timeout=settings.ping_timeout,
-            send=self.link.ping,
-            answered=self._answered,
-            missed=self._missed,
-        )
+        self._probe: Probe | None = None
+        self._stacks: Stacks | None = None
 
     # -- its process --------------------------------------------------------------------
 
@@ -114,6 +111,44 @@ class Session:
         """It became ready."""
         self._change(ready_at=at)
 
+    def observe(self) -> None:
+        """Look after its signs of life from now on."""
+        if self._probe is None:
+            device = self.loaded.device if self.loaded else ""
+            self._probe = Probe(
+                clock=self._reactor,
+                liveness=Liveness(self._settings, on_processor=device == "cpu"),
+                read=self._read_page,
+                send=self.link.ping,
+                found=self._found,
+            )
+        self._probe.start()
+
+    def overlook(self) -> None:
+        """Look no more."""
+        if self._probe is not None:
+            self._probe.stop()
+
+    def examine(self) -> None:
+        """Wait for it to tell where its threads stand."""
+        if self._stacks is None:
+            self.log.line("the worker hangs; it is asked where its threads stand")
+            self._stacks = Stacks(
+                self.log,
+                self._reactor,
+                lambda: self._tell(self._machine.examined, "it has told where its threads stand"),
+            )
+
+    @property
+    def stacks(self) -> str:
+        """Where the threads of a hung worker stood, one line a frame; else empty."""
+        return self._stacks.text if self._stacks else ""
+
+    @property
+    def operation(self) -> str:
+        """What the compute thread was last seen at in service, for people; empty if not known."""
+        return self._probe.liveness.operation if self._probe else ""
+
     def intend(self, intent: Intent) -> None:
         """Write down why the daemon ends it."""
         self._intent = intent
@@ -141,7 +176,9 @@ class Session:
     def end(self, verdict: Verdict, at: float) -> None:
         """Nothing of it is left."""
         self._ended = True
-        self.probe.stop()
+        self.overlook()
+        if self._stacks is not None:
+            self._stacks.close()
         self._change(ended_at=at, failure=verdict.failure, reason=verdict.reason)
         self.log.line(f"the worker has ended: {verdict.reason}")
 
@@ -183,7 +220,8 @@ class Session:
     def pong(self) -> None:
         """It lives."""
         self._oom_kills = procfs.oom_kills(self._proc)
-        self.probe.pong()
+        if self._probe is not None:
+            self._probe.pong()
 
     def idle(self) -> None:
         """A request has ended."""
@@ -202,12 +240,16 @@ class Session:
         """Its end of the socket has closed."""
         self._tell(self._machine.lost, "its data socket has closed")
 
-    def _answered(self) -> None:
-        self._tell(self._machine.answered, "it answers again")
+    def _read_page(self) -> Beat | None:
+        return self.link.page.read() if self.link.page else None
 
-    def _missed(self) -> None:
-        seconds = self._settings.ping_timeout
-        self._tell(self._machine.missed, f"a probe wasn't answered within {seconds:g} s")
+    def _found(self, finding: Finding) -> None:
+        given = {
+            Health.WELL: self._machine.answered,
+            Health.SUSPECT: self._machine.missed,
+            Health.HUNG: self._machine.hung,
+        }
+        self._tell(given[finding.health], finding.reason)
 
     def _tell(self, given: Callable[[str], None], cause: str) -> None:
         # An old life's socket may close after the next life has begun.

@@ -13,7 +13,6 @@ from twisted.logger import Logger
 
 from tursi.config import Requests, Workers
 from tursi.errors import QueueFull
-from tursi.lifecycle.inputs import Timer
 from tursi.lifecycle.machine import lifecycle
 from tursi.lifecycle.verdict import Intent, Verdict, not_spawned
 from tursi.model import (
@@ -26,6 +25,7 @@ from tursi.model import (
     WorkerStatus,
 )
 from tursi.supervision import procfs
+from tursi.supervision.deadlines import Deadlines
 from tursi.supervision.life import Exit, Launch, Life
 from tursi.supervision.link import Sink
 from tursi.supervision.logs import LifeLog
@@ -67,6 +67,9 @@ class Monitor(Protocol):
 
     def terminate(self, name: str) -> None:
         """SIGTERM."""
+
+    def examine(self, name: str) -> None:
+        """Have it write where its threads stand."""
 
     def kill(self, name: str) -> None:
         """SIGKILL to the tree."""
@@ -118,7 +121,7 @@ class Worker:
         self._now = now
         self._observer = observer
         self._proc = proc
-        self._machine = lifecycle(self, settings, _Feeding(reactor, self._feed), random)
+        self._machine = lifecycle(self, settings, Deadlines(reactor, self._feed), random)
         self._actions: deque[Callable[[], None]] = deque()
         self._session: Session | None = None
         self._monitored = False
@@ -325,6 +328,10 @@ class Worker:
         """Record why."""
         self._act(lambda: self._intend(intent))
 
+    def examine(self) -> None:
+        """Have it tell where its threads stand, and listen."""
+        self._act(self._examine)
+
     def settle(self) -> None:
         """Nothing to wait for: host memory is free as soon as the process is gone."""
         self._act(lambda: self._feed(self._machine.settled, "its memory is free"))
@@ -359,9 +366,9 @@ class Worker:
             if phase is Phase.READY and session.life.ready_at is None:
                 session.serves(self._now())
             if phase in _PROBED:
-                session.probe.start()
+                session.observe()
             else:
-                session.probe.stop()
+                session.overlook()
         log.info("{worker} is {phase}: {cause}", worker=self.name, phase=phase.value, cause=cause)
         self._notify(cause)
         self._end_stopping()
@@ -385,6 +392,11 @@ class Worker:
         if self._session is not None:
             self._session.link.close()
 
+    def _examine(self) -> None:
+        if self._session is not None:
+            self._session.examine()
+            self._monitor.examine(self.name)
+
     def _intend(self, intent: Intent) -> None:
         if self._session is not None:
             self._session.intend(intent)
@@ -406,25 +418,3 @@ class Worker:
             stopping, self._stopping = self._stopping, []
             for stopped in stopping:
                 stopped.callback(None)
-
-
-class _Feeding:
-    """A clock whose calls go through ``feed``, so that what they cause is done."""
-
-    def __init__(self, clock: Any, feed: Callable[..., None]) -> None:
-        self._clock = clock
-        self._feed = feed
-
-    def seconds(self) -> float:
-        """Now."""
-        return float(self._clock.seconds())
-
-    def callLater(  # noqa: N802 - Twisted's name
-        self,
-        delay: float,
-        callable: Callable[..., object],  # noqa: A002 - Twisted's name
-        *args: object,
-    ) -> Timer:
-        """Call after ``delay`` seconds."""
-        timer: Timer = self._clock.callLater(delay, self._feed, callable, *args)
-        return timer
