@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--fail", metavar="CODE:MESSAGE", help="say so instead of READY, and exit")
     one.add_argument("--at", type=int, default=0, help="when what follows happens: request, 0=load")
     one.add_argument("--hang", choices=("gil", "nogil", "spin", "stop"))
+    one.add_argument("--mute", action="store_true", help="don't tell where the threads stand")
     one.add_argument("--exit", type=int)
     one.add_argument("--signal", type=int)
     one.add_argument("--garbage", action="store_true")
@@ -76,7 +77,10 @@ class ScriptedWorker:
         self.open: set[int] = set()
         self.kept: list[bytes] = []
         self.hung = False
-        faulthandler.register(signal.SIGUSR2, all_threads=True, chain=False)
+        if options.mute:
+            signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        else:
+            faulthandler.register(signal.SIGUSR2, all_threads=True, chain=False)
         self.page, self.shared = heartbeat.share()
         self.pulse = heartbeat.Pulse(self.page)
         self.pulse.start()
@@ -134,7 +138,7 @@ class ScriptedWorker:
 
     def load(self, order: LoadOrder) -> None:
         self.order = order
-        self.pulse.seconds = order.beat_seconds
+        self.pulse.beat_every(order.beat_seconds)
         self.read_options(Path(order.folder))
         self.terminable()
         for _ in range(self.options.fork):

@@ -66,8 +66,9 @@ def test_it_beats_and_tells_the_processor_time_of_who_is_watched(
     page: tuple[Writer, Reader, int],
 ) -> None:
     writer, reader, _ = page
-    pulse = Pulse(writer, 0.01)
+    pulse = Pulse(writer, 60)
     pulse.start()
+    pulse.beat_every(0.01)
     go, done = threading.Event(), threading.Event()
 
     def compute() -> None:

@@ -95,14 +95,20 @@ def share() -> tuple[Writer, int | None]:
 
 
 class Pulse(threading.Thread):
-    """The heartbeat thread: beats every ``seconds``, as long as the process lives."""
+    """The heartbeat thread: beats as long as the process lives."""
 
     def __init__(self, writer: Writer, seconds: float = 1.0) -> None:
         super().__init__(name="heartbeat", daemon=True)
-        self.seconds = seconds
+        self._seconds = seconds
+        self._changed = threading.Event()
         self._writer = writer
         self._clock: int | None = None
         self._processor = 0.0
+
+    def beat_every(self, seconds: float) -> None:
+        """Beat now, and that often from now on."""
+        self._seconds = seconds
+        self._changed.set()
 
     def watch(self) -> None:
         """Tell from now on how much processor time the calling thread uses."""
@@ -112,7 +118,8 @@ class Pulse(threading.Thread):
         """Beat."""
         while True:
             self._writer.beat(self._measure())
-            time.sleep(self.seconds)
+            if self._changed.wait(self._seconds):
+                self._changed.clear()
 
     def _measure(self) -> float:
         if self._clock is not None:

@@ -79,7 +79,11 @@ class House:
             deployment="echo",
             replica=len(self.workers),
             generation=1,
-            order=LoadOrder("echo", str(self.folder)),
+            order=LoadOrder(
+                "echo",
+                str(self.folder),
+                beat_seconds=settings.get("beat_seconds", SETTINGS.beat_seconds) / 5,
+            ),
             command=(python, "-I", "-u", str(SCRIPT), *options),
             environment={"PATH": os.environ["PATH"]},
             logs=self.folder / "logs",

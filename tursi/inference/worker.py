@@ -104,7 +104,7 @@ class Worker:
         if self._compute is not None:
             raise wire.WireError("the daemon sent a second LOAD")
         order = _ORDER.decode(frame.body)
-        self._pulse.seconds = order.beat_seconds
+        self._pulse.beat_every(order.beat_seconds)
         self._compute = threading.Thread(
             target=self._serve, args=(order,), name="compute", daemon=True
         )
