@@ -18,7 +18,7 @@ from tursi.lifecycle.inputs import Lifecycle
 from tursi.lifecycle.machine import lifecycle
 from tursi.lifecycle.tally import Tally, backoff
 from tursi.lifecycle.verdict import Intent, Policy, Verdict, classify, not_spawned
-from tursi.model import FailureClass, Phase
+from tursi.model import FailureClass, Phase, WorkerLife
 from tursi.wire import LastWords
 
 SETTINGS = Workers()
@@ -43,7 +43,8 @@ class World:
     def __init__(self, settings: Workers = SETTINGS, chance: float = 0.5) -> None:
         self.clock = Clock()
         self.chance = chance
-        self.machine = lifecycle(self, settings, self.clock, lambda: self.chance)
+        self.tally = Tally(settings, lambda: self.chance)
+        self.machine = lifecycle(self, settings, self.clock, self.tally)
         self.phases = [Phase.STOPPED]
         self.causes = [""]
         self.done: list[str] = []
@@ -330,6 +331,102 @@ def test_delays_double_and_end_in_quarantine_then_in_failure() -> None:
     assert world.phases[-2:] == [Phase.FAILED, Phase.QUEUED]
     assert fail(world) is Phase.BACKOFF
     assert world.delays[-1] == 1
+
+
+def test_a_thousand_crash_loop_cycles_follow_the_numbers() -> None:
+    chance = random.Random(11)
+    world = World().give("start")
+    cycles = 0
+    while cycles < 1000:
+        for ideal in (1.0, 2.0, 4.0, 8.0):
+            world.chance = chance.random()
+            assert fail(world) is Phase.BACKOFF
+            assert 0.8 * ideal <= world.delays[-1] <= 1.2 * ideal
+            if chance.random() < 0.05:
+                # Stopped while it waits it stays down, however late the timer.
+                spawns = world.spawns
+                world.give("stop").give("retry").advance(1e6).give("retry")
+                assert (world.phase, world.spawns) == (Phase.STOPPED, spawns)
+                # A start doesn't forget how often it has failed.
+                world.give("start")
+        assert fail(world) is Phase.QUARANTINED
+        assert world.delays[-1] == 900
+        for _ in range(2):
+            assert world.give("retry").phase is Phase.QUEUED
+            assert fail(world) is Phase.QUARANTINED
+            assert world.delays[-1] == 900
+        world.give("retry")
+        assert fail(world) is Phase.FAILED
+        spawns = world.spawns
+        world.give("retry").advance(1e6)
+        assert (world.phase, world.spawns) == (Phase.FAILED, spawns)
+        assert world.clock.getDelayedCalls() == []
+        world.give("reset")
+        cycles += 8
+
+
+def test_hangs_are_counted_by_the_half_hour_and_not_forgotten_in_ten_good_minutes() -> None:
+    hung = Verdict(Policy.COUNT, "it hung", FailureClass.HUNG)
+    world = World().give("start")
+    for then in (Phase.BACKOFF, Phase.BACKOFF, Phase.QUARANTINED):
+        if world.phase is Phase.BACKOFF:
+            world.give("retry")
+        world.give("admit").give("hello").give("loaded").advance(700)
+        world.exit(hung)
+        assert world.phases[-1] is then
+    assert world.causes[-1] == "it hung (it hung 3 times)"
+
+
+# -- after a new start of the daemon
+
+
+def lived(failure: FailureClass | None, ended: float, *, good: float | None = None) -> WorkerLife:
+    ready = None if good is None else ended - good
+    return WorkerLife(
+        "u", "echo", 1, 0, "boot", ended - 1000, ready_at=ready, ended_at=ended, failure=failure
+    )
+
+
+def restored(*lives: WorkerLife, wall_clock: float = 10_000.0) -> World:
+    world = World()
+    world.tally.restore(lives, world.clock.seconds(), wall_clock)
+    return world.give("start")
+
+
+def test_failures_go_on_counting_after_a_new_start_of_the_daemon() -> None:
+    crash = [lived(FailureClass.TRANSIENT, 9000.0 + at) for at in range(4)]
+    assert fail(restored(*crash[:3])) is Phase.BACKOFF
+    assert fail(restored(*crash)) is Phase.QUARANTINED
+    assert restored(*crash[:2]).tally.attempts == 2
+    # What was asked to end, or ended with the daemon, is no failure.
+    assert fail(restored(*crash[:3], lived(None, 9100.0), crash[3])) is Phase.QUARANTINED
+    # A good period forgets.
+    assert fail(restored(*crash, lived(FailureClass.TRANSIENT, 9999.0, good=601))) is Phase.BACKOFF
+
+
+def test_what_was_quarantined_has_a_single_try() -> None:
+    crash = [lived(FailureClass.TRANSIENT, 9000.0 + at) for at in range(7)]
+    world = restored(*crash[:5])
+    assert fail(world) is Phase.QUARANTINED
+    assert world.causes[-1] == "went away (6 failures in a row)"
+    assert fail(restored(*crash)) is Phase.FAILED
+
+
+def test_hangs_and_memory_are_remembered_with_their_times() -> None:
+    hung = [lived(FailureClass.HUNG, at, good=700) for at in (9000.0, 9500.0)]
+    verdict = Verdict(Policy.COUNT, "it hung", FailureClass.HUNG)
+    assert fail(restored(*hung), verdict) is Phase.QUARANTINED
+    assert fail(restored(*hung, wall_clock=10_900.0), verdict) is Phase.BACKOFF
+    # A clock that was set back makes them recent, not future.
+    assert fail(restored(*hung, wall_clock=0.0), verdict) is Phase.QUARANTINED
+    memory = [lived(FailureClass.OUT_OF_MEMORY, at) for at in (9000.0, 9500.0)]
+    verdict = Verdict(Policy.COUNT, "out of memory", FailureClass.OUT_OF_MEMORY)
+    assert fail(restored(*memory), verdict) is Phase.FAILED
+
+
+def test_what_waited_for_the_world_is_not_held_against_it() -> None:
+    waits = [lived(FailureClass.RESOURCE, 9000.0 + at) for at in range(50)]
+    assert fail(restored(*waits)) is Phase.BACKOFF
 
 
 def test_a_good_period_forgets_failures_and_a_short_one_does_not() -> None:

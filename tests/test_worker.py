@@ -18,7 +18,7 @@ from twisted.python.failure import Failure
 from tursi import wire
 from tursi.config import Requests, Workers
 from tursi.errors import QueueFull
-from tursi.model import FailureClass, Loaded, LoadOrder, Phase, Progress
+from tursi.model import FailureClass, Loaded, LoadOrder, Phase, Progress, WorkerLife
 from tursi.supervision.life import Exit, Launch, Life
 from tursi.supervision.link import WorkerLink
 from tursi.supervision.worker import Worker
@@ -140,6 +140,7 @@ class RecordedMonitor:
 class World:
     def __init__(self, folder: Path, observer: Recorder | None = None) -> None:
         self.folder = folder
+        self.jump = 0.0
         self.proc = folder / "proc"
         self.proc.mkdir()
         (self.proc / "vmstat").write_text("nr_free_pages 1\noom_kill 4\n")
@@ -160,7 +161,7 @@ class World:
             monitor=self.monitor,
             reactor=self.reactor,
             random=lambda: 0.5,
-            now=lambda: 1_000_000 + self.reactor.seconds(),
+            now=lambda: 1_000_000 + self.reactor.seconds() + self.jump,
             observer=self.observer,
             proc=self.proc,
         )
@@ -518,3 +519,67 @@ def test_environment_is_passed_as_it_is(world: World) -> None:
     world.spawn()
     environment: Mapping[str, str] = world.monitor.launches[0].environment
     assert dict(environment) == {"PATH": "/bin"}
+
+
+@pytest.mark.parametrize("jump", [-3600.0, 3600.0])
+def test_a_wall_clock_that_jumps_moves_no_timer(world: World, jump: float) -> None:
+    world.ready()
+    world.jump = jump
+    for _ in range(24):
+        world.reactor.advance(2.5)
+        for frame in world.heard():
+            if frame.kind == Kind.PING:
+                world.say(Kind.PONG, b"", frame.id)
+    assert world.observer.phases[-1] is Phase.READY
+    world.jump = 0.0
+    assert world.monitor.end(world.name, signal=9) == 1.0
+    world.jump = jump
+    world.reactor.advance(0.9)
+    assert world.observer.phases[-1] is Phase.BACKOFF
+    world.reactor.advance(0.2)
+    assert world.observer.phases[-1] is Phase.QUEUED
+
+
+def test_a_daemon_that_stood_still_lets_a_worker_finish_its_hello(world: World) -> None:
+    world.spawn()
+    world.reactor.advance(60)
+    assert world.observer.phases[-1] is Phase.SPAWNING
+    world.load()
+    assert world.observer.phases[-1] is Phase.LOADING
+
+
+def test_a_hung_worker_is_examined_and_what_it_tells_is_kept(world: World) -> None:
+    world.ready()
+    session = world.worker._session
+    assert session is not None
+    for _ in range(10):
+        world.reactor.advance(2.5)
+    assert world.observer.phases[-1] is Phase.KILLING
+    assert world.monitor.signals == ["USR2"]
+    world.monitor.launches[-1].log.feed(
+        "err", b'Thread 0x01 (most recent call first):\n  File "x"\n'
+    )
+    world.reactor.advance(0.3)
+    assert world.monitor.signals == ["USR2", "KILL"]
+    world.monitor.end(world.name, signal=9)
+    assert session.stacks == 'Thread 0x01 (most recent call first):\n  File "x"'
+    assert world.worker.status().failure is FailureClass.HUNG
+
+
+def test_it_remembers_how_it_failed_before(world: World) -> None:
+    at = 1_000_000.0
+    world.worker.remember(
+        [
+            WorkerLife(
+                str(number), "echo", 1, 0, "boot", at - 9, ended_at=at - 8,
+                failure=FailureClass.TRANSIENT,
+            )
+            for number in range(3)
+        ]
+    )  # fmt: skip
+    world.ready()
+    assert world.monitor.end(world.name, exit_status=0) == 8.0
+    world.reactor.advance(8)
+    world.worker.admit()
+    assert world.monitor.end(world.name, exit_status=0) == 900.0
+    assert world.observer.phases[-1] is Phase.QUARANTINED

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +35,7 @@ from tursi.fleet import Fleet, Work
 from tursi.model import (
     CatalogueEntry,
     Event,
+    FailureClass,
     Loaded,
     LoadOrder,
     Phase,
@@ -41,6 +43,7 @@ from tursi.model import (
     Reference,
     Request,
     Resolution,
+    WorkerLife,
     WorkerStatus,
 )
 from tursi.plan import Key
@@ -66,10 +69,14 @@ class FakeWorker:
         self.observer = observer
         self.stopped: Deferred[None] = Deferred()
         self.resets = 0
+        self.past: list[WorkerLife] = []
 
     def become(self, phase: Phase, reason: str | None = None) -> None:
         self.phase, self.reason = phase, reason
         self.observer.changed(self, reason or "as the test says")
+
+    def remember(self, lives: Sequence[WorkerLife]) -> None:
+        self.past += lives
 
     def start(self) -> None:
         self.become(Phase.QUEUED)
@@ -367,6 +374,67 @@ def test_what_was_deployed_comes_back_with_a_new_daemon(tmp_path: Path) -> None:
     for call in second.reactor.getDelayedCalls():
         call.cancel()
     second.store.stop()
+
+
+def life(uuid: str, at: float, *, replica: int = 0) -> WorkerLife:
+    return WorkerLife(
+        uuid, "a", 1, replica, "boot", at, ended_at=at + 1, failure=FailureClass.CRASH
+    )
+
+
+def test_a_new_daemon_tells_each_worker_how_it_has_failed_since_the_last_reset(
+    tmp_path: Path,
+) -> None:
+    first = Bench(tmp_path)
+    first.open()
+    first.deploy(replicas=2)
+    first.found()
+    first.store.put_life(life("early", NOW - 10))
+    first.workers[0].become(Phase.FAILED)
+    assert first.deploy() == "retried"
+    for each in (
+        life("second", NOW + 20),
+        life("first", NOW + 10),
+        life("other", NOW + 10, replica=1),
+    ):
+        first.store.put_life(each)
+    for call in first.reactor.getDelayedCalls():
+        call.cancel()
+    first.store.stop()
+    second = Bench(tmp_path)
+    second.open()
+    assert [[each.uuid for each in worker.past] for worker in second.workers] == [
+        ["first", "second"],
+        ["other"],
+    ]
+    for call in second.reactor.getDelayedCalls():
+        call.cancel()
+    second.store.stop()
+
+
+def test_when_workers_die_everywhere_nothing_is_started_for_a_minute(bench: Bench) -> None:
+    bench.deploy(replicas=3)
+    bench.found()
+    observer = bench.workers[0].observer
+    for number in range(21):
+        begun = replace(life(str(number), NOW), ended_at=None)
+        observer.life(begun)
+        observer.life(replace(begun, ended_at=NOW, failure=FailureClass.CRASH))
+    for worker in bench.workers:
+        worker.become(Phase.QUEUED)
+    bench.turn()
+    assert [worker.phase for worker in bench.workers] == [Phase.QUEUED] * 3
+    status, parts = bench.fleet.health()
+    assert status == "degraded"
+    assert parts[-1].name == "starts"
+    assert "nothing is started" in parts[-1].message
+    bench.reactor.advance(61)
+    bench.turn()
+    assert [worker.phase for worker in bench.workers].count(Phase.SPAWNING) == 1
+    bench.workers[0].become(Phase.READY)
+    bench.turn()
+    assert [worker.phase for worker in bench.workers].count(Phase.SPAWNING) == 2
+    assert "starts" not in [part.name for part in bench.fleet.health()[1]]
 
 
 def test_the_catalogue_says_who_uses_what(bench: Bench) -> None:

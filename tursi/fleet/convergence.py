@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -12,12 +12,13 @@ from twisted.python.failure import Failure
 
 from tursi.config import Workers
 from tursi.errors import HubUnreachable, InternalError, TursiError
+from tursi.fleet.governor import Governor
 from tursi.fleet.journal import Journal
 from tursi.fleet.logs import Logs
 from tursi.fleet.member import Fetch, Member
 from tursi.hub import Hub
 from tursi.model import LoadOrder, Phase, Progress, Reference, Resolution, WorkerLife
-from tursi.plan import Action, Admit, Create, Key, Resolve, Retire, decide
+from tursi.plan import LOAD_SLOTS, Action, Admit, Create, Key, Resolve, Retire, decide
 from tursi.store import Store
 from tursi.supervision.worker import Observer, Worker
 
@@ -25,6 +26,10 @@ log = Logger()
 
 _FETCH_RETRY_SECONDS = (5.0, 300.0)
 """First and longest wait before a hub that can't be reached is tried again."""
+
+
+RESET = "worker.reset"
+"""The kind of the event that a worker's failures were forgotten."""
 
 
 class MakeWorker(Protocol):
@@ -63,11 +68,20 @@ class Convergence:
         self._settings = settings
         self._reactor = reactor
         self._now = now
+        self.governor = Governor(reactor.seconds)
+        self._resuming: Any = None
+        self._past: dict[Key, list[WorkerLife]] = {}
         self._phases: dict[str, Phase] = {}
         self._lives: set[str] = set()
         self._scheduled: Any = None
         self._serial = 0
         self._open = True
+
+    def remember(self, lives: Sequence[WorkerLife]) -> None:
+        """What became of workers under an earlier daemon, oldest first."""
+        for life in lives:
+            key = Key(life.deployment, life.generation, life.replica)
+            self._past.setdefault(key, []).append(life)
 
     def soon(self) -> None:
         """Converge in the next turn, however many changes ask for it in this one."""
@@ -80,6 +94,8 @@ class Convergence:
         if self._scheduled is not None:
             self._scheduled.cancel()
             self._scheduled = None
+        if self._resuming is not None and self._resuming.active():
+            self._resuming.cancel()
         stopping: list[Deferred[None]] = []
         for member in self._members.values():
             member.drop_fetch()
@@ -94,6 +110,13 @@ class Convergence:
         for worker in member.serving():
             if worker.phase in {Phase.FAILED, Phase.QUARANTINED, Phase.BACKOFF}:
                 worker.reset()
+                # The next daemon shall know from where on to count.
+                self._journal.note(
+                    RESET,
+                    f"the failures of replica {worker.replica} are forgotten",
+                    deployment=worker.deployment,
+                    worker=worker.uuid,
+                )
                 retried = True
         return retried
 
@@ -108,7 +131,7 @@ class Convergence:
         self._scheduled = None
         wanted = [want for member in self._members.values() if (want := member.wanted())]
         seen = [worker for member in self._members.values() for worker in member.seen()]
-        for action in decide(wanted, seen):
+        for action in decide(wanted, seen, self.governor.slots(LOAD_SLOTS)):
             try:
                 self._act(action)
             except Exception:  # noqa: BLE001 - one deployment's defect must not hold up the others
@@ -148,6 +171,9 @@ class Convergence:
         name = f"{key.deployment}.{key.generation}.{key.replica}#{self._serial}"
         worker = self._make_worker(name=name, key=key, order=order, observer=self)
         member.workers[key] = worker
+        past = self._past.pop(key, None)
+        if past:
+            worker.remember(past)
         worker.start()
 
     def _retire(self, member: Member, key: Key) -> None:
@@ -243,6 +269,7 @@ class Convergence:
                 cause=cause,
             )
             if phase is Phase.READY:
+                self.governor.served()
                 self._ready(member, worker)
             self.soon()
         member.queue.pump()
@@ -252,8 +279,15 @@ class Convergence:
         self._journal.life(life)
         if life.uuid not in self._lives:
             self._begun(life)
-        if life.ended_at is not None:
+        if life.ended_at is not None and life.uuid in self._lives:
             self._lives.discard(life.uuid)
+            if life.failure is not None and self.governor.died():
+                self._pause()
+
+    def _pause(self) -> None:
+        self._journal.note("starts.paused", self.governor.trouble or "")
+        # A moment later than the pause ends, so that it has.
+        self._resuming = self._reactor.callLater(self.governor.paused_seconds + 0.1, self.soon)
 
     def _begun(self, life: WorkerLife) -> None:
         self._lives.add(life.uuid)

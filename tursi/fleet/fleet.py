@@ -19,7 +19,7 @@ from tursi.errors import (
     StartingUp,
     TursiError,
 )
-from tursi.fleet.convergence import Convergence, MakeWorker
+from tursi.fleet.convergence import RESET, Convergence, MakeWorker
 from tursi.fleet.journal import Journal
 from tursi.fleet.logs import Logs
 from tursi.fleet.member import Member
@@ -49,6 +49,9 @@ log = Logger()
 
 STATISTICS_SECONDS = 5.0
 PRUNE_SECONDS = 3600.0
+REMEMBERED_LIVES = 100
+"""Of each deployment, when a daemon begins; more failures than these make no difference."""
+REMEMBERED_EVENTS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +112,18 @@ class Fleet:
         """Bring up what the store says should run."""
         for deployment in await self._store.deployments():
             self._members[deployment.name] = Member(deployment, self._queue)
+            await self._remember(deployment.name)
         self._flushing.start(STATISTICS_SECONDS, now=False)
         self._pruning.start(PRUNE_SECONDS, now=True)
         self._opened, self._closed = True, None
         self._convergence.soon()
+
+    async def _remember(self, name: str) -> None:
+        """How its workers have failed since somebody last had that forgotten."""
+        events = await self._store.events(name, 0, REMEMBERED_EVENTS)
+        since = max((event.at for event in events if event.kind == RESET), default=0.0)
+        lives = await self._store.lives(name, REMEMBERED_LIVES)
+        self._convergence.remember([life for life in reversed(lives) if life.spawned_at > since])
 
     async def close(self) -> None:
         """Refuse new requests, drain and stop every worker, and store what is counted."""
@@ -337,6 +348,9 @@ class Fleet:
             )
             for status in self.deployments()
         ]
+        trouble = self._convergence.governor.trouble
+        if trouble is not None:
+            parts.append(Part("starts", healthy=False, message=trouble))
         return "healthy" if all(part.healthy for part in parts) else "degraded", parts
 
     def _member(self, name: str) -> Member:

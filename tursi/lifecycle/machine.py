@@ -6,7 +6,6 @@ input is legal in every state; where it means nothing it is ignored.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 
 from automat import TypeMachineBuilder
@@ -26,11 +25,9 @@ from tursi.lifecycle.verdict import Intent, Policy
 from tursi.model import FailureClass, Phase
 
 
-def lifecycle(
-    effects: Effects, settings: Workers, clock: Clock, random: Callable[[], float]
-) -> Lifecycle:
-    """A machine in STOPPED; ``random`` gives numbers in [0, 1)."""
-    return machine(Core(effects, settings, clock, Tally(settings, random)))
+def lifecycle(effects: Effects, settings: Workers, clock: Clock, tally: Tally) -> Lifecycle:
+    """A machine in STOPPED."""
+    return machine(Core(effects, settings, clock, tally))
 
 
 _builder = TypeMachineBuilder(Lifecycle, Core)

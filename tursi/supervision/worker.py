@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
@@ -14,6 +14,7 @@ from twisted.logger import Logger
 from tursi.config import Requests, Workers
 from tursi.errors import QueueFull
 from tursi.lifecycle.machine import lifecycle
+from tursi.lifecycle.tally import Tally
 from tursi.lifecycle.verdict import Intent, Verdict, not_spawned
 from tursi.model import (
     FailureClass,
@@ -121,7 +122,8 @@ class Worker:
         self._now = now
         self._observer = observer
         self._proc = proc
-        self._machine = lifecycle(self, settings, Deadlines(reactor, self._feed), random)
+        self._tally = Tally(settings, random)
+        self._machine = lifecycle(self, settings, Deadlines(reactor, self._feed), self._tally)
         self._actions: deque[Callable[[], None]] = deque()
         self._session: Session | None = None
         self._monitored = False
@@ -156,6 +158,10 @@ class Worker:
     def queued_bytes(self) -> int:
         """Bytes of the bodies of those."""
         return self._session.link.queued_bytes if self._session else 0
+
+    def remember(self, lives: Iterable[WorkerLife]) -> None:
+        """How it failed under an earlier daemon, oldest first; before ``start``."""
+        self._tally.restore(lives, self._reactor.seconds(), self._now())
 
     def start(self) -> None:
         """Queue; ``admit`` follows when there is room."""
