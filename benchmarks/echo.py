@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +36,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     port = free_port()
-    peer = subprocess.Popen([options.peer_python, str(HERE / "peers/echo_starlette.py"), str(port)])
+    peer = subprocess.Popen(
+        [options.peer_python, str(HERE / "peers/echo_starlette.py"), str(port)],
+        start_new_session=True,
+    )
     try:
         with daemon(scripted=True) as ours:
             wait_for(port, psutil.Process(peer.pid))
@@ -88,7 +93,7 @@ def main() -> None:
                 f"daemon and worker / peer: {median:.2f} ({least:.2f}-{most:.2f})"
             )
     finally:
-        peer.terminate()
+        os.killpg(peer.pid, signal.SIGKILL)
         peer.wait(10)
 
 

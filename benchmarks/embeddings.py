@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,16 +30,15 @@ from measure import Round, alternate, load, request, wait_for  # noqa: E402 - th
 
 def corpus(count: int = 4096, seed: int = 7) -> list[str]:
     """Texts from Python's own documentation strings, of log-normal lengths around 26 words."""
-    import argparse as a
+    import argparse as options
     import decimal
     import logging
     import socket
     import tarfile
-    import typing
 
     words = " ".join(
         str(getattr(thing, "__doc__", "") or "")
-        for module in (a, decimal, logging, socket, tarfile, typing)
+        for module in (options, decimal, logging, socket, tarfile)
         for thing in (module, *vars(module).values())
     ).split()
     chance = random.Random(seed)
@@ -52,7 +52,7 @@ def corpus(count: int = 4096, seed: int = 7) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, type=Path)
+    parser.add_argument("--model", required=True, type=lambda text: Path(text).absolute())
     parser.add_argument("--peer-python", required=True)
     parser.add_argument("--connections", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=12.0)
@@ -68,6 +68,7 @@ def main() -> None:
             str(port),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        start_new_session=True,
     )
     try:
         with daemon() as ours:
@@ -114,7 +115,8 @@ def main() -> None:
                 f"{ratios[len(ratios) // 2]:.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
             )
     finally:
-        peer.terminate()
+        # With its workers, which would outlive a mere terminate().
+        os.killpg(peer.pid, signal.SIGKILL)
         peer.wait(20)
 
 

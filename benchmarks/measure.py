@@ -99,7 +99,10 @@ def load(
     before, began = tree_cpu(server), time.perf_counter()
     open_requests, ending = connections, False
     while open_requests:
-        for key, _ in selector.select(30):
+        answered = selector.select(30)
+        if not answered:
+            raise TimeoutError("no answer came for 30 s")
+        for key, _ in answered:
             body = key.data.receive()
             if body is None:
                 continue
