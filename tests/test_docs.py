@@ -17,6 +17,7 @@ from tursi import config, errors
 from tursi.cli import main
 from tursi.cli.connection import Exit
 from tursi.faces.route import status_of
+from tursi.fleet import governor
 from tursi.model import Phase
 
 ROOT = Path(__file__).parents[1]
@@ -94,6 +95,29 @@ def test_every_setting_is_documented() -> None:
 def test_every_phase_is_documented() -> None:
     documented = rows(DOCS / "reliability.rst")
     assert set(documented) - {"Phase"} == {each.value for each in Phase}
+
+
+def test_the_diagram_of_the_phases_is_that_of_the_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(DOCS))
+    lifecycle = importlib.import_module("lifecycle")
+    assert lifecycle.FILE.read_text() == lifecycle.render(), "run python docs/lifecycle.py"
+
+
+def test_the_numbers_of_the_documentation_are_the_defaults() -> None:
+    text = " ".join((DOCS / "reliability.rst").read_text().split())
+    workers = config.Workers()
+    assert f"{workers.max_failures} failures in a row quarantine" in text
+    assert f"one try after {workers.quarantine_seconds / 60:g} minutes" in text
+    assert f"{workers.good_seconds:g} s of service" in text
+    hung = workers.beat_seconds * workers.beat_misses
+    assert f"heartbeat {workers.beat_seconds:g} s {hung:g} s" in text
+    assert f"progress {workers.first_seconds:g} s a {workers.beat_seconds:g} s later" in text
+    assert f"{workers.step_seconds:g} s a token" in text
+    hung = workers.ping_timeout * workers.ping_misses
+    assert f"PING {workers.ping_timeout:g} s {hung:g} s" in text
+    assert f"more than {governor.MAX_DEATHS} workers die" in text
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:
