@@ -1,0 +1,83 @@
+"""What daemons remember and hold back, seen on real daemons with scripted workers."""
+
+from __future__ import annotations
+
+from daemon import daemon, until
+
+EAGER = """
+[workers]
+backoff_initial = 0.05
+backoff_max = 0.1
+"""
+
+
+def test_the_next_daemon_goes_on_counting_failures() -> None:
+    with daemon(scripted=True, settings=EAGER) as running:
+        running.deploy("broken", running.script(exit=3))
+        first = running.wait("broken", "quarantined")
+        assert first["reason"].endswith("exit status 3 (5 failures in a row)")
+        running.kill()
+        running.start()
+        # Its single try out of quarantine is at once, and it has only that.
+        second = running.wait("broken", "quarantined")
+        assert second["reason"].endswith("exit status 3 (6 failures in a row)")
+        # Whoever asks for another try means a new beginning, for the next daemon too.
+        running.control.post("/deployments/broken/start")
+        again = until(
+            lambda: (
+                (status := running.status("broken"))["phase"] == "quarantined"
+                and "(5 failures" in status["reason"]
+                and status
+            ),
+            "it is quarantined anew",
+        )
+        assert again["failure"] == "software"
+        running.kill()
+        running.start()
+        assert "(6 failures" in running.wait("broken", "quarantined")["reason"]
+
+
+def test_a_lost_accelerator_ends_the_process_and_a_fresh_one_answers() -> None:
+    with daemon(scripted=True, settings=EAGER) as running:
+        running.deploy("gpu", running.script(exit=86, at=2, echo=True))
+        before = running.wait("gpu")["workers"][0]["uuid"]
+        body = {"model": "gpu", "input": "hello"}
+        assert running.client.post("/v1/embeddings", json=body).status_code == 200
+        lost = running.client.post("/v1/embeddings", json=body)
+        assert lost.status_code in {200, 502}
+        until(
+            lambda: (
+                (worker := running.status("gpu")["workers"][0])["uuid"] != before
+                and worker["phase"] == "ready"
+            ),
+            "a fresh process",
+        )
+        assert running.client.post("/v1/embeddings", json=body).status_code == 200
+        lives = running.control.get("/deployments/gpu/lives").json()["lives"]
+        (life,) = (life for life in lives if life["uuid"] == before)
+        assert (life["failure"], life["exit_status"]) == ("gpu-context", 86)
+
+
+def test_a_storm_of_deaths_pauses_all_starts_and_degrades_health() -> None:
+    settings = EAGER + "max_failures = 1000\n"
+    with daemon(scripted=True, settings=settings) as running:
+        running.deploy("well", running.script("well", echo=True))
+        running.wait("well")
+        for name in ("one", "two", "three"):
+            running.deploy(name, running.script(name, exit=3))
+        health = until(
+            lambda: (
+                (health := running.control.get("/health").json())["parts"][-1]["name"] == "starts"
+                and health
+            ),
+            "starts are paused",
+        )
+        assert health["status"] == "degraded"
+        assert "nothing is started for another" in health["parts"][-1]["message"]
+        until(
+            lambda: all(running.status(name)["phase"] == "queued" for name in ("one", "two")),
+            "they wait",
+        )
+        # Who serves goes on serving.
+        body = {"model": "well", "input": "hello"}
+        assert running.client.post("/v1/embeddings", json=body).status_code == 200
