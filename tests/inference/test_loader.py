@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tursi.errors import (
     TaskUnsuitable,
     WeightsCorrupt,
 )
+from tursi.heartbeat import SIZE, Writer
 from tursi.inference import loader
 from tursi.inference.checkpoint import Checkpoint
 from tursi.inference.device import choose_device
@@ -29,10 +31,18 @@ from tursi.model import Loaded, LoadOrder, Progress, Task
 SECONDS = 7.0
 
 
+def page() -> Writer:
+    return Writer(mmap.mmap(-1, SIZE))
+
+
 def load(folder: Path, **order: Any) -> Loaded:
     outbox = Outbox(lambda data: None, lambda job: None)
     return loader.load(
-        LoadOrder("test", str(folder), **order), outbox, lambda progress: None, lambda: SECONDS
+        LoadOrder("test", str(folder), **order),
+        outbox,
+        page(),
+        lambda progress: None,
+        lambda: SECONDS,
     )[1]
 
 
@@ -244,7 +254,7 @@ def test_progress_counts_tensors_up_to_all_of_them() -> None:
     seen: list[Progress] = []
     outbox = Outbox(lambda data: None, lambda job: None)
     order = LoadOrder("test", str(minilm.minilm_folder()))
-    loader.load(order, outbox, seen.append, lambda: SECONDS)
+    loader.load(order, outbox, page(), seen.append, lambda: SECONDS)
     assert [progress.stage for progress in seen] == ["load"] * (len(seen) - 1) + ["warm"]
     done = [progress.done for progress in seen if progress.done is not None]
     assert done == sorted(done)
