@@ -19,7 +19,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 run: $(VENV)/.installed $(STATE)/model/.installed
 	$(BIN)/python -m tursi.cli.demo --state $(STATE) --model $(STATE)/model
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test $(STATE)/model/.installed
 	$(BIN)/python -m pytest $(TESTS)
 
 lint: $(VENV)/.installed-test
