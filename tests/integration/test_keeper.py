@@ -211,7 +211,8 @@ def test_sigterm_reaches_the_whole_group_and_a_stopped_worker(keep: Keep, mark: 
     program = """
 import os, signal, sys, time
 def leave(*_):
-    print("asked", os.getpid() == first, flush=True)
+    # Not print: the signal may come while that of "ready" hasn't returned.
+    os.write(1, f"asked {os.getpid() == first}\n".encode())
     os._exit(3)
 first = os.getpid()
 signal.signal(signal.SIGTERM, leave)
@@ -228,6 +229,25 @@ time.sleep(300)
     assert kept.report("exited")["exit_status"] == 3
     assert "asked True" in kept.read()
     assert not alive(worker)
+
+
+def test_sigusr2_has_a_stopped_worker_tell_where_it_stands(keep: Keep) -> None:
+    program = """
+import faulthandler, os, signal, time
+faulthandler.register(signal.SIGUSR2, all_threads=True, chain=False)
+def stand_still():
+    os.write(1, b"ready\\n")
+    time.sleep(300)
+stand_still()
+"""
+    kept = keep(*python(program))
+    kept.read(lambda text: "ready" in text)
+    worker = kept.report("started")["pid"]
+    os.kill(worker, signal.SIGSTOP)
+    for _ in range(2):
+        os.kill(kept.pid, signal.SIGUSR2)
+        kept.read(lambda text: "in stand_still" in text and "in <module>" in text)
+    assert alive(worker)
 
 
 def test_sigterm_that_is_ignored_changes_nothing(keep: Keep) -> None:
