@@ -41,6 +41,8 @@ def corpus(count: int = 4096, seed: int = 7) -> list[str]:
         for module in (options, decimal, logging, socket, tarfile)
         for thing in (module, *vars(module).values())
     ).split()
+    # Rules and signatures are single words of hundreds of tokens.
+    words = [word for word in words if word.isalpha()]
     chance = random.Random(seed)
     texts = []
     for _ in range(count):
