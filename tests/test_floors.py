@@ -27,7 +27,7 @@ PURE = (*WORDS, "heartbeat", "config", "wire", "lifecycle", "plan", "schema", "f
 STATE = ("store", "supervision", "hub", "lock")
 SANS_IO = ("msgspec", "automat")
 NETWORK = ("twisted", "zope", *SANS_IO)
-DAEMON = (*PURE, *STATE, "fleet", "api", "listen", "service", "keeper")
+DAEMON = (*PURE, *STATE, "fleet", "api", "listen", "service", "keeper", "sandbox")
 
 FLOORS = {
     # 0: the words of the domain
@@ -60,7 +60,8 @@ FLOORS = {
     "service": Floor(DAEMON, (*NETWORK, "klein")),
     "tap": Floor(DAEMON, NETWORK),
     # the children
-    "keeper": Floor(),
+    "keeper": Floor(("sandbox",)),
+    "sandbox": Floor(),
     "inference": Floor(
         (*WORDS, "heartbeat", "wire", "faces"),
         ("msgspec", "torch", "transformers", "safetensors", "tokenizers", "numpy", "jinja2"),

@@ -1,9 +1,9 @@
 """The keeper: the process between the daemon and one worker, so that nothing is ever orphaned.
 
-Run by path as ``python -I -S keeper.py PARENT NOFILE OOM_SCORE_ADJ DIRECTORY
-ARGV...``, with the standard library only. PARENT is the daemon's pid, NOFILE
-the limit on open files, OOM_SCORE_ADJ the worker's, DIRECTORY its working
-directory, ARGV the worker's command, whose first element is an absolute path.
+Run by path as ``python -I -S keeper.py ORDER ARGV...``, with nothing but the
+standard library and ``tursi.sandbox``. ORDER is JSON: the daemon's pid as
+``parent``, and the fields of ``supervision.life.Confinement``. ARGV is the
+worker's command, whose first element is an absolute path.
 
 Descriptors: 0 stdin, 1 stdout, 2 stderr, 3 the worker's data socket, all of
 which the worker inherits; 4 the lifeline, a pipe whose end means "kill"; 5 the
@@ -20,6 +20,8 @@ lifeline ends, or SIGHUP arrives (the daemon is dead), everything below the
 keeper is killed, and the keeper ends when all of it is gone.
 """
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import json
@@ -30,6 +32,16 @@ import signal
 import sys
 import time
 
+# Last, so that nothing of ours can be taken for a part of the standard library.
+sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # noqa: PTH100, PTH120 - pathlib is slow to import
+
+from tursi import sandbox  # noqa: E402 - see above
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    # typing is slow to import.
+    from typing import Any
+
 DATA, LIFELINE, STATUS = 3, 4, 5
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
 HANDLED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGCHLD, signal.SIGUSR2)
@@ -39,8 +51,7 @@ MAX_PAUSE = 0.05
 
 def main(argv: list[str]) -> int:
     """Keep one worker; the answer is the keeper's exit status."""
-    parent, nofile, oom_score_adj = (int(word) for word in argv[:3])
-    directory, command = argv[3], argv[4:]
+    order, command = json.loads(argv[0]), argv[1:]
     for fd in (LIFELINE, STATUS):
         os.set_inheritable(fd, False)
     # Whatever else the daemon has open is no business of the worker.
@@ -50,18 +61,24 @@ def main(argv: list[str]) -> int:
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     # With SIGKILL here the keeper would die before it could clear the tree.
     prctl(PR_SET_PDEATHSIG, signal.SIGHUP)
-    if os.getppid() != parent:
+    if os.getppid() != order["parent"]:
         return 0  # the daemon died before the line above
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    limit_files(nofile)
+    limit_files(order["files"])
     os.umask(0o077)
-    os.chdir(directory)
+    os.chdir(order["directory"])
     children(os.getpid())  # a kernel that can't tell fails here, not when it matters
-    worker = start(command, oom_score_adj)
+    if order["temporary"]:
+        os.mkdir(order["temporary"])  # noqa: PTH102 - pathlib is slow to import
+        os.environ["TMPDIR"] = os.environ["HOME"] = order["temporary"]
+    worker = start(command, order)
     report(event="started", pid=worker, start_time=start_time(worker))
     alive = wait(worker, wakeups)
-    report(event="cleared", killed=clear(worker if alive else None))
+    kill_group(order["group"])
+    killed = clear(worker if alive else None)
+    remove(order["temporary"])
+    report(event="cleared", killed=killed)
     return 0
 
 
@@ -76,7 +93,7 @@ def listen() -> int:
     return reading
 
 
-def start(command: list[str], oom_score_adj: int) -> int:
+def start(command: list[str], order: dict[str, Any]) -> int:
     """Fork the worker and return its pid."""
     keeper = os.getpid()
     # A signal that hit the child between fork and exec would only call the
@@ -85,7 +102,7 @@ def start(command: list[str], oom_score_adj: int) -> int:
     pid = os.fork()
     if pid == 0:
         try:
-            become_worker(keeper, command, oom_score_adj)
+            become_worker(keeper, command, order)
         except BaseException as error:  # noqa: BLE001 - a forked child never returns
             os.write(2, f"{command[0]} can't be started: {error}\n".encode())
         os._exit(127)
@@ -95,7 +112,7 @@ def start(command: list[str], oom_score_adj: int) -> int:
     return pid
 
 
-def become_worker(keeper: int, command: list[str], oom_score_adj: int) -> None:
+def become_worker(keeper: int, command: list[str], order: dict[str, Any]) -> None:
     """In the forked child: turn into the worker."""
     os.setsid()
     # Against a kill -9 of the keeper: the daemon sees to the rest of the tree.
@@ -107,12 +124,26 @@ def become_worker(keeper: int, command: list[str], oom_score_adj: int) -> None:
         contextlib.suppress(OSError),
         open("/proc/self/oom_score_adj", "w") as file,  # noqa: PTH123 - pathlib is slow to import
     ):
-        file.write(str(oom_score_adj))
+        file.write(str(order["oom_score_adj"]))
+    if order["group"]:
+        write(f"{order['group']}/cgroup.procs", "0")
     signal.set_wakeup_fd(-1)
     for number in (*HANDLED, signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+    confine(order)
     os.execve(command[0], command, os.environ)  # noqa: S606 - no shell is the point
+
+
+def confine(order: dict[str, Any]) -> None:
+    """Give up what the worker doesn't need."""
+    if order["landlock"]:
+        rights = [(path, sandbox.READ) for path in order["read"]]
+        rights += [(path, sandbox.LIST) for path in order["listed"]]
+        rights += [(path, sandbox.WRITE) for path in (*order["write"], order["temporary"])]
+        sandbox.restrict(order["landlock"], rights + sandbox.model_rights(order["model"]))
+    if order["deny_sockets"]:
+        sandbox.deny_sockets()
 
 
 def wait(worker: int, wakeups: int) -> bool:
@@ -195,6 +226,24 @@ def clear(worker: int | None) -> int:
         pause = min(pause * 2, MAX_PAUSE)
 
 
+def kill_group(group: str) -> None:
+    """Kill all of the worker's cgroup at once; older kernels can't."""
+    if group:
+        with contextlib.suppress(OSError):
+            write(f"{group}/cgroup.kill", "1")
+
+
+def remove(temporary: str) -> None:
+    """Remove the worker's private folder with what it has left there."""
+    if temporary:
+        try:
+            os.rmdir(temporary)  # noqa: PTH106 - pathlib is slow to import
+        except OSError:
+            import shutil  # noqa: PLC0415 - slow to import, and mostly not needed
+
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def waitable() -> bool:
     """Whether there are children at all, dead ones included."""
     try:
@@ -215,6 +264,12 @@ def start_time(pid: int) -> int:
     with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123 - pathlib is slow to import
         # The second field, the name, may hold blanks and parentheses.
         return int(file.read().rpartition(")")[2].split()[19])
+
+
+def write(path: str, text: str) -> None:
+    """Write to a file of the kernel's."""
+    with open(path, "w") as file:  # noqa: PTH123 - pathlib is slow to import
+        file.write(text)
 
 
 def limit_files(count: int) -> None:

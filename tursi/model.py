@@ -5,6 +5,7 @@ Times are UTC epoch seconds (``float``), sizes are bytes, durations are seconds.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,14 @@ DEFAULT_PORT = 8430
 """The TCP port of the default inference listener on 127.0.0.1."""
 
 MAX_REPLICAS = 64
+MIN_MEMORY = 64 * 1024 * 1024
+"""Bytes below which not even an empty worker fits."""
+MIN_CPU = 0.01
+"""Cores: the kernel knows no smaller share."""
+MIN_FILES = 64
+MIN_PROCESSES = 16
+MAX_PROCESSES = 4_194_304
+"""As many as a Linux system can have."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -171,6 +180,71 @@ class Reference:
 
 
 @dataclass(frozen=True, slots=True)
+class Host:
+    """What this machine has; ``None`` where that isn't known."""
+
+    memory: int | None = None
+    """Bytes."""
+    cores: int | None = None
+    files: int | None = None
+    """Descriptors that a process may be allowed to have open."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What each worker of a deployment may use; ``None`` means the default, or no limit."""
+
+    memory: int | None = None
+    """Bytes."""
+    cpu: float | None = None
+    """Cores: 1.5 is one and a half of them."""
+    threads: int | None = None
+    """Compute threads."""
+    files: int | None = None
+    """Open descriptors."""
+    processes: int | None = None
+    """Processes and threads together."""
+
+    def check(self, host: Host) -> None:
+        """Raise ``InvalidRequest`` for what can't be met on ``host``."""
+        memory, cpu = self.memory, self.cpu
+        if memory is not None and memory < MIN_MEMORY:
+            raise _unmet("memory", f"{mebibytes(memory)} is less than {mebibytes(MIN_MEMORY)}")
+        if memory is not None and host.memory is not None and memory > host.memory:
+            raise _unmet(
+                "memory", f"{mebibytes(memory)} is more than the {mebibytes(host.memory)} here"
+            )
+        if cpu is not None and not (math.isfinite(cpu) and cpu >= MIN_CPU):
+            raise _unmet("cpu", f"{cpu:g} is less than {MIN_CPU:g} of a core")
+        _at_most("cpu", cpu, host.cores, "cores")
+        _at_least("threads", self.threads, 1)
+        _at_most("threads", self.threads, host.cores, "cores")
+        _at_least("files", self.files, MIN_FILES)
+        _at_most("files", self.files, host.files, "that the system allows a process")
+        _at_least("processes", self.processes, MIN_PROCESSES)
+        _at_most("processes", self.processes, MAX_PROCESSES, "that Linux can have")
+
+
+def mebibytes(size: int) -> str:
+    """A size of memory, for people."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def _at_least(name: str, value: float | None, least: float) -> None:
+    if value is not None and value < least:
+        raise _unmet(name, f"{value:g} is less than {least:g}")
+
+
+def _at_most(name: str, value: float | None, most: float | None, of_what: str) -> None:
+    if value is not None and most is not None and value > most:
+        raise _unmet(name, f"{value:g} is more than the {most:g} {of_what}")
+
+
+def _unmet(name: str, why: str) -> InvalidRequest:
+    return InvalidRequest(f"The limit {name} can't be met: {why}.", param=f"limits.{name}")
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """What a user asks of a deployment; equal requests need no new generation."""
 
@@ -178,8 +252,9 @@ class Request:
     task: str | None = None
     device: str = "auto"
     dtype: str = "auto"
+    limits: Limits = Limits()
 
-    def checked(self) -> Request:
+    def checked(self, host: Host = Host()) -> Request:  # noqa: B008 - a frozen value
         """The same in normal form; ``InvalidRequest`` names the field that is wrong."""
         if not _DEVICE.fullmatch(self.device):
             raise InvalidRequest(
@@ -191,11 +266,13 @@ class Request:
                 f"The dtype {self.dtype[:50]!r} is unknown; use one of {', '.join(DTYPES)}.",
                 param="dtype",
             )
+        self.limits.check(host)
         return Request(
             model=str(Reference.parse(self.model)),
             task=Task.parse(self.task).value if self.task is not None else None,
             device=self.device,
             dtype=self.dtype,
+            limits=self.limits,
         )
 
 
@@ -266,6 +343,64 @@ class WorkerLife:
 
 
 @dataclass(frozen=True, slots=True)
+class Sample:
+    """What a worker used at a point in time."""
+
+    at: float
+    rss: int
+    cpu_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crash:
+    """A worker life that ended unasked: what it comes down to."""
+
+    id: int
+    """Given when it is recorded; 0 before."""
+    deployment: str
+    generation: int
+    replica: int
+    worker: str
+    """The uuid of the life."""
+    at: float
+    failure: FailureClass
+    reason: str
+    """One clause for people."""
+    phase: Phase
+    """The state in which it met its end."""
+    spawned_at: float
+    ready_at: float | None = None
+    exit_status: int | None = None
+    signal: int | None = None
+    intent: str | None = None
+    """Why the daemon ended it, where it did."""
+    peak_rss: int | None = None
+    cpu_seconds: float | None = None
+    requests: tuple[str, ...] = ()
+    """Ids of the requests that were in flight."""
+    error: str | None = None
+    """The last line of the traceback."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dossier(Crash):
+    """The same with all its evidence."""
+
+    order: LoadOrder
+    """What it had to load."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Library to version, as far as it got to tell."""
+    traceback: str | None = None
+    """With its last words."""
+    stacks: str | None = None
+    """Where the threads of a hung worker stood."""
+    log: tuple[str, ...] = ()
+    """The last lines of this life."""
+    usage: tuple[Sample, ...] = ()
+    """Memory and processor over its life, the closer to its end the denser."""
+
+
+@dataclass(frozen=True, slots=True)
 class Event:
     """Something that happened, and because of what; append-only."""
 
@@ -301,6 +436,8 @@ class WorkerStatus:
     pid: int | None = None
     reason: str | None = None
     failure: FailureClass | None = None
+    failures: int = 0
+    """In a row, without a good period between them."""
     restarts: int = 0
     next_try_at: float | None = None
     progress: Progress | None = None
@@ -336,6 +473,42 @@ class DeploymentStatus:
     queued: int = 0
     in_flight: int = 0
     workers: tuple[WorkerStatus, ...] = ()
+    limits: Limits = Limits()
+    """Of each worker, as asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Containment:
+    """How far workers are kept from what isn't theirs on this machine."""
+
+    limits: str
+    """``cgroup v2``, or ``rlimits and watch``."""
+    because: str | None = None
+    """Why it isn't cgroup v2."""
+    landlock: int | None = None
+    """The version of Landlock's interface; ``None`` where the kernel has none."""
+    sockets: bool = False
+    """Whether a worker is kept from the network and from connecting to anything."""
+    no_new_privileges: bool = True
+
+    def __str__(self) -> str:
+        """The level in one line."""
+        landlock = f"Landlock {self.landlock}" if self.landlock else "no Landlock"
+        sockets = "no network" if self.sockets else "network not closed"
+        limits = f"{self.limits} ({self.because})" if self.because else self.limits
+        return f"{limits}, {landlock}, {sockets}, no new privileges"
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """Why a deployment is as it is."""
+
+    sentences: tuple[str, ...]
+    """The answer as one would give it to a colleague."""
+    events: tuple[Event, ...]
+    """The chain that led there, oldest first."""
+    crash: int | None = None
+    """The crash that has the evidence."""
 
 
 @dataclass(frozen=True, slots=True)

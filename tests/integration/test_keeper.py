@@ -14,26 +14,26 @@ from typing import Any
 import pytest
 from processes import alive, escapees, marked, wait_until
 
-from tursi.supervision.life import KEEPER
+from tursi.supervision.life import KEEPER, Confinement
 
 
 class Kept:
     """A keeper that this test has started, with its worker."""
 
-    def __init__(self, mark: str, *argv: str, parent: int | None = None, folder: str = "/") -> None:
+    def __init__(self, mark: str, *argv: str, parent: int | None = None, **confined: Any) -> None:
         self.started_at = time.monotonic()
         lifeline, self.lifeline = os.pipe()
         self.status, status = os.pipe()
         self.output, output = os.pipe()
         self.socket, theirs = socket.socketpair()
         inherited = {1: output, 2: output, 3: theirs.fileno(), 4: lifeline, 5: status}
-        words = [str(parent or os.getpid()), "256", "500", folder]
+        order = Confinement(**{"files": 256, **confined}).order(parent or os.getpid())
         # Beyond the reach of the numbers that they get in the child.
         away = {fd: os.dup2(old, 200 + fd, inheritable=False) for fd, old in inherited.items()}
         name, _, value = mark.partition("=")
         self.pid = os.posix_spawn(
             sys.executable,
-            [sys.executable, "-I", "-S", str(KEEPER), *words, *argv],
+            [sys.executable, "-I", "-S", str(KEEPER), order, *argv],
             {name: value, "PATH": os.environ["PATH"]},
             file_actions=[(os.POSIX_SPAWN_DUP2, old, fd) for fd, old in away.items()],
         )
@@ -150,7 +150,7 @@ print(json.dumps({
     "term": signal.getsignal(signal.SIGTERM) == signal.SIG_DFL,
 }))
 """
-    kept = keep(*python(program), folder=str(tmp_path))
+    kept = keep(*python(program), directory=str(tmp_path))
     seen = json.loads(kept.read())
     assert seen["fds"] == [0, 1, 2, 3]
     assert len(set(seen["ids"])) == 1, "it leads a session and a group of its own"
@@ -287,7 +287,7 @@ def test_a_command_that_is_not_there(keep: Keep) -> None:
 
 
 def test_a_folder_that_is_not_there(keep: Keep) -> None:
-    kept = keep("/bin/true", folder="/nowhere")
+    kept = keep("/bin/true", directory="/nowhere")
     assert kept.wait() == 1
     assert "No such file or directory: '/nowhere'" in kept.read()
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import astuple, fields
 from enum import StrEnum
 from typing import Any
 
 from tursi.errors import DeploymentNotFound
-from tursi.model import Deployment, Desired, Event, Generation, Request, Resolution
+from tursi.model import Deployment, Desired, Event, Generation, Limits, Request, Resolution
 from tursi.store.events import record
 
 Change = tuple[Deployment, Event | None]
@@ -29,6 +30,7 @@ class Outcome(StrEnum):
 
 _GENERATIONS = (
     "SELECT g.number, g.model, g.task, g.device, g.dtype, g.created_at, g.created_by,"
+    " g.memory, g.cpu, g.threads, g.files, g.processes,"
     " m.folder, r.task, r.dtype, r.device, m.revision, m.files, m.size"
     " FROM generations AS g"
     " LEFT JOIN resolutions AS r ON r.id = (SELECT max(id) FROM resolutions"
@@ -36,6 +38,7 @@ _GENERATIONS = (
     " LEFT JOIN models AS m ON m.id = r.model"
     " WHERE g.deployment = ?"
 )
+_LIMITS = len(fields(Limits))
 _MODEL = "SELECT id FROM models WHERE folder = ? AND revision IS ? AND files = ? AND size IS ?"
 
 
@@ -82,10 +85,21 @@ def save(
     if outcome in {Outcome.CREATED, Outcome.REPLACED}:
         txn.execute(
             "INSERT INTO generations"
-            " (deployment, number, model, task, device, dtype, created_at, created_by)"
-            " SELECT ?, coalesce(max(number), 0) + 1, ?, ?, ?, ?, ?, ?"
+            " (deployment, number, model, task, device, dtype,"
+            " memory, cpu, threads, files, processes, created_at, created_by)"
+            " SELECT ?, coalesce(max(number), 0) + 1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
             " FROM generations WHERE deployment = ?",
-            (name, request.model, request.task, request.device, request.dtype, at, by, name),
+            (
+                name,
+                request.model,
+                request.task,
+                request.device,
+                request.dtype,
+                *astuple(request.limits),
+                at,
+                by,
+                name,
+            ),
         )
     return _load(txn, name), outcome, record(txn, at, kind, message, deployment=name, cause=by)
 
@@ -175,7 +189,8 @@ def _update(txn: Any, name: str, desired: Desired, replicas: int, at: float) -> 
 
 
 def _generation(row: tuple[Any, ...]) -> Generation:
-    number, model, task, device, dtype, created_at, created_by, folder, *rest = row
+    number, model, task, device, dtype, created_at, created_by, *rest = row
+    limits, (folder, *rest) = Limits(*rest[:_LIMITS]), rest[_LIMITS:]
     resolution = None
     if folder is not None:
         task_found, dtype_found, device_found, revision, files, size = rest
@@ -188,7 +203,7 @@ def _generation(row: tuple[Any, ...]) -> Generation:
             files=tuple(json.loads(files)),
             size=size,
         )
-    request = Request(model, task, device, dtype)
+    request = Request(model, task, device, dtype, limits)
     return Generation(number, request, created_at, created_by, resolution)
 
 

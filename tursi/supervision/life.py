@@ -9,7 +9,7 @@ import socket
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +35,38 @@ _MAX_READS = 16
 
 
 @dataclass(frozen=True, slots=True)
+class Confinement:
+    """What the keeper imposes on its worker."""
+
+    files: int = 4096
+    """Open descriptors."""
+    oom_score_adj: int = 500
+    """The kernel's out-of-memory killer shall take a worker before the daemon."""
+    directory: str = "/"
+    """The working directory."""
+    group: str = ""
+    """The folder of a cgroup for it alone."""
+    temporary: str = ""
+    """A folder for it alone, which the keeper makes and removes: its TMPDIR and HOME."""
+    landlock: int = 0
+    """The version of Landlock to apply, by the four fields below; 0 for none."""
+    read: tuple[str, ...] = ()
+    """What it may read and execute, each with all that is below it."""
+    listed: tuple[str, ...] = ()
+    """Folders that it may only list."""
+    write: tuple[str, ...] = ()
+    """What it may also change, besides ``temporary``."""
+    model: str = ""
+    """A model's folder to read."""
+    deny_sockets: bool = False
+    """Whether to keep it from the network."""
+
+    def order(self, parent: int) -> str:
+        """The same for the keeper of a daemon with that pid."""
+        return json.dumps({"parent": parent, **asdict(self)})
+
+
+@dataclass(frozen=True, slots=True)
 class Launch:
     """What to start."""
 
@@ -46,6 +78,7 @@ class Launch:
     """The whole environment, built from an allow-list."""
     log: LifeLog
     """Where stdout and stderr go; closed when the life has ended."""
+    confinement: Confinement = Confinement()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +110,6 @@ class Exit:
     """How the rest of the process tree was cleared."""
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the keeper imposes on each worker."""
-
-    files: int = 4096
-    """Open descriptors."""
-    oom_score_adj: int = 500
-    """The kernel's out-of-memory killer shall take a worker before the daemon."""
-    directory: str = "/"
-    """The working directory."""
-
-
 class Watcher(Protocol):
     """Who wants to know of a life."""
 
@@ -114,13 +135,11 @@ class Keepers:
         self,
         reactor: Any,
         *,
-        limits: Limits = Limits(),
         proc: Path = leftovers.PROC,
         clear_orphans: Callable[[str], Deferred[int]] | None = None,
         last_resort: float = 5.0,
     ) -> None:
         self.reactor = reactor
-        self.limits = limits
         self.proc = proc
         self.boot_id = leftovers.read_boot_id(proc)
         self.clear_orphans = clear_orphans or self._clear_orphans
@@ -155,9 +174,9 @@ class KeeperProtocol(ProcessProtocol):
             raise
 
     def _spawn(self) -> None:
-        launch, limits = self._launch, self._keepers.limits
-        words = (os.getpid(), limits.files, limits.oom_score_adj, limits.directory)
-        arguments = [sys.executable, "-I", "-S", str(KEEPER), *map(str, words), *launch.arguments]
+        launch = self._launch
+        order = launch.confinement.order(os.getpid())
+        arguments = [sys.executable, "-I", "-S", str(KEEPER), order, *launch.arguments]
         with ExitStack() as opened:
             null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
             opened.callback(os.close, null)

@@ -15,10 +15,9 @@ from tursi.supervision.life import (
     Keepers,
     Launch,
     Life,
-    Limits,
 )
 
-__all__ = ["Child", "Exit", "Keepers", "Launch", "Life", "Limits", "WorkerMonitor"]
+__all__ = ["Child", "Exit", "Keepers", "Launch", "Life", "WorkerMonitor"]
 
 
 class Child(Protocol):
