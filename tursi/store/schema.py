@@ -62,6 +62,11 @@ _FIRST = (
         task       TEXT,                  -- null: find it from the model's files
         device     TEXT NOT NULL,
         dtype      TEXT NOT NULL,
+        memory     INTEGER,               -- limits of each worker, null: the default. Bytes
+        cpu        REAL,                  -- cores
+        threads    INTEGER,
+        files      INTEGER,
+        processes  INTEGER,
         created_at REAL NOT NULL,
         created_by TEXT NOT NULL,
         PRIMARY KEY (deployment, number)
