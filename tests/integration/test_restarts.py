@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from daemon import daemon, until
+from daemon import Daemon, daemon, until
 
 EAGER = """
 [workers]
@@ -11,12 +11,23 @@ backoff_max = 0.1
 """
 
 
+def kill_once_recorded(running: Daemon, failures: int) -> None:
+    """``kill -9`` the daemon when its database knows of that many failed lives."""
+
+    def recorded() -> bool:
+        lives = running.control.get("/deployments/broken/lives?limit=100").json()["lives"]
+        return sum(life["failure"] is not None for life in lives) == failures
+
+    until(recorded, f"{failures} failures are recorded")
+    running.kill()
+
+
 def test_the_next_daemon_goes_on_counting_failures() -> None:
     with daemon(scripted=True, settings=EAGER) as running:
         running.deploy("broken", running.script(exit=3))
         first = running.wait("broken", "quarantined")
         assert first["reason"].endswith("exit status 3 (5 failures in a row)")
-        running.kill()
+        kill_once_recorded(running, 5)
         running.start()
         # Its single try out of quarantine is at once, and it has only that.
         second = running.wait("broken", "quarantined")
@@ -32,7 +43,7 @@ def test_the_next_daemon_goes_on_counting_failures() -> None:
             "it is quarantined anew",
         )
         assert again["failure"] == "software"
-        running.kill()
+        kill_once_recorded(running, 11)
         running.start()
         assert "(6 failures" in running.wait("broken", "quarantined")["reason"]
 
