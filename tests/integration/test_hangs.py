@@ -59,7 +59,9 @@ async def hang(house: House, worker: Worker) -> tuple[RecordedSink, float]:
 
 
 FATES = {
-    "stop": ("its heartbeat has stood still for ", "misbehave"),
+    # Woken to be examined, its main thread may leave the place before the
+    # handler runs; that every thread is shown is what can be counted on.
+    "stop": ("its heartbeat has stood still for ", "<module>"),
     "gil": ("its heartbeat has stood still for ", "misbehave"),
     "nogil": (
         "its batch has neither come further nor used the processor for ",
