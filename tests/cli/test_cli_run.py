@@ -6,6 +6,7 @@ import json
 import os
 import select
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +25,40 @@ def api() -> Iterator[Api]:
     with scripted_api() as running:
         running.on("GET", "/v1/models/mini", {"id": "mini", "object": "model"})
         yield running
+
+
+# -- what is no text ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("run", "mini", "a\udcff"),
+        ("down", "\udcff"),
+        ("events", "\udcff"),
+        ("up", "/\udcff", "--name", "x"),
+    ],
+)
+def test_bytes_that_are_no_text_are_refused_in_one_line(
+    api: Api, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pathlib.Path.is_dir", lambda _: True)
+    result = api.tursi(*command)
+    assert result.exit_code == Exit.USAGE
+    assert result.stderr == "tursi: What was given isn't valid UTF-8 (at '\\xff').\n"
+    assert not api.asked
+
+
+def test_a_turn_that_is_no_text_is_refused(api: Api) -> None:
+    command = (
+        *(sys.executable, "-c", "from tursi.cli import main; main()"),
+        *("--socket", api.socket, "chat", "mini"),
+    )
+    with child(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        _, stderr = process.communicate(b"a\xff\n", timeout=20)
+    assert process.returncode == Exit.USAGE
+    assert b"isn't valid UTF-8" in stderr
+    assert b"Traceback" not in stderr
 
 
 # -- run --------------------------------------------------------------------------

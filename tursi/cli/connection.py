@@ -167,13 +167,14 @@ class Connection:
         given = {
             name: str(value) for name, value in (parameters or {}).items() if value is not None
         }
-        return self._client.build_request(
-            method,
-            path,
-            json=body,
-            params=given or None,
-            timeout=httpx.Timeout(seconds, connect=_CONNECT_SECONDS),
-        )
+        with _utf8():
+            return self._client.build_request(
+                method,
+                path,
+                json=body,
+                params=given or None,
+                timeout=httpx.Timeout(seconds, connect=_CONNECT_SECONDS),
+            )
 
     @contextmanager
     def _explained(self, seconds: float | None) -> Iterator[None]:
@@ -220,7 +221,19 @@ class Connection:
 
 def path(*segments: str) -> str:
     """A URL path of these segments, each percent-encoded."""
-    return "".join("/" + quote(segment, safe="") for segment in segments)
+    with _utf8():
+        return "".join("/" + quote(segment, safe="") for segment in segments)
+
+
+@contextmanager
+def _utf8() -> Iterator[None]:
+    """Bytes of the command line or the input that are no text came in as lone surrogates."""
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        # Named as it was given, not as part of what was to be sent.
+        bad = ascii(error.object[error.start : error.end]).replace("\\udc", "\\x")
+        raise Failure(f"What was given isn't valid UTF-8 (at {bad}).", Exit.USAGE) from None
 
 
 def failure(body: Any, status: int) -> Failure:

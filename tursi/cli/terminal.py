@@ -30,10 +30,15 @@ _WIDE = 1000
 
 
 def tolerate() -> None:
-    """Let a terminal that can't show a character show its escape instead of failing."""
+    """Let a terminal that can't show a character show its escape instead of failing.
+
+    Input that is no text comes in as lone surrogates, which are refused where it is sent.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def safe(text: object, *, lines: bool = False) -> str:
