@@ -27,6 +27,8 @@ _ESCAPES = {
 _ESCAPES_BUT_LINES = {code: text for code, text in _ESCAPES.items() if code not in {0x09, 0x0A}}
 _WIDE = 1000
 """Columns of a table that goes into a file or a pipe, where nobody wants it folded."""
+_FOLDED = 24
+"""Columns for the last one at least: folded into fewer it would be hard to read."""
 
 
 def tolerate() -> None:
@@ -62,20 +64,30 @@ def dump(value: Any, *, indent: int | None = 2) -> None:
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Write aligned columns."""
+    """Write aligned columns; only the last one is folded, and only where it has room."""
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    cells = [["-" if cell is None else safe(cell) for cell in row] for row in rows]
+    fixed = sum(
+        2 + max(map(cell_len, column)) for column in [*zip(headers, *cells, strict=True)][:-1]
+    )
     console = Console(file=sys.stdout)
-    if not console.is_terminal:
+    if not console.is_terminal or console.width < fixed + _FOLDED:
         console = Console(file=sys.stdout, width=_WIDE)
     shown = Table(box=None, pad_edge=False, header_style="bold")
-    for header in headers:
-        shown.add_column(header, overflow="fold")
-    for row in rows:
-        shown.add_row(*(Text("-" if cell is None else safe(cell)) for cell in row))
-    console.print(shown)
+    for header in headers[:-1]:
+        shown.add_column(header, no_wrap=True)
+    shown.add_column(headers[-1], overflow="fold")
+    for row in cells:
+        shown.add_row(*map(Text, row))
+    with console.capture() as captured:
+        console.print(shown)
+    for text in captured.get().splitlines():
+        # The padding would wrap around in a narrow terminal.
+        click.echo(text.rstrip(" "))
 
 
 def size(count: float | None) -> str:

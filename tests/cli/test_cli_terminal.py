@@ -1,0 +1,56 @@
+"""Tables on terminals of all widths."""
+
+from __future__ import annotations
+
+import click
+import pytest
+
+from tursi.cli.terminal import table
+
+ROWS = [("one", "ready", "/a/very/long/folder/of/a/model"), ("another", None, "/short")]
+
+
+def shown(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    table(("NAME", "PHASE", "MODEL"), ROWS)
+    return click.unstyle(capsys.readouterr().out).splitlines()
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    return monkeypatch
+
+
+WHOLE = [
+    "NAME     PHASE  MODEL",
+    "one      ready  /a/very/long/folder/of/a/model",
+    "another  -      /short",
+]
+
+
+def test_a_file_gets_whole_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    assert shown(capsys) == WHOLE
+
+
+def test_a_terminal_gets_its_last_column_folded_where_it_has_room(
+    terminal: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal.setenv("COLUMNS", "41")
+    assert [line.rstrip() for line in shown(capsys)] == [
+        WHOLE[0],
+        "one      ready  /a/very/long/folder/of/a/",
+        "                model",
+        WHOLE[2],
+    ]
+
+
+def test_a_narrow_terminal_gets_whole_lines(
+    terminal: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # It wraps them itself; columns of a few characters each could not be read.
+    terminal.setenv("COLUMNS", "30")
+    assert [line.rstrip() for line in shown(capsys)] == WHOLE
