@@ -35,7 +35,7 @@ import time
 # Last, so that nothing of ours can be taken for a part of the standard library.
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # noqa: PTH100, PTH120 - pathlib is slow to import
 
-from tursi import sandbox  # noqa: E402 - see above
+from tursi import sandbox
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def remove(temporary: str) -> None:
         try:
             os.rmdir(temporary)  # noqa: PTH106 - pathlib is slow to import
         except OSError:
-            import shutil  # noqa: PLC0415 - slow to import, and mostly not needed
+            import shutil  # slow to import, and mostly not needed
 
             shutil.rmtree(temporary, ignore_errors=True)
 

@@ -8,6 +8,9 @@ kernel's can't is left out. It knows files, but (as of version 7) not who
 connects to a Unix socket by its path, hence the filter of system calls.
 """
 
+# ruff: noqa: PTH114, PTH118, PTH119, PTH120
+# Because pathlib is slow to import, and the keeper starts once a life.
+
 import ctypes
 import os
 import stat
@@ -106,12 +109,12 @@ def model_rights(folder: str) -> list[tuple[str, int]]:
     """
     real = os.path.realpath(folder)
     snapshots, repository = os.path.dirname(real), os.path.dirname(os.path.dirname(real))
-    if os.path.basename(snapshots) == "snapshots":
-        if os.path.basename(repository).startswith("models--"):
-            return [(repository, READ)]
+    in_cache = os.path.basename(repository).startswith("models--")
+    if in_cache and os.path.basename(snapshots) == "snapshots":
+        return [(repository, READ)]
     rights = [(real, READ)]
-    for place, _, names in os.walk(real):
-        paths = [os.path.join(place, name) for name in names]
+    for place, folders, files in os.walk(real):
+        paths = [os.path.join(place, name) for name in (*folders, *files)]
         rights += [(os.path.realpath(path), READ) for path in paths if os.path.islink(path)]
     return rights
 

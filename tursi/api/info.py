@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tursi.config import Listener
+from tursi.model import Containment
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,3 +18,4 @@ class Info:
     state: str
     """The state folder."""
     listeners: tuple[Listener, ...]
+    containment: Containment = Containment("rlimits and watch")  # noqa: RUF009 - a frozen value

@@ -2,7 +2,30 @@
 
 from __future__ import annotations
 
+import re
+
 import click
 
 as_json = click.option("--json", is_flag=True, help="Print JSON, as the HTTP API has it.")
 """``--json``; a command takes it as ``json: bool``."""
+
+
+_UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+class Size(click.ParamType):
+    """A size with its unit, as in 2GiB, 1.5G or 300MB; a bare number is in bytes."""
+
+    name = "size"
+
+    def convert(
+        self, value: str | int, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        """Bytes."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b?)", str(value).strip().lower())
+        if found is None:
+            self.fail(f"{value!r} is no size; write it like 2GiB, 512MiB or 1.5G.", param, ctx)
+        number, unit, rest = found.groups()
+        # As everywhere: GB are powers of 1000, GiB of 1024; G alone is memory, so GiB.
+        base = 1000 if rest == "b" and unit else 1024
+        return int(float(number) * base ** _UNITS[unit])

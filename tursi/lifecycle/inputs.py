@@ -113,6 +113,9 @@ class Lifecycle(Protocol):
     def lost(self, cause: str, /) -> None:
         """The data socket has closed."""
 
+    def exceeded(self, cause: str, /) -> None:
+        """The worker has taken more memory than it may have."""
+
     def broke(self, cause: str, /) -> None:
         """The worker broke the protocol."""
 

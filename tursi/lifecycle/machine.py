@@ -100,6 +100,10 @@ def _break(_inputs: Lifecycle, core: Core, _phase: Phase, cause: str) -> None:
     core.kill(Intent("protocol", cause, FailureClass.PROTOCOL))
 
 
+def _kill_greedy(_inputs: Lifecycle, core: Core, _phase: Phase, cause: str) -> None:
+    core.kill(Intent("memory", cause, FailureClass.OUT_OF_MEMORY))
+
+
 def _refuse(_inputs: Lifecycle, core: Core, _phase: Phase, cause: str) -> None:
     core.kill(Intent("incompatible", cause, FailureClass.PROTOCOL, permanent=True))
 
@@ -212,6 +216,7 @@ for _state in _TALKING:
     _state.upon(Lifecycle.failing).to(stopping)(_expect_end)
     _state.upon(Lifecycle.lost).to(stopping)(_expect_end_of_lost)
     _state.upon(Lifecycle.broke).to(killing)(_break)
+    _state.upon(Lifecycle.exceeded).to(killing)(_kill_greedy)
     _state.upon(Lifecycle.incompatible).to(killing)(_refuse)
 for _state in (draining, stopping, killing, wedged):
     # It ends in any case; what follows is decided when it has.

@@ -9,7 +9,7 @@ from enum import Enum, auto
 from typing import Protocol
 
 from tursi.errors import FetchError, LoadError, by_code
-from tursi.model import FailureClass
+from tursi.model import FailureClass, mebibytes
 from tursi.wire import LastWords
 
 ENVIRONMENT_SECONDS = 300.0
@@ -107,18 +107,20 @@ def classify(
     *,
     loading: bool,
     out_of_memory: bool = False,
+    limit: int | None = None,
 ) -> Verdict:
     """Why a worker ended.
 
     ``loading`` says that it was never ready, ``out_of_memory`` that the kernel
-    has killed something for want of memory just now.
+    has killed something for want of memory just now, ``limit`` to how many bytes
+    the kernel has held it.
     """
     if intent is not None:
         return _intended(intent)
     if last_words is not None:
         return _said(ending, last_words, loading=loading)
     if ending.signal is not None:
-        return _signalled(ending, ending.signal, out_of_memory=out_of_memory)
+        return _signalled(ending, ending.signal, out_of_memory=out_of_memory, limit=limit)
     if ending.exit_status is not None:
         return _exited(ending.exit_status)
     return Verdict(
@@ -168,20 +170,27 @@ def _exited(status: int) -> Verdict:
     return Verdict(Policy.COUNT, f"the worker ended by itself with exit status {status}", failure)
 
 
-def _signalled(ending: Ending, number: int, *, out_of_memory: bool) -> Verdict:
+def too_much(limit: int, peak: int | None) -> str:
+    """The reason where a worker wanted more memory than it may have."""
+    sentence = f"out of memory: it needs more than its limit of {mebibytes(limit)}"
+    return sentence if peak is None else f"{sentence} (peak {mebibytes(peak)})"
+
+
+def _signalled(
+    ending: Ending, number: int, *, out_of_memory: bool, limit: int | None
+) -> Verdict:
     try:
         name = f"signal {number} ({signal.Signals(number).name})"
     except ValueError:
         name = f"signal {number}"
     if number == signal.SIGKILL and out_of_memory:
-        peak = ""
-        if ending.peak_rss is not None:
-            peak = f"; it had used up to {ending.peak_rss / 2**30:.1f} GiB"
-        return Verdict(
-            Policy.COUNT,
-            f"out of memory: the kernel killed the worker{peak}",
-            FailureClass.OUT_OF_MEMORY,
-        )
+        if limit is not None:
+            reason = too_much(limit, ending.peak_rss)
+        else:
+            reason = "out of memory: the kernel killed the worker"
+            if ending.peak_rss is not None:
+                reason += f"; it had used up to {ending.peak_rss / 2**30:.1f} GiB"
+        return Verdict(Policy.COUNT, reason, FailureClass.OUT_OF_MEMORY)
     if number == signal.SIGILL:
         return Verdict(
             Policy.GIVE_UP,

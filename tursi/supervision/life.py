@@ -28,6 +28,8 @@ log = Logger()
 KEEPER = Path(__file__).parent.parent / "keeper.py"
 _STREAMS = {1: "out", 2: "err"}
 _DATA, _LIFELINE, _STATUS = 3, 4, 5
+FILES = 4096
+"""Descriptors that a process under a keeper may have open, if nothing else is said."""
 _MAX_STATUS = 4096
 """Bytes of an incomplete status line; a keeper never writes more."""
 _MAX_READS = 16
@@ -38,7 +40,7 @@ _MAX_READS = 16
 class Confinement:
     """What the keeper imposes on its worker."""
 
-    files: int = 4096
+    files: int = FILES
     """Open descriptors."""
     oom_score_adj: int = 500
     """The kernel's out-of-memory killer shall take a worker before the daemon."""

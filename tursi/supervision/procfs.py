@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,46 @@ def usage(pid: int, proc: Path = PROC) -> Usage | None:
         return Usage(int(pages) * _PAGE, (int(fields[11]) + int(fields[12])) / _TICKS)
     except (OSError, IndexError, ValueError):
         return None
+
+
+def descendants(pid: int, proc: Path = PROC) -> list[int]:
+    """All processes below that one."""
+    found = []
+    waiting = [pid]
+    while waiting:
+        parent = waiting.pop()
+        try:
+            tasks = list((proc / str(parent) / "task").iterdir())
+        except OSError:
+            continue
+        for task in tasks:
+            with suppress(OSError, ValueError):
+                children = [int(word) for word in (task / "children").read_text("ascii").split()]
+                found += children
+                waiting += children
+    return found
+
+
+def memory_below(pid: int, enough: int, proc: Path = PROC) -> int:
+    """Bytes that the processes below that one use together.
+
+    What they share counts once, but only where they would have more than
+    ``enough`` without that: it is expensive to find out.
+    """
+    processes = descendants(pid, proc)
+    used = sum(one.rss for each in processes if (one := usage(each, proc)) is not None)
+    if len(processes) > 1 and used > enough:
+        return sum(_share(each, proc) for each in processes)
+    return used
+
+
+def _share(pid: int, proc: Path) -> int:
+    """The process's part of what it uses, by how many share it (PSS)."""
+    try:
+        lines = (proc / str(pid) / "smaps_rollup").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
 
 
 def oom_kills(proc: Path = PROC) -> int:

@@ -1,0 +1,128 @@
+"""What each life of a worker is confined to, by what this machine offers."""
+
+from __future__ import annotations
+
+import glob
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from tursi.model import Containment, Limits
+from tursi.supervision.cgroup import Groups, Leaf
+from tursi.supervision.life import FILES, Confinement
+
+_READ = (
+    "/usr", "/lib", "/lib64", "/bin", "/opt/rocm",
+    # Not all of /etc: it has secrets. What the C library and OpenSSL want at start:
+    "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/localtime",
+    "/etc/nsswitch.conf", "/etc/passwd", "/etc/group", "/etc/ssl/openssl.cnf", "/etc/ssl/certs",
+    "/etc/pki/tls/openssl.cnf", "/etc/crypto-policies", "/etc/alternatives", "/etc/OpenCL",
+    # Not all of /proc: it has the other processes.
+    "/proc/self", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/version",
+    "/proc/filesystems", "/proc/devices", "/proc/sys/kernel", "/proc/sys/vm",
+    "/proc/driver/nvidia", "/sys/devices", "/sys/bus", "/sys/class", "/sys/module/nvidia",
+    "/sys/kernel/mm", "/dev/urandom", "/dev/random",
+)  # fmt: skip
+_WRITE = ("/dev/null", "/dev/zero", "/dev/shm", "/dev/kfd", "/dev/dri")  # noqa: S108 - shared memory
+_DEVICES = "/dev/nvidia*"
+
+
+class Enclosure:
+    """What one life of a worker is confined to; ``end`` it when the life has ended."""
+
+    def __init__(self, confinement: Confinement, groups: Groups | None, leaf: Leaf | None) -> None:
+        self.confinement = confinement
+        self._groups = groups
+        self._leaf = leaf
+
+    @property
+    def limits_memory(self) -> bool:
+        """Whether the kernel holds it to its limit, so that nobody has to watch."""
+        return self._leaf is not None
+
+    def killed_for_memory(self) -> bool | None:
+        """Whether the kernel has killed any of it for want of memory; ``None``: can't be known."""
+        return self._leaf.kills() > 0 if self._leaf else None
+
+    def peak(self) -> int | None:
+        """The most memory that it had, where the kernel counts that."""
+        return self._leaf.peak() if self._leaf else None
+
+    def end(self) -> None:
+        """Remove its group."""
+        if self._groups is not None and self._leaf is not None:
+            self._groups.remove(self._leaf)
+
+
+class Encloser:
+    """Makes the enclosures.
+
+    ``groups`` are our cgroups, if there are any, else ``because`` says why not.
+    ``landlock`` is the version of Landlock, ``deny_sockets`` says whether the
+    kernel can do that. ``temporary`` is the folder for the workers' private ones.
+    """
+
+    def __init__(
+        self,
+        *,
+        groups: Groups | None = None,
+        because: str | None = None,
+        landlock: int | None = None,
+        deny_sockets: bool = False,
+        temporary: Path | None = None,
+    ) -> None:
+        self._groups = groups
+        self._landlock = landlock or 0
+        self._deny_sockets = deny_sockets
+        self._temporary = temporary
+        self.level = Containment(
+            limits="cgroup v2" if groups else "rlimits and watch",
+            because=None if groups else because,
+            landlock=landlock,
+            sockets=deny_sockets,
+        )
+
+    def sweep(self) -> None:
+        """Remove what an earlier daemon has left; blocks, and may take a while."""
+        if self._groups is not None:
+            self._groups.sweep()
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary.mkdir(mode=0o700)
+
+    def enclose(
+        self,
+        uuid: str,
+        limits: Limits,
+        *,
+        model: str,
+        command: tuple[str, ...],
+        environment: Mapping[str, str],
+    ) -> Enclosure:
+        """For a life of ``command`` with the model in that folder; raises ``OSError``."""
+        leaf = self._groups.create(uuid, limits) if self._groups else None
+        read, listed = _code(command)
+        read += tuple(filter(None, environment.get("LD_LIBRARY_PATH", "").split(":")))
+        confinement = Confinement(
+            files=limits.files or FILES,
+            group=str(leaf.folder) if leaf else "",
+            temporary=str(self._temporary / uuid) if self._temporary else "",
+            landlock=self._landlock,
+            read=(*_READ, *read),
+            listed=listed,
+            write=(*_WRITE, *glob.glob(_DEVICES)),  # noqa: PTH207 - as strings
+            model=model,
+            deny_sockets=self._deny_sockets,
+        )
+        return Enclosure(confinement, self._groups, leaf)
+
+
+def _code(command: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What to read and what to list so that Python runs and finds its modules."""
+    package = Path(__file__).parents[1]
+    read = [sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix, str(package)]
+    read += [word for word in command if word.startswith("/")]
+    # An import looks for the package's name among those beside it. In an
+    # installation that may be read anyway; a checkout has more than its package.
+    return tuple(dict.fromkeys(read)), (str(package.parent),)
