@@ -17,7 +17,7 @@ from twisted.internet.testing import MemoryReactorClock
 from twisted.python.failure import Failure
 
 from tursi.errors import TursiError
-from tursi.model import Phase, WorkerLife
+from tursi.model import Dossier, Phase, WorkerLife
 from tursi.wire import End, Head
 
 
@@ -189,6 +189,7 @@ class Recorder:
         """Of all workers, without repetition."""
         self.causes: list[str] = []
         self.lives: dict[str | None, WorkerLife] = {}
+        self.dossiers: list[Dossier] = []
 
     def changed(self, worker: Any, cause: str) -> None:
         """Keep phase and cause."""
@@ -199,3 +200,7 @@ class Recorder:
     def life(self, life: WorkerLife) -> None:
         """Keep the row."""
         self.lives[life.uuid] = life
+
+    def crashed(self, dossier: Dossier) -> None:
+        """Keep the evidence."""
+        self.dossiers.append(dossier)

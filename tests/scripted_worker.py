@@ -51,6 +51,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--mute", action="store_true", help="don't tell where the threads stand")
     one.add_argument("--exit", type=int)
     one.add_argument("--signal", type=int)
+    one.add_argument("--die-on", metavar="TEXT", help="SIGSEGV at a request with that in its body")
+    one.add_argument("--die-after", type=float, default=0.0, help="seconds until then")
     one.add_argument("--garbage", action="store_true")
     one.add_argument("--close", action="store_true", help="close the data socket and live on")
     one.add_argument("--fork", type=int, default=0, help="that many processes that escape")
@@ -193,6 +195,9 @@ class ScriptedWorker:
             self.kept.append(os.urandom(self.options.leak))
         if self.requests == self.options.at:
             self.misbehave()
+        if self.options.die_on and self.options.die_on.encode() in ask.body:
+            self.later(self.options.die_after, lambda: os.kill(os.getpid(), signal.SIGSEGV))
+            return b""
         if self.hung:
             return b""
         if self.options.stream:

@@ -128,6 +128,8 @@ class Storage(_Table, frozen=True):
     statistics_days: Count = 30
     event_count: Count = 100_000
     worker_lives: Count = 10_000
+    crashes: Count = 50
+    """Crashes that are kept per deployment, with their evidence."""
 
 
 class Configuration(_Table, frozen=True):

@@ -17,8 +17,8 @@ class TursiError(Exception):
     ``message`` is shown to the user as it is. ``param`` names the offending
     field of a request (a dotted path). ``retry_after`` is a whole number of
     seconds (1-120) after which the same request may succeed; ``None`` where
-    waiting doesn't help. ``reference`` points at evidence, such as the id of
-    the worker life that failed.
+    waiting doesn't help. ``reference`` points at evidence, such as the id of a
+    crash.
     """
 
     code: ClassVar[str] = "internal_error"
@@ -118,6 +118,18 @@ class DeploymentNotFound(TursiError):
     """No deployment has this name; `tursi ps` lists them."""
 
     code = "deployment_not_found"
+
+
+class CrashNotFound(TursiError):
+    """The deployment has no crash with this id; `tursi crashes NAME` lists those it has."""
+
+    code = "crash_not_found"
+
+
+class PoisonRequest(TursiError):
+    """Two workers ended while they held this very request; it is refused for an hour."""
+
+    code = "poison_request"
 
 
 class QueueFull(TursiError):

@@ -400,6 +400,12 @@ class Dossier(Crash):
     """Memory and processor over its life, the closer to its end the denser."""
 
 
+def last_line(traceback: str | None) -> str | None:
+    """What a traceback comes down to."""
+    lines = (traceback or "").strip().splitlines()
+    return lines[-1].strip() if lines else None
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """Something that happened, and because of what; append-only."""

@@ -11,6 +11,8 @@ from tursi.api.endpoint import Status, endpoint, jsonable
 from tursi.api.fleet import Fleet
 from tursi.api.messages import (
     AllEventsQuery,
+    Crashes,
+    CrashesQuery,
     Deployed,
     DeploymentBody,
     Deployments,
@@ -28,11 +30,14 @@ from tursi.api.messages import (
     Workers,
 )
 from tursi.api.stream import Follow
-from tursi.errors import DeploymentNotFound
-from tursi.model import DeploymentStatus, Event, Reference, Request, Role
+from tursi.errors import CrashNotFound, DeploymentNotFound
+from tursi.model import DeploymentStatus, Dossier, Event, Reference, Request, Role, Story
 
 _CONTROL: dict[str, Any] = {"role": Role.CONTROL}
 _ACCEPTED: dict[str, Any] = {**_CONTROL, "reply": DeploymentStatus, "statuses": (202,)}
+
+_DIGITS = 19
+"""Fewer than these always fit into what SQLite counts with."""
 
 
 class DeploymentControl:
@@ -142,6 +147,25 @@ class DeploymentControl:
     async def lives(self, name: str, limit: int) -> Lives:
         """List the lives of the deployment's workers."""
         return Lives(await self._fleet.lives(name, limit))
+
+    @endpoint("GET", "/deployments/<name>/crashes", query=CrashesQuery, reply=Crashes, **_CONTROL)
+    async def crashes(self, name: str, limit: int) -> Crashes:
+        """List the lives of the deployment's workers that ended unasked."""
+        return Crashes(await self._fleet.crashes(name, limit))
+
+    @endpoint("GET", "/deployments/<name>/crashes/<number>", reply=Dossier, **_CONTROL)
+    async def crash(self, name: str, number: str) -> Dossier:
+        """Show a crash with all its evidence."""
+        if not (number.isascii() and number.isdigit() and len(number) < _DIGITS):
+            raise CrashNotFound(
+                f"{number[:50]!r} is no crash's id; `tursi crashes {name}` lists them."
+            )
+        return await self._fleet.crash(name, int(number))
+
+    @endpoint("GET", "/deployments/<name>/why", reply=Story, **_CONTROL)
+    async def why(self, name: str) -> Story:
+        """Tell why the deployment is as it is."""
+        return await self._fleet.why(name)
 
     @endpoint(
         "GET", "/deployments/<name>/statistics", query=StatisticsQuery, reply=Minutes, **_CONTROL

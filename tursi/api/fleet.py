@@ -9,11 +9,14 @@ from tursi.errors import TursiError
 from tursi.fleet import Part, Work
 from tursi.model import (
     CatalogueEntry,
+    Crash,
     DeploymentStatus,
+    Dossier,
     Event,
     Generation,
     Minute,
     Request,
+    Story,
     Usage,
     WorkerLife,
 )
@@ -135,6 +138,18 @@ class Fleet(Protocol):
 
     async def lives(self, name: str, limit: int) -> list[WorkerLife]:
         """Its latest worker lives, newest first."""
+        ...
+
+    async def crashes(self, name: str, limit: int) -> list[Crash]:
+        """Its latest crashes, newest first."""
+        ...
+
+    async def crash(self, name: str, number: int) -> Dossier:
+        """One of them with all its evidence; ``CrashNotFound``."""
+        ...
+
+    async def why(self, name: str) -> Story:
+        """Why it is as it is."""
         ...
 
     async def events(self, deployment: str | None, after: int, limit: int) -> list[Event]:

@@ -9,6 +9,7 @@ import msgspec
 from tursi.fleet import Part
 from tursi.model import (
     CatalogueEntry,
+    Crash,
     DeploymentStatus,
     Event,
     Generation,
@@ -52,6 +53,12 @@ class ScaleBody(_Body):
 
 class LivesQuery(_Body):
     """Which worker lives to list."""
+
+    limit: Limit = 100
+
+
+class CrashesQuery(_Body):
+    """Which crashes to list."""
 
     limit: Limit = 100
 
@@ -117,6 +124,12 @@ class Lives(msgspec.Struct, frozen=True):
     """Lives of a deployment's workers, newest first."""
 
     lives: list[WorkerLife]
+
+
+class Crashes(msgspec.Struct, frozen=True):
+    """Crashes of a deployment's workers, newest first."""
+
+    crashes: list[Crash]
 
 
 class Events(msgspec.Struct, frozen=True):

@@ -44,6 +44,8 @@ for _command in (
     history.logs,
     history.stats,
     history.events,
+    history.crashes,
+    history.why,
     run.run,
     chat.chat,
     daemon.status,

@@ -46,6 +46,7 @@ class Exit(IntEnum):
 _EXIT_BY_CODE: Mapping[str, Exit] = {
     "model_not_found": Exit.NOT_FOUND,
     "deployment_not_found": Exit.NOT_FOUND,
+    "crash_not_found": Exit.NOT_FOUND,
     "deployment_unavailable": Exit.DEPLOYMENT_FAILED,
     "shutting_down": Exit.NO_DAEMON,
 }

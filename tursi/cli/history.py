@@ -10,7 +10,7 @@ import click
 
 from tursi.cli.connection import Connection, Exit, Failure, path
 from tursi.cli.options import as_json
-from tursi.cli.terminal import dump, line, local_time, table
+from tursi.cli.terminal import dump, line, local_time, size, table
 
 
 @click.command()
@@ -65,6 +65,71 @@ def events(
             dump(event, indent=None)
         else:
             line(_event(event))
+
+
+@click.command()
+@click.argument("name")
+@click.argument("id", required=False)
+@click.option(
+    "-n", "--limit", type=click.IntRange(min=1), default=20, show_default=True, help="Crashes."
+)
+@as_json
+@click.pass_obj
+def crashes(
+    connection: Connection,
+    *,
+    name: str,
+    id: str | None,  # noqa: A002 - the user's word
+    limit: int,
+    json: bool,
+) -> None:
+    """Show how workers of NAME ended unasked; with ID all that is known of one."""
+    if id is not None:
+        found = connection.get(path("deployments", name, "crashes", id))
+        dump(found) if json else _dossier(found)
+        return
+    answer = connection.get(path("deployments", name, "crashes"), limit=limit)
+    if json:
+        dump(answer)
+        return
+    rows = answer["crashes"]
+    if not rows:
+        line(f"No worker of {name} has ended unasked.")
+        return
+    table(
+        ("ID", "WHEN", "REPLICA", "WHILE", "CLASS", "MEMORY", "HELD", "REASON"),
+        [
+            (
+                row["id"],
+                local_time(row["at"]),
+                row["replica"],
+                row["phase"],
+                row["failure"],
+                size(row["peak_rss"]),
+                len(row["requests"]),
+                row["reason"],
+            )
+            for row in rows
+        ],
+    )
+
+
+@click.command()
+@click.argument("name")
+@as_json
+@click.pass_obj
+def why(connection: Connection, *, name: str, json: bool) -> None:
+    """Tell why the deployment NAME is as it is, and what comes next."""
+    answer = connection.get(path("deployments", name, "why"))
+    if json:
+        dump(answer)
+        return
+    for sentence in answer["sentences"]:
+        line(sentence)
+    if answer["events"]:
+        line("")
+        for event in answer["events"]:
+            line(_event({**event, "deployment": None}))
 
 
 @click.command()
@@ -126,3 +191,48 @@ def _followed(connection: Connection, place: str, parameters: dict[str, object])
         for event in stream:
             yield jsonlib.loads(event.data)
     raise Failure("The daemon has ended the stream; it may be stopping.", Exit.NO_DAEMON)
+
+
+def _dossier(found: Mapping[str, Any]) -> None:
+    """All that is known of one crash."""
+    order = found["order"]
+    began = found["ready_at"] or found["spawned_at"]
+    line(f"Crash {found['id']} of {found['deployment']}: {found['reason']}")
+    for name, value in (
+        ("when", local_time(found["at"])),
+        ("while", f"{found['phase']}, since {local_time(began)}"),
+        ("class", found["failure"]),
+        ("worker", f"replica {found['replica']}, generation {found['generation']}"),
+        ("life", found["worker"]),
+        ("exit status", found["exit_status"]),
+        ("signal", found["signal"]),
+        ("intent", found["intent"]),
+        ("peak memory", size(found["peak_rss"]) if found["peak_rss"] else None),
+        ("processor", f"{found['cpu_seconds']:.1f} s" if found["cpu_seconds"] else None),
+        ("held", ", ".join(found["requests"])),
+        ("model", order["folder"]),
+        ("asked for", ", ".join(filter(None, (order["task"], order["device"], order["dtype"])))),
+        ("versions", ", ".join(f"{key} {text}" for key, text in found["versions"].items())),
+    ):
+        if value not in {None, ""}:
+            line(f"  {name + ':':<13}{value}")
+    for title, text in (("traceback", found["traceback"]), ("stacks", found["stacks"])):
+        if text:
+            _section(title, text.splitlines())
+    if found["usage"]:
+        _section(
+            "memory and processor",
+            [
+                f"{local_time(each['at'])}  {size(each['rss'])}  {each['cpu_seconds']:.1f} s"
+                for each in found["usage"]
+            ],
+        )
+    if found["log"]:
+        _section("log", found["log"])
+
+
+def _section(title: str, lines: Sequence[str]) -> None:
+    line("")
+    line(f"{title}:")
+    for text in lines:
+        line(f"  {text}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tursi.fleet.fleet import Fleet, Part
-from tursi.fleet.queue import Passage, Work
+from tursi.fleet.passage import Passage, Work
 from tursi.supervision.link import Sink
 
 __all__ = ["Fleet", "Part", "Passage", "Sink", "Work"]

@@ -12,12 +12,21 @@ from twisted.python.failure import Failure
 
 from tursi.config import Workers
 from tursi.errors import HubUnreachable, InternalError, TursiError
+from tursi.fleet.crashes import Crashes
 from tursi.fleet.governor import Governor
 from tursi.fleet.journal import Journal
 from tursi.fleet.logs import Logs
 from tursi.fleet.member import Fetch, Member
 from tursi.hub import Hub
-from tursi.model import LoadOrder, Phase, Progress, Reference, Resolution, WorkerLife
+from tursi.model import (
+    Dossier,
+    LoadOrder,
+    Phase,
+    Progress,
+    Reference,
+    Resolution,
+    WorkerLife,
+)
 from tursi.plan import LOAD_SLOTS, Action, Admit, Create, Key, Resolve, Retire, decide
 from tursi.store import Store
 from tursi.supervision.worker import Observer, Worker
@@ -51,6 +60,7 @@ class Convergence:
         *,
         members: dict[str, Member],
         journal: Journal,
+        crashes: Crashes,
         logs: Logs,
         store: Store,
         hub: Hub,
@@ -61,6 +71,7 @@ class Convergence:
     ) -> None:
         self._members = members
         self._journal = journal
+        self._crashes = crashes
         self._logs = logs
         self._store = store
         self._hub = hub
@@ -104,6 +115,7 @@ class Convergence:
 
     def retry(self, member: Member) -> bool:
         """Try again what had given up; whether there was anything."""
+        member.queue.forgive()
         retried = member.fetch is not None and member.fetch.error is not None
         if retried:
             member.drop_fetch()
@@ -270,6 +282,7 @@ class Convergence:
             )
             if phase is Phase.READY:
                 self.governor.served()
+                member.crash = None
                 self._ready(member, worker)
             self.soon()
         member.queue.pump()
@@ -283,6 +296,14 @@ class Convergence:
             self._lives.discard(life.uuid)
             if life.failure is not None and self.governor.died():
                 self._pause()
+
+    def crashed(self, dossier: Dossier) -> None:
+        """Keep the evidence, and tell the requests that were lost with the worker."""
+        crash = self._crashes.add(dossier)
+        member = self._members.get(crash.deployment)
+        if member is not None:
+            member.crash = crash
+            member.queue.crashed(crash)
 
     def _pause(self) -> None:
         self._journal.note("starts.paused", self.governor.trouble or "")

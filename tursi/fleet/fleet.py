@@ -20,23 +20,29 @@ from tursi.errors import (
     TursiError,
 )
 from tursi.fleet.convergence import RESET, Convergence, MakeWorker
+from tursi.fleet.crashes import Crashes
 from tursi.fleet.journal import Journal
 from tursi.fleet.logs import Logs
 from tursi.fleet.member import Member
-from tursi.fleet.queue import Passage, RequestQueue, Work, shutting_down
+from tursi.fleet.passage import Passage, Work
+from tursi.fleet.queue import RequestQueue, shutting_down
 from tursi.fleet.statistics import Statistics
+from tursi.fleet.story import tell
 from tursi.hub import Hub
 from tursi.model import (
     CatalogueEntry,
+    Crash,
     Deployment,
     DeploymentStatus,
     Desired,
+    Dossier,
     Event,
     Generation,
     Minute,
     Phase,
     Reference,
     Request,
+    Story,
     WorkerLife,
     WorkerStatus,
     check_replicas,
@@ -52,6 +58,9 @@ PRUNE_SECONDS = 3600.0
 REMEMBERED_LIVES = 100
 """Of each deployment, when a daemon begins; more failures than these make no difference."""
 REMEMBERED_EVENTS = 1000
+TOLD_EVENTS = 200
+TOLD_CRASHES = 20
+"""What a story is made of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +97,12 @@ class Fleet:
         self._members: dict[str, Member] = {}
         self._statistics = Statistics(now)
         self._journal = Journal(store, now)
+        self._crashes = Crashes(store, self._journal, configuration.storage.crashes)
         self._logs = Logs(logs, configuration.workers.log_lives)
         self._convergence = Convergence(
             members=self._members,
             journal=self._journal,
+            crashes=self._crashes,
             logs=self._logs,
             store=store,
             hub=hub,
@@ -110,6 +121,7 @@ class Fleet:
 
     async def open(self) -> None:
         """Bring up what the store says should run."""
+        await self._crashes.open()
         for deployment in await self._store.deployments():
             self._members[deployment.name] = Member(deployment, self._queue)
             await self._remember(deployment.name)
@@ -172,13 +184,24 @@ class Fleet:
         def finished(status: int, seconds: float, end: wire.End | None) -> None:
             self._statistics.count(name, status, seconds, end)
 
+        def poisoned(request_id: str) -> None:
+            self._journal.note(
+                "request.refused",
+                f"request {request_id} is refused for an hour",
+                deployment=name,
+                cause="two workers ended while they held it",
+            )
+
         return RequestQueue(
+            name=name,
             clock=self._reactor,
             settings=self._configuration.requests,
             workers=member.serving,
             unavailable=member.unavailable,
             stage=member.stage,
+            crash=lambda: member.crash,
             finished=finished,
+            poisoned=poisoned,
         )
 
     # -- control ----------------------------------------------------------------------
@@ -288,6 +311,29 @@ class Fleet:
         self._member(name)
         return await self._store.lives(name, limit)
 
+    async def crashes(self, name: str, limit: int) -> list[Crash]:
+        """Its latest crashes, newest first."""
+        self._member(name)
+        return await self._crashes.newest(name, limit)
+
+    async def crash(self, name: str, number: int) -> Dossier:
+        """One of them with all its evidence; ``CrashNotFound``."""
+        self._member(name)
+        return await self._crashes.one(name, number)
+
+    async def why(self, name: str) -> Story:
+        """Why it is as it is."""
+        member = self._member(name)
+        crashes = await self._crashes.newest(name, TOLD_CRASHES)
+        events = await self._store.events(name, 0, TOLD_EVENTS)
+        return tell(
+            member.status(),
+            events,
+            crashes,
+            self._configuration.workers,
+            self._now(),
+        )
+
     async def events(self, deployment: str | None, after: int, limit: int) -> list[Event]:
         """The newest ``limit`` events after the id ``after``, oldest first."""
         return await self._store.events(deployment, after, limit)
@@ -380,6 +426,7 @@ class Fleet:
             member.queue = self._queue(member)
         if deployment.generation.number != member.deployment.generation.number:
             member.drop_fetch()
+            member.queue.forgive()
         member.deployment = deployment
         return member
 

@@ -65,7 +65,22 @@ class Journal:
 
         deferred.addBoth(done)
 
+    async def written(self) -> None:
+        """Wait until what has been noted so far can be read."""
+        # Each waits on a Deferred of its own: others wait for the same writes.
+        waiting: list[Deferred[None]] = []
+        for pending in self._pending:
+            done: Deferred[None] = Deferred()
+            pending.addBoth(_tell, done)
+            waiting.append(done)
+        await DeferredList(waiting)
+
     async def close(self) -> None:
         """Wait until everything is written."""
         while self._pending:
             await DeferredList(list(self._pending), consumeErrors=True)
+
+
+def _tell(outcome: object, done: Deferred[None]) -> object:
+    done.callback(None)
+    return outcome

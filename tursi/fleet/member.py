@@ -10,6 +10,7 @@ from twisted.internet.interfaces import IDelayedCall
 from tursi.errors import DeploymentUnavailable, TursiError
 from tursi.fleet.queue import RequestQueue
 from tursi.model import (
+    Crash,
     Deployment,
     DeploymentStatus,
     Desired,
@@ -73,6 +74,8 @@ class Member:
         self.leaving = False
         """Whether it has been removed and only waits for its workers to end."""
         self.fetch: Fetch | None = None
+        self.crash: Crash | None = None
+        """The last one, until a worker serves again."""
         self.queue = make_queue(self)
 
     def drop_fetch(self) -> None:
@@ -124,9 +127,12 @@ class Member:
         status = self._worst()
         if status is None:
             return None
+        message = f"{name} is {status.phase.value}: {status.reason or 'no reason is known'}"
+        if self.crash is None:
+            return DeploymentUnavailable(message)
+        number = self.crash.id
         return DeploymentUnavailable(
-            f"{name} is {status.phase.value}: {status.reason or 'no reason is known'}",
-            reference=status.uuid,
+            f"{message} (crash {number}, `tursi why {name}` tells more).", reference=str(number)
         )
 
     def stage(self) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from tursi import wire
@@ -13,75 +13,21 @@ from tursi.errors import (
     DeadlineExceeded,
     ModelLoading,
     ModelNotFound,
+    PoisonRequest,
     QueueFull,
     ShuttingDown,
     TursiError,
     WorkerLost,
 )
-from tursi.model import Phase
+from tursi.fleet.passage import Clock, Passage, Replica, Work
+from tursi.fleet.poison import Suspects, digest
+from tursi.model import Crash, Phase
 from tursi.supervision.link import Sink
 
 RETRY_SECONDS = 1
 """What Retry-After tells the client of a full queue."""
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One inference request as the HTTP front hands it over."""
-
-    route: str
-    request_id: str
-    content_type: str
-    body: bytes
-    seconds: float
-    """How long the client is to be kept waiting at most."""
-
-
-class Replica(Protocol):
-    """What the queue needs of a worker."""
-
-    @property
-    def phase(self) -> Phase:
-        """Its state; only a READY one is given requests."""
-        ...
-
-    @property
-    def generation(self) -> int:
-        """The newest generation that is ready gets the requests."""
-        ...
-
-    @property
-    def in_flight(self) -> int:
-        """Requests that it holds."""
-        ...
-
-    def submit(self, ask: wire.Ask, sink: Sink) -> int:
-        """Hand over a request and get its id; ``QueueFull`` at its limits."""
-        ...
-
-    def cancel(self, id: int) -> None:  # noqa: A002 - the frame's own word
-        """Do no more work for it, and tell its sink no more."""
-        ...
-
-
-class Timer(Protocol):
-    """A pending call that can be cancelled (``IDelayedCall``)."""
-
-    def cancel(self) -> None:
-        """Don't call any more."""
-        ...
-
-
-class Clock(Protocol):
-    """Monotonic time."""
-
-    def seconds(self) -> float:
-        """Now, in seconds."""
-        ...
-
-    def callLater(self, delay: float, callable: Callable[[], object]) -> Timer:  # noqa: A002, N802 - Twisted's name
-        """Call after ``delay`` seconds."""
-        ...
+CAUSE_SECONDS = 0.8
+"""How long the answer to a lost request waits for the cause."""
 
 
 class Finished(Protocol):
@@ -95,73 +41,121 @@ class Finished(Protocol):
 class RequestQueue:
     """Hands requests to the least busy ready worker; holds those that must wait.
 
-    ``workers`` gives the replicas in order of preference by generation;
-    ``unavailable`` the reason why waiting is useless, or ``None``; ``stage`` a
-    clause on how far loading has come.
+    A request whose worker died before a byte of the answer had left is sent once
+    more. As it may be what the worker died of, it is then alone with a worker,
+    and what kills a second one is refused (``poison``).
+
+    ``workers`` gives the replicas; ``unavailable`` the reason why waiting is
+    useless, or ``None``; ``stage`` a clause on how far loading has come; ``crash``
+    the crash that it still recovers from. ``poisoned`` is told the id of a request
+    that is refused from now on.
     """
 
     def __init__(
         self,
         *,
+        name: str,
         clock: Clock,
         settings: Requests,
         workers: Callable[[], Sequence[Replica]],
         unavailable: Callable[[], TursiError | None],
         stage: Callable[[], str],
+        crash: Callable[[], Crash | None],
         finished: Finished,
+        poisoned: Callable[[str], None],
     ) -> None:
+        self._name = name
         self._clock = clock
         self._settings = settings
         self._workers = workers
         self._unavailable = unavailable
         self._stage = stage
+        self._crash = crash
         self._finished = finished
+        self._poisoned = poisoned
         self._waiting: OrderedDict[int, Passage] = OrderedDict()
+        self._suspects = Suspects(clock.seconds)
+        self._suspected: OrderedDict[int, Passage] = OrderedDict()
+        """Those that wait to be alone with a worker."""
+        self._apart: Replica | None = None
+        """The worker that is kept free for them."""
+        self._alone: Passage | None = None
+        """The one that it has."""
+        self._bereft: dict[str, list[Passage]] = {}
+        """By life: those that wait to be told why their worker ended."""
         self._closed: TursiError | None = None
         self._next = 0
 
     @property
     def waiting(self) -> int:
         """How many requests wait."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._suspected)
 
     def submit(self, work: Work, sink: Sink) -> Passage:
         """Dispatch or enqueue; raises the error to answer with where neither is possible."""
         if self._closed is not None:
             raise self._closed.with_traceback(None)
         passage = Passage(self, work, sink, self._clock.seconds())
-        if not self._waiting and self._dispatch(passage):
+        if self._suspects:
+            passage.digest = self._suspects.recognize(work.route, work.body)
+            poison = self._poison(passage)
+            if poison is not None:
+                raise poison
+        if not self._waiting and passage.digest is None and self._dispatch(passage):
             return passage
         refusal = self._unavailable()
         if refusal is not None:
             raise refusal
-        if len(self._waiting) >= self._settings.max_queued:
+        if self.waiting >= self._settings.max_queued:
             raise QueueFull(
-                f"{len(self._waiting)} requests already wait for this model; try again shortly.",
+                f"{self.waiting} requests already wait for this model; try again shortly.",
                 retry_after=RETRY_SECONDS,
             )
         self._enqueue(passage)
+        if passage.digest is not None:
+            self._pump_suspected()
         return passage
 
     def pump(self) -> None:
         """Dispatch what waits as far as the workers take it; call when anything changed."""
-        refusal = self._unavailable() if self._waiting else None
+        if not self.waiting:
+            return
+        refusal = self._unavailable()
+        self._pump_suspected()
         while self._waiting:
             passage = next(iter(self._waiting.values()))
             if not self._dispatch(passage):
                 break
             self._dequeue(passage)
         if refusal is not None and not self._ready():
-            for passage in list(self._waiting.values()):
-                self._dequeue(passage)
-                passage.failed(refusal)
+            self._fail_waiting(refusal)
 
     def close(self, error: TursiError | None = None) -> None:
         """Refuse from now on, and fail what waits."""
         self._closed = error or ModelNotFound("The deployment has been removed.")
-        for passage in list(self._waiting.values()):
-            self._dequeue(passage)
-            passage.failed(self._closed)
+        self._fail_waiting(self._closed)
+        for bereft in list(self._bereft.values()):
+            for passage in list(bereft):
+                self._explain(passage, None)
+
+    def crashed(self, crash: Crash) -> None:
+        """A worker's end has been found out: tell those who have lost it."""
+        self._suspects.identified(crash.worker, crash.id)
+        for passage in list(self._bereft.get(crash.worker, ())):
+            self._explain(passage, crash)
+
+    def forgive(self) -> None:
+        """Hold nothing against any request: the workers to come are others."""
+        self._suspects.forgive()
+
+    def _fail_waiting(self, error: TursiError) -> None:
+        for passage in (*self._suspected.values(), *self._waiting.values()):
+            # Another one's failure may have led this one out already.
+            if passage.place:
+                self._dequeue(passage)
+                passage.refuse(error)
+
+    # -- dispatch ---------------------------------------------------------------------
 
     def _ready(self) -> list[Replica]:
         return [worker for worker in self._workers() if worker.phase is Phase.READY]
@@ -169,31 +163,60 @@ class RequestQueue:
     def _dispatch(self, passage: Passage) -> bool:
         ready = self._ready()
         if len(ready) > 1:
-            newest = max(worker.generation for worker in ready)
-            ready = [worker for worker in ready if worker.generation == newest]
+            ready = _newest(ready)
             ready.sort(key=_in_flight)
-        for worker in ready:
-            try:
-                passage.sent(worker, worker.submit(passage.ask(self._clock.seconds()), passage))
-            except QueueFull:
-                continue
-            return True
-        return False
+        return any(worker is not self._apart and self._send(worker, passage) for worker in ready)
 
-    def _enqueue(self, passage: Passage) -> None:
+    def _send(self, worker: Replica, passage: Passage) -> bool:
+        try:
+            passage.sent(worker, worker.submit(passage.ask(self._clock.seconds()), passage))
+        except QueueFull:
+            return False
+        return True
+
+    def _pump_suspected(self) -> None:
+        """Let the next suspect have a worker alone, once one is idle."""
+        while self._suspected and self._alone is None:
+            passage = next(iter(self._suspected.values()))
+            poison = self._poison(passage)
+            if poison is not None:
+                self._dequeue(passage)
+                passage.refuse(poison)
+                continue
+            # The least busy one gets nothing new and is idle soonest.
+            self._apart = min(_newest(self._ready()), key=_in_flight, default=None)
+            if self._apart is None or self._apart.in_flight:
+                return
+            if not self._send(self._apart, passage):
+                return
+            self._alone = passage
+            self._dequeue(passage)
+
+    def _reopen(self) -> None:
+        """Let the others have the worker again that was kept apart, if nobody needs it so."""
+        if self._alone is None and not self._suspected:
+            self._apart = None
+
+    # -- waiting ------------------------------------------------------------------------
+
+    def _enqueue(self, passage: Passage, *, first: bool = False) -> None:
         self._next += 1
         passage.place = self._next
-        self._waiting[passage.place] = passage
-        limit = passage.work.seconds
+        queue = self._waiting if passage.digest is None else self._suspected
+        queue[passage.place] = passage
+        if first:
+            queue.move_to_end(passage.place, last=False)
+        limit = passage.work.seconds - (self._clock.seconds() - passage.began)
         if not self._ready():
             limit = min(limit, self._settings.load_wait_seconds)
-        passage.timer = self._clock.callLater(limit, lambda: self._expire(passage))
+        passage.timer = self._clock.callLater(max(limit, 0.0), lambda: self._expire(passage))
 
     def _dequeue(self, passage: Passage) -> None:
-        del self._waiting[passage.place]
-        if passage.timer is not None:
-            passage.timer.cancel()
-            passage.timer = None
+        queue = self._waiting if passage.place in self._waiting else self._suspected
+        del queue[passage.place]
+        passage.place = 0
+        passage.stop_timer()
+        self._reopen()
 
     def _expire(self, passage: Passage) -> None:
         passage.timer = None
@@ -209,81 +232,117 @@ class RequestQueue:
                 f"The request waited {passage.work.seconds:.0f} s for its turn without getting it."
             )
         else:
-            stage = self._stage()
-            error = ModelLoading(
-                f"The model is not ready yet ({stage}); try again shortly.", retry_after=5
-            )
+            error = self._still_loading()
         self._dequeue(passage)
-        passage.failed(error)
+        passage.refuse(error)
+
+    def _still_loading(self) -> ModelLoading:
+        crash = self._crash()
+        after = f"; its worker ended before: {crash.reason}, crash {crash.id}" if crash else ""
+        return ModelLoading(
+            f"The model is not ready yet ({self._stage()}{after}); try again shortly.",
+            retry_after=5,
+            reference=str(crash.id) if crash else None,
+        )
 
     def abandon(self, passage: Passage) -> None:
         """Take out a request whose client has gone, if it still waits."""
-        if passage.place in self._waiting:
+        if passage.place:
             self._dequeue(passage)
+            self.pump()
+        elif passage.life in self._bereft:
+            self._consoled(passage)
+            self.ended(passage, 499, None)
 
     def ended(self, passage: Passage, status: int, end: wire.End | None) -> None:
         """Count a request's end and use the place that it leaves."""
+        self._leave(passage)
         self._finished(status, self._clock.seconds() - passage.began, end)
-        if self._waiting:
+        if self.waiting:
             self.pump()
 
+    def _leave(self, passage: Passage) -> None:
+        if self._alone is passage:
+            self._alone = None
+            self._reopen()
 
-class Passage:
-    """One request on its way: the sink that the worker answers to, and the client's ticket."""
+    # -- lost workers -----------------------------------------------------------------------
 
-    __slots__ = ("_id", "_queue", "_sink", "_status", "_worker", "began", "place", "timer", "work")
+    def survived(self, passage: Passage) -> None:
+        """A worker has dealt with it and lives."""
+        if passage.digest is not None:
+            self._suspects.clear(passage.digest)
 
-    def __init__(self, queue: RequestQueue, work: Work, sink: Sink, began: float) -> None:
-        self._queue = queue
-        self._sink = sink
-        self._worker: Replica | None = None
-        self._id = 0
-        self._status = 0
-        self.work = work
-        self.began = began
-        self.place = 0
-        self.timer: Timer | None = None
-
-    def ask(self, now: float) -> wire.Ask:
-        """The request for a worker, with what is left of its time."""
-        work = self.work
-        left = max(work.seconds - (now - self.began), 0.001)
-        return wire.Ask(work.route, work.request_id, work.content_type, left, work.body)
-
-    def sent(self, worker: Replica, id: int) -> None:  # noqa: A002 - the frame's own word
-        """Remember which worker holds it under which id."""
-        self._worker, self._id = worker, id
-
-    def cancel(self) -> None:
-        """The client has gone, or its time is over: do no more work for it."""
-        worker, self._worker = self._worker, None
-        if worker is None:
-            self._queue.abandon(self)
+    def lost(self, passage: Passage, worker: Replica, error: WorkerLost) -> None:
+        """The worker died that held it: send it once more, or tell the client why."""
+        self._leave(passage)
+        passage.life = error.reference or ""
+        if not worker.asked:
+            self._blame(passage)
+        if self._closed is None and not (passage.begun or passage.retried):
+            passage.retried = True
+            self._enqueue(passage, first=passage.digest is None)
+            self.pump()
+        elif self._closed is not None or worker.asked:
+            passage.refuse(self._lost(passage, None))
         else:
-            worker.cancel(self._id)
-            self._queue.ended(self, 499, None)
+            # Why it ended is known in a moment, and worth that.
+            self._bereft.setdefault(passage.life, []).append(passage)
+            passage.timer = self._clock.callLater(
+                CAUSE_SECONDS, lambda: self._explain(passage, None)
+            )
 
-    def head(self, head: wire.Head) -> None:
-        """Pass the head on."""
-        self._status = head.status
-        self._sink.head(head)
+    def _blame(self, passage: Passage) -> None:
+        work = passage.work
+        if passage.digest is None:
+            passage.digest = digest(work.route, work.body)
+        if self._suspects.died(passage.digest, len(work.body), passage.life):
+            self._poisoned(work.request_id)
 
-    def body(self, data: bytes) -> None:
-        """Pass bytes on."""
-        self._sink.body(data)
+    def _explain(self, passage: Passage, crash: Crash | None) -> None:
+        self._consoled(passage)
+        passage.refuse(self._lost(passage, crash))
 
-    def end(self, end: wire.End) -> None:
-        """Pass the end on."""
-        self._worker = None
-        self._sink.end(end)
-        self._queue.ended(self, self._status, end)
+    def _consoled(self, passage: Passage) -> None:
+        passage.stop_timer()
+        bereft = self._bereft[passage.life]
+        bereft.remove(passage)
+        if not bereft:
+            del self._bereft[passage.life]
 
-    def failed(self, error: TursiError) -> None:
-        """Pass the failure on."""
-        self._worker = None
-        self._sink.failed(error)
-        status = 502 if isinstance(error, WorkerLost) else 503
-        self._queue.ended(self, status, None)
+    def _lost(self, passage: Passage, crash: Crash | None) -> WorkerLost:
+        message = f"The worker of {self._name} ended while it held this request"
+        if crash is not None:
+            message += (
+                f": {crash.reason} (crash {crash.id}, "
+                f"`tursi crashes {self._name} {crash.id}` has the evidence)"
+            )
+        suspicion = self._suspects.of(passage.digest) if passage.digest else None
+        if suspicion is not None and suspicion.poison:
+            message += (
+                ". It is the second worker that ended like that, "
+                "so the same request is refused for an hour"
+            )
+        return WorkerLost(f"{message}.", reference=str(crash.id) if crash else None)
+
+    def _poison(self, passage: Passage) -> PoisonRequest | None:
+        suspicion = self._suspects.of(passage.digest) if passage.digest else None
+        if suspicion is None or not suspicion.poison:
+            return None
+        crashes = [each for each in suspicion.deaths.values() if each is not None]
+        which = f" (crashes {' and '.join(map(str, crashes))})" if crashes else ""
+        minutes = math.ceil((suspicion.until - self._clock.seconds()) / 60)
+        return PoisonRequest(
+            f"{len(suspicion.deaths)} workers of {self._name} ended while they held this very"
+            f" request{which}. It is refused for another {minutes} min, or until the deployment"
+            " is changed or restarted.",
+            reference=str(crashes[-1]) if crashes else None,
+        )
+
+
+def _newest(workers: list[Replica]) -> list[Replica]:
+    newest = max((worker.generation for worker in workers), default=0)
+    return [worker for worker in workers if worker.generation == newest]
 
 
 def _in_flight(worker: Replica) -> int:

@@ -135,6 +135,7 @@ _FIRST = (
         worker    TEXT NOT NULL UNIQUE REFERENCES workers (uuid) ON DELETE CASCADE,
         at        REAL NOT NULL,
         phase     TEXT NOT NULL,          -- the state it ended in
+        load      TEXT NOT NULL,          -- JSON object: what it had to load
         traceback TEXT,                   -- its last words
         stacks    TEXT,                   -- of every thread, taken before a kill
         log       TEXT NOT NULL,          -- JSON array: the last lines of this life

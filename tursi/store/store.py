@@ -16,8 +16,10 @@ from twisted.python.failure import Failure
 from tursi.config import Storage
 from tursi.errors import DatabaseBusy, ShuttingDown
 from tursi.model import (
+    Crash,
     Deployment,
     Desired,
+    Dossier,
     Event,
     Generation,
     Minute,
@@ -25,7 +27,7 @@ from tursi.model import (
     Resolution,
     WorkerLife,
 )
-from tursi.store import connection, deployments, events, lives
+from tursi.store import connection, crashes, deployments, events, lives
 from tursi.store.deployments import Outcome
 
 ATTEMPTS = 3
@@ -138,6 +140,22 @@ class Store:
     def unfinished_lives(self) -> Deferred[list[WorkerLife]]:
         """Every life whose end isn't recorded, oldest first."""
         return self._read(lives.unfinished)
+
+    def add_crash(self, dossier: Dossier, *, keep: int) -> Deferred[None]:
+        """Keep a crash, whose life has been put before; ``keep`` of its deployment stay."""
+        return self._write(crashes.add, dossier, keep)
+
+    def crashes(self, deployment: str, limit: int) -> Deferred[list[Crash]]:
+        """The last ``limit`` crashes of a deployment, newest first."""
+        return self._read(crashes.newest, deployment, limit)
+
+    def crash(self, deployment: str, number: int) -> Deferred[Dossier]:
+        """One of them with all its evidence; ``CrashNotFound``."""
+        return self._read(crashes.one, deployment, number)
+
+    def last_crash(self) -> Deferred[int]:
+        """The highest id that a crash has ever had; 0 if there was none."""
+        return self._read(crashes.last)
 
     def record(
         self,

@@ -85,11 +85,12 @@ class Owner(Protocol):
 class _Pending:
     """One request that the worker holds."""
 
-    __slots__ = ("begun", "sink", "size")
+    __slots__ = ("begun", "request_id", "sink", "size")
 
-    def __init__(self, sink: Sink, size: int) -> None:
+    def __init__(self, sink: Sink, size: int, request_id: str) -> None:
         self.sink = sink
         self.size = size
+        self.request_id = request_id
         self.begun = False
 
 
@@ -137,6 +138,8 @@ class WorkerLink(protocol.Protocol):
         """Of the bodies in flight."""
         self.unsent = 0
         """Bytes that the socket hasn't taken yet."""
+        self.lost: tuple[str, ...] = ()
+        """Ids of the requests that were in flight when the socket closed."""
 
     @property
     def in_flight(self) -> int:
@@ -170,7 +173,7 @@ class WorkerLink(protocol.Protocol):
             )
         self._next_id += 1
         id_ = self._next_id
-        self._pending[id_] = _Pending(sink, size)
+        self._pending[id_] = _Pending(sink, size, ask.request_id)
         self.queued_bytes += size
         try:
             self._write(wire.encode(Kind.REQUEST, id_, wire.encode_ask(ask)))
@@ -370,6 +373,7 @@ class WorkerLink(protocol.Protocol):
         lost = list(self._pending.values())
         self._pending.clear()
         self.queued_bytes = 0
+        self.lost += tuple(entry.request_id for entry in lost)
         for entry in lost:
             entry.sink.failed(self._lost())
 

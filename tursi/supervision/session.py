@@ -16,17 +16,21 @@ from tursi.heartbeat import Beat
 from tursi.lifecycle.inputs import Lifecycle
 from tursi.lifecycle.liveness import Finding, Health, Liveness
 from tursi.lifecycle.verdict import Intent, Verdict, classify
-from tursi.model import Loaded, LoadOrder, Progress, WorkerLife
-from tursi.supervision import procfs
+from tursi.model import Dossier, Loaded, LoadOrder, Phase, Progress, WorkerLife, last_line
+from tursi.supervision import logs, procfs
 from tursi.supervision.life import Exit, Life
 from tursi.supervision.link import WorkerLink
 from tursi.supervision.logs import LifeLog
 from tursi.supervision.probe import Probe
 from tursi.supervision.stacks import Stacks
+from tursi.supervision.usage import Curve
 from tursi.wire import Hello, LastWords
 
 _SEND_BUFFER = 1024 * 1024
 """Bytes: large bodies cross the socket in fewer turns."""
+KEPT_LINES = 200
+KEPT_CHARACTERS = 128 * 1024
+"""Of the log of a life that ended unasked."""
 
 
 class Session:
@@ -46,6 +50,7 @@ class Session:
         requests: Requests,
         log: LifeLog,
         reactor: Any,
+        now: Callable[[], float],
         machine: Lifecycle,
         feed: Callable[..., None],
         record: Callable[[WorkerLife], None],
@@ -77,8 +82,16 @@ class Session:
             max_bytes=requests.max_worker_bytes,
             clock=reactor,
         )
+        self.phase = Phase.SPAWNING
+        """The last one before its end began."""
         self._probe: Probe | None = None
         self._stacks: Stacks | None = None
+        self._curve = Curve(
+            clock=reactor,
+            now=now,
+            read=self._read_usage,
+            serves=lambda: self.life.ready_at is not None,
+        )
 
     # -- its process --------------------------------------------------------------------
 
@@ -106,6 +119,8 @@ class Session:
     def started(self, pid: int) -> None:
         """The worker itself runs."""
         self._change(worker_pid=pid)
+        if not self._ended:
+            self._curve.start()
 
     def serves(self, at: float) -> None:
         """It became ready."""
@@ -149,6 +164,11 @@ class Session:
         """What the compute thread was last seen at in service, for people; empty if not known."""
         return self._probe.liveness.operation if self._probe else ""
 
+    @property
+    def asked(self) -> bool:
+        """Whether it is ending because somebody wanted that."""
+        return self._intent is not None and self._intent.failure is None
+
     def intend(self, intent: Intent) -> None:
         """Write down why the daemon ends it."""
         self._intent = intent
@@ -177,10 +197,48 @@ class Session:
         """Nothing of it is left."""
         self._ended = True
         self.overlook()
+        self._curve.stop()
         if self._stacks is not None:
             self._stacks.close()
         self._change(ended_at=at, failure=verdict.failure, reason=verdict.reason)
         self.log.line(f"the worker has ended: {verdict.reason}")
+
+    def dossier(self) -> Dossier | None:
+        """The evidence of its end, or ``None`` if it ended as it was asked to."""
+        life = self.life
+        if life.failure is None or life.ended_at is None:
+            return None
+        traceback = self._words.traceback if self._words else ""
+        return Dossier(
+            id=0,
+            deployment=life.deployment,
+            generation=life.generation,
+            replica=life.replica,
+            worker=life.uuid,
+            at=life.ended_at,
+            failure=life.failure,
+            reason=life.reason or "",
+            phase=self.phase,
+            spawned_at=life.spawned_at,
+            ready_at=life.ready_at,
+            exit_status=life.exit_status,
+            signal=life.signal,
+            intent=life.intent,
+            peak_rss=life.peak_rss,
+            cpu_seconds=life.cpu_seconds,
+            requests=self.link.lost,
+            error=last_line(traceback),
+            order=self._order,
+            versions=self.loaded.versions if self.loaded else {},
+            traceback=traceback or None,
+            stacks=self.stacks or None,
+            log=_bounded(logs.tail(self.log.path, KEPT_LINES)),
+            usage=self._curve.samples,
+        )
+
+    def _read_usage(self) -> procfs.Usage | None:
+        pid = self.life.worker_pid
+        return procfs.usage(pid, self._proc) if pid else None
 
     def _change(self, **facts: Any) -> None:
         self.life = replace(self.life, **facts)
@@ -255,3 +313,12 @@ class Session:
         # An old life's socket may close after the next life has begun.
         if not self._ended:
             self._feed(given, cause)
+
+
+def _bounded(lines: list[str]) -> tuple[str, ...]:
+    """The last of them that fit into what is kept."""
+    room, first = KEPT_CHARACTERS, len(lines)
+    while first and len(lines[first - 1]) <= room:
+        first -= 1
+        room -= len(lines[first])
+    return tuple(lines[first:])

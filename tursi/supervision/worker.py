@@ -17,6 +17,7 @@ from tursi.lifecycle.machine import lifecycle
 from tursi.lifecycle.tally import Tally
 from tursi.lifecycle.verdict import Intent, Verdict, not_spawned
 from tursi.model import (
+    Dossier,
     FailureClass,
     Loaded,
     LoadOrder,
@@ -41,6 +42,7 @@ _NO_PROCESS = frozenset(
     {Phase.STOPPED, Phase.QUEUED, Phase.BACKOFF, Phase.QUARANTINED, Phase.FAILED}
 )
 _WAITS = frozenset({Phase.BACKOFF, Phase.QUARANTINED})
+_ENDS = frozenset({Phase.STOPPING, Phase.KILLING, Phase.SETTLING, Phase.WEDGED})
 _COMES_UP = frozenset({Phase.QUEUED, Phase.SPAWNING, Phase.LOADING, Phase.WARMING})
 
 
@@ -52,6 +54,9 @@ class Observer(Protocol):
 
     def life(self, life: WorkerLife) -> None:
         """A row to insert or update."""
+
+    def crashed(self, dossier: Dossier) -> None:
+        """A life has ended unasked; called after its last row, before its new phase."""
 
 
 class Monitor(Protocol):
@@ -150,6 +155,11 @@ class Worker:
         return self._session.log if self._session else None
 
     @property
+    def asked(self) -> bool:
+        """Whether it is ending because somebody wanted that."""
+        return self._session is not None and self._session.asked
+
+    @property
     def in_flight(self) -> int:
         """Requests that it holds."""
         return self._session.link.in_flight if self._session else 0
@@ -215,6 +225,7 @@ class Worker:
             pid=pid,
             reason=self._reason,
             failure=self._failure,
+            failures=self._tally.failures,
             restarts=max(self._lives - 1, 0),
             next_try_at=self._next_try_at,
             progress=self._progress,
@@ -259,6 +270,7 @@ class Worker:
             requests=self._requests,
             log=life_log,
             reactor=self._reactor,
+            now=self._now,
             machine=self._machine,
             feed=self._feed,
             record=self._observer.life,
@@ -286,7 +298,12 @@ class Worker:
         """Everything is gone; seconds until the next try, ``None`` to stay down."""
         if self._session is None:
             return None
-        return self._ended(self._session.exited(exit, self._now()))
+        verdict = self._session.exited(exit, self._now())
+        dossier = self._session.dossier()
+        if dossier is not None:
+            with log.failuresHandled("the crash of {worker} is not recorded", worker=self.name):
+                self._observer.crashed(dossier)
+        return self._ended(verdict)
 
     def _ended(self, verdict: Verdict) -> float | None:
         self._may_spawn = False
@@ -303,6 +320,8 @@ class Worker:
             self._failure = FailureClass.RESOURCE
         self.phase = phase
         self._since = self._now()
+        if self._session is not None and phase not in _ENDS:
+            self._session.phase = phase
         if phase in {Phase.READY, Phase.STOPPED}:
             self._reason = self._failure = None
         elif phase not in _COMES_UP:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from tursi.errors import InternalError, InvalidRequest, QueueFull, TursiError
+from tursi.errors import InternalError, InvalidRequest, PoisonRequest, QueueFull, TursiError
 from tursi.faces import body
 from tursi.faces.route import Answer, status_of
 
@@ -26,7 +26,7 @@ class PipelineError(msgspec.Struct):
 def detail(error: TursiError) -> PipelineError:
     """The error object."""
     found = PipelineError(error.message, error.code)
-    if isinstance(error, InvalidRequest):
+    if isinstance(error, InvalidRequest | PoisonRequest):
         found.error_type = "validation"
     elif isinstance(error, QueueFull):
         found.error_type = "overloaded"

@@ -22,7 +22,7 @@ class ErrorDetail(msgspec.Struct):
     code: str
     retry_after: int | msgspec.UnsetType = msgspec.UNSET
     reference: str | msgspec.UnsetType = msgspec.UNSET
-    """Where the evidence is, such as the id of the worker life that failed."""
+    """Where the evidence is, such as the id of a crash."""
     incident: str | msgspec.UnsetType = msgspec.UNSET
     """The id under which the log has the details of a defect."""
 

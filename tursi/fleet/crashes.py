@@ -1,0 +1,55 @@
+"""Crashes as they happen: numbered, noted and stored with their evidence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tursi.fleet.journal import Journal
+from tursi.model import Crash, Dossier
+from tursi.store import Store
+
+CRASHED = "worker.crashed"
+"""The kind of the event that a worker ended unasked."""
+
+
+class Crashes:
+    """Numbers them itself, so that an answer can name a crash before it is on the disk.
+
+    That is safe as long as one daemon alone writes to the store, which its lock sees to.
+    ``keep`` is how many stay per deployment.
+    """
+
+    def __init__(self, store: Store, journal: Journal, keep: int) -> None:
+        self._store = store
+        self._journal = journal
+        self._keep = keep
+        self._last = 0
+
+    async def open(self) -> None:
+        """Go on with the numbers of earlier daemons."""
+        self._last = await self._store.last_crash()
+
+    def add(self, dossier: Dossier) -> Dossier:
+        """Record a crash; the same with its number."""
+        self._last += 1
+        numbered = replace(dossier, id=self._last)
+        self._journal.hold(self._store.add_crash(numbered, keep=self._keep))
+        self._journal.note(
+            CRASHED,
+            f"replica {numbered.replica} ended while {numbered.phase.value}: {numbered.reason}"
+            f" (crash {numbered.id})",
+            deployment=numbered.deployment,
+            worker=numbered.worker,
+            cause=numbered.reason,
+        )
+        return numbered
+
+    async def newest(self, deployment: str, limit: int) -> list[Crash]:
+        """The last ``limit`` crashes, newest first."""
+        await self._journal.written()
+        return await self._store.crashes(deployment, limit)
+
+    async def one(self, deployment: str, number: int) -> Dossier:
+        """A crash with all its evidence; ``CrashNotFound``."""
+        await self._journal.written()
+        return await self._store.crash(deployment, number)

@@ -1,0 +1,351 @@
+"""Why a deployment is as it is, told from what is known of it.
+
+Pure: status, events and crashes in, sentences out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+
+from tursi.config import Workers
+from tursi.model import (
+    Crash,
+    DeploymentStatus,
+    Desired,
+    Event,
+    FailureClass,
+    Phase,
+    Progress,
+    Story,
+    WorkerStatus,
+    mebibytes,
+)
+
+MAX_EVENTS = 10
+_MAX_REQUESTS = 5
+
+_PASSING = frozenset(
+    f"worker.{phase.value}"
+    for phase in Phase
+    if phase not in {Phase.READY, Phase.QUARANTINED, Phase.FAILED, Phase.WEDGED}
+)
+"""What lies between the events that matter."""
+_WISHES = frozenset({"create", "replace", "start", "stop", "scale", "restart"})
+"""Kinds of what operators do."""
+
+_DOING: Mapping[Phase, str] = {
+    Phase.STOPPED: "stopped",
+    Phase.QUEUED: "waiting for its turn to load",
+    Phase.SPAWNING: "starting its process",
+    Phase.LOADING: "loading the model",
+    Phase.WARMING: "running the model for the first time",
+    Phase.READY: "ready",
+    Phase.SUSPECT: "suspected to hang",
+    Phase.DRAINING: "finishing its last requests",
+    Phase.STOPPING: "ending",
+    Phase.KILLING: "being killed",
+    Phase.SETTLING: "giving back its memory",
+    Phase.BACKOFF: "waiting before it is started again",
+    Phase.QUARANTINED: "in quarantine",
+    Phase.FAILED: "given up",
+    Phase.WEDGED: "stuck: not even SIGKILL ends its process",
+}
+_ADVICE: Mapping[FailureClass, str] = {
+    FailureClass.CONFIGURATION: "Deploy it with other settings, or another model",
+    FailureClass.WEIGHTS: "Download the model again, or deploy another revision",
+    FailureClass.NOT_FOUND: "Look whether the model's folder has all its files",
+    FailureClass.REFUSED: "Deploy a model with safetensors weights and without code of its own",
+    FailureClass.ENVIRONMENT: "Look whether the device and its driver are there",
+    FailureClass.RESOURCE: "Free memory, or deploy it with a smaller dtype or fewer replicas",
+    FailureClass.OUT_OF_MEMORY: (
+        "Free memory, allow it more, or deploy it with a smaller dtype or fewer replicas"
+    ),
+    FailureClass.CRASH: "A library crashed: another version, dtype or device may not",
+    FailureClass.GPU_CONTEXT: "If it goes on, look at the GPU with nvidia-smi and the kernel log",
+    FailureClass.HUNG: "Its stacks show where it stood",
+    FailureClass.HOST: "Look at the limits on processes and open files",
+    FailureClass.PROTOCOL: "Look whether the daemon and its workers are the same version of Tursi",
+    FailureClass.EXTERNAL_KILL: "Somebody or something outside Tursi did that",
+}
+
+
+def tell(
+    status: DeploymentStatus,
+    events: Sequence[Event],
+    crashes: Sequence[Crash],
+    settings: Workers,
+    now: float,
+) -> Story:
+    """``events`` are the last ones in ascending order, ``crashes`` newest first."""
+    lead = _lead(status)
+    crash = _cause(lead, crashes)
+    sentences = (
+        _state(status, lead, events, now),
+        *_happened(status, lead, crash, crashes, events, settings, now),
+        *_evidence(status, crash),
+        *_next(status, lead, settings, now),
+        *_others(status, lead, now),
+    )
+    chain = [event for event in events if event.kind not in _PASSING]
+    shown = crash or (crashes[0] if crashes else None)
+    return Story(sentences, tuple(chain[-MAX_EVENTS:]), shown.id if shown else None)
+
+
+def _lead(status: DeploymentStatus) -> WorkerStatus | None:
+    """The replica that the deployment looks like."""
+    current = [each for each in status.workers if each.generation == status.generation]
+    alike = [each for each in current if each.phase is status.phase]
+    return min(alike, key=lambda each: (each.since, each.replica), default=None)
+
+
+def _cause(lead: WorkerStatus | None, crashes: Sequence[Crash]) -> Crash | None:
+    """The crash that it has not recovered from."""
+    if lead is None or lead.failure is None:
+        return None
+    for crash in crashes:
+        if (crash.generation, crash.replica) == (lead.generation, lead.replica):
+            return crash if crash.failure is lead.failure else None
+    return None
+
+
+# -- what it is -----------------------------------------------------------------------
+
+
+def _state(
+    status: DeploymentStatus, lead: WorkerStatus | None, events: Sequence[Event], now: float
+) -> str:
+    since = lead.since if lead else _last_wish_at(status, events)
+    doing = f"{_DOING[status.phase]}{_progress(status.progress)}"
+    sentence = f"{status.name} is {doing}, since {_moment(since, now)}"
+    if status.phase is Phase.READY:
+        sentence += f": {status.ready} of {_count(status.replicas, 'replica')} serving"
+        sentence += f", {_count(status.in_flight, 'request')} in flight"
+    if status.queued:
+        sentence += f", {_count(status.queued, 'request')} waiting"
+    return f"{sentence}."
+
+
+def _last_wish_at(status: DeploymentStatus, events: Sequence[Event]) -> float:
+    wish = _last_wish(events)
+    return wish.at if wish else status.updated_at
+
+
+def _last_wish(events: Sequence[Event]) -> Event | None:
+    return next((event for event in reversed(events) if event.kind in _WISHES), None)
+
+
+def _progress(progress: Progress | None) -> str:
+    if progress is None:
+        return ""
+    if progress.done is None or not progress.total:
+        return f" ({progress.stage})"
+    return f" ({progress.stage}, {100 * progress.done / progress.total:.0f} %)"
+
+
+# -- what happened ----------------------------------------------------------------------
+
+
+def _happened(
+    status: DeploymentStatus,
+    lead: WorkerStatus | None,
+    crash: Crash | None,
+    crashes: Sequence[Crash],
+    events: Sequence[Event],
+    settings: Workers,
+    now: float,
+) -> Iterator[str]:
+    if crash is not None and lead is not None:
+        yield from _crashed(status, crash, now)
+        yield from _again(lead, crash, crashes, settings, now)
+        return
+    wish = _last_wish(events)
+    if status.phase is Phase.READY or status.desired is Desired.STOPPED:
+        if wish is not None:
+            yield f"The last thing that anybody did to it, {_ago(wish.at, now)}: {wish.message}."
+        if not crashes:
+            yield "None of its workers has ended unasked."
+        else:
+            last = crashes[0]
+            yield (
+                f"The last time that a worker ended unasked was {_ago(last.at, now)}, while "
+                f"{last.phase.value}: {_clause(last.reason)} (crash {last.id})."
+            )
+        return
+    if status.reason:
+        yield f"The reason: {_clause(status.reason)}."
+    if wish is not None:
+        yield f"It began {_ago(wish.at, now)}: {wish.message}."
+
+
+def _crashed(status: DeploymentStatus, crash: Crash, now: float) -> Iterator[str]:
+    if crash.ready_at is None:
+        lived = f"{_duration(crash.at - crash.spawned_at)} after its start, before it was ready"
+    else:
+        lived = f"after {_duration(crash.at - crash.ready_at)} in service"
+    which = f"The worker of replica {crash.replica}" if status.replicas > 1 else "Its worker"
+    yield f"{which} ended {_ago(crash.at, now)}, {lived}: {_clause(crash.reason)}."
+    if crash.requests:
+        shown = ", ".join(crash.requests[:_MAX_REQUESTS])
+        more = len(crash.requests) - _MAX_REQUESTS
+        also = f" and {more} more" if more > 0 else ""
+        yield f"It held {_count(len(crash.requests), 'request')} then: {shown}{also}."
+
+
+def _again(
+    lead: WorkerStatus, crash: Crash, crashes: Sequence[Crash], settings: Workers, now: float
+) -> Iterator[str]:
+    if lead.failures > 0:
+        quarantine = ""
+        if lead.phase not in {Phase.QUARANTINED, Phase.FAILED}:
+            quarantine = f"; {settings.max_failures} lead to quarantine"
+        yield f"That was failure {lead.failures} in a row{quarantine}."
+    alike = (crash.generation, crash.replica)
+    earlier = [
+        each for each in crashes if (each.generation, each.replica) == alike and each.id < crash.id
+    ][: max(lead.failures - 1, 0)]
+    if not earlier:
+        return
+    if all(each.reason == crash.reason for each in earlier):
+        numbers = ", ".join(str(each.id) for each in reversed(earlier))
+        yield f"Each time the reason was the same ({_noun(len(earlier), 'crash')} {numbers})."
+    else:
+        told = "; ".join(
+            f"{_ago(each.at, now)} {_clause(each.reason)} (crash {each.id})" for each in earlier[:3]
+        )
+        yield f"Before that: {told}."
+
+
+# -- evidence and advice -------------------------------------------------------------------
+
+
+def _evidence(status: DeploymentStatus, crash: Crash | None) -> Iterator[str]:
+    if crash is None:
+        return
+    found = []
+    if crash.error and crash.error.rstrip(".") not in crash.reason:
+        found.append(f"its traceback ends with {crash.error!r}")
+    if crash.peak_rss is not None:
+        limit = status.limits.memory
+        of = f" of the {mebibytes(limit)} that it may use" if limit else ""
+        found.append(f"it used up to {mebibytes(crash.peak_rss)} of memory{of}")
+    told = f": {', '.join(found)}" if found else ""
+    yield (
+        f"Crash {crash.id} has the evidence{told}; `tursi crashes {status.name} {crash.id}` "
+        "shows its last lines and more."
+    )
+    advice = _ADVICE.get(crash.failure)
+    if advice is not None:
+        yield f"{advice}."
+
+
+# -- what comes next -----------------------------------------------------------------------
+
+
+def _next(
+    status: DeploymentStatus, lead: WorkerStatus | None, settings: Workers, now: float
+) -> Iterator[str]:
+    again = f"`tursi up {status.model} --name {status.name}`"
+    at = status.next_try_at
+    when = f"at {_clock(at, now)}, {_ahead(at, now)}" if at is not None else "soon"
+    match status.phase:
+        case Phase.BACKOFF:
+            yield f"The next try is {when}; {again} tries at once."
+        case Phase.QUARANTINED:
+            yield (
+                f"A single try follows {when}. If that one serves for "
+                f"{_duration(settings.good_seconds)} all is forgotten, if it fails the quarantine "
+                f"goes on, and after three such failures it is given up; {again} tries at once "
+                "and forgets the failures."
+            )
+        case Phase.FAILED:
+            yield f"Nothing is tried by itself any more: {again} tries again."
+        case Phase.STOPPED:
+            if status.desired is Desired.STOPPED:
+                yield f"It stays so until somebody starts it: {again}."
+        case Phase.WEDGED:
+            yield "Another attempt to kill it is made every 30 s; only the kernel can let it go."
+        case Phase.READY if lead is not None and lead.failures:
+            good_at = lead.since + settings.good_seconds
+            yield (
+                f"It has failed {_times(lead.failures)} in a row before; that is forgotten at "
+                f"{_clock(good_at, now)}, {_ahead(good_at, now)}, if nothing happens until then."
+            )
+        case _:
+            pass
+
+
+def _others(status: DeploymentStatus, lead: WorkerStatus | None, now: float) -> Iterator[str]:
+    others = [
+        each
+        for each in status.workers
+        if each is not lead and not (status.phase is Phase.READY and each.phase is Phase.READY)
+    ]
+    for each in others:
+        who = f"Replica {each.replica}"
+        if each.generation is not None and each.generation != status.generation:
+            who += f" of generation {each.generation}"
+        sentence = (
+            f"{who} is {_DOING[each.phase]}{_progress(each.progress)}, "
+            f"since {_moment(each.since, now)}"
+        )
+        if each.reason and each.phase is not Phase.READY:
+            sentence += f": {_clause(each.reason)}"
+        if each.next_try_at is not None:
+            sentence += (
+                f"; its next try is at {_clock(each.next_try_at, now)}, "
+                f"{_ahead(each.next_try_at, now)}"
+            )
+        yield f"{sentence}."
+
+
+# -- words ---------------------------------------------------------------------------------
+
+
+def _clause(text: str) -> str:
+    return text.strip().rstrip(".")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _noun(number: int, noun: str) -> str:
+    return noun if number == 1 else f"{noun}es"
+
+
+def _times(number: int) -> str:
+    return {1: "once", 2: "twice"}.get(number, f"{number} times")
+
+
+def _moment(at: float, now: float) -> str:
+    return f"{_clock(at, now)} ({_ago(at, now)})"
+
+
+def _clock(at: float, now: float) -> str:
+    """A point in time in UTC; with its day if that isn't today."""
+    then, today = datetime.fromtimestamp(at, UTC), datetime.fromtimestamp(now, UTC)
+    day = "" if then.date() == today.date() else f"{then:%Y-%m-%d} "
+    return f"{day}{then:%H:%M:%S} UTC"
+
+
+def _ago(at: float, now: float) -> str:
+    return f"{_duration(now - at)} ago" if now - at >= 1 else "just now"
+
+
+def _ahead(at: float, now: float) -> str:
+    return f"in {_duration(at - now)}" if at - now >= 1 else "now"
+
+
+def _duration(seconds: float) -> str:
+    """A length of time in the unit or two that people would use."""
+    whole = max(round(seconds), 0)
+    if whole < 120:
+        return f"{whole} s"
+    minutes = whole // 60
+    if minutes < 120:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    return f"{hours // 24} days"
