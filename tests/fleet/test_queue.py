@@ -14,12 +14,14 @@ from tursi.errors import (
     DeadlineExceeded,
     DeploymentUnavailable,
     ModelLoading,
+    PoisonRequest,
     QueueFull,
     TursiError,
     WorkerLost,
 )
-from tursi.fleet.queue import RequestQueue, Work, shutting_down
-from tursi.model import Crash, Phase, Usage
+from tursi.fleet.passage import Work
+from tursi.fleet.queue import CAUSE_SECONDS, RequestQueue, shutting_down
+from tursi.model import Crash, FailureClass, Phase, Usage
 from tursi.supervision.link import Sink
 
 
@@ -69,6 +71,14 @@ class FakeReplica:
         del self.held[id]
         self.cancelled.append(id)
 
+    def die(self, life: str) -> None:
+        """End with everything that it holds."""
+        self.phase = Phase.STOPPING
+        lost = list(self.held.values())
+        self.held.clear()
+        for _, sink in lost:
+            sink.failed(WorkerLost("gone", reference=life))
+
     def answer(self, id: int) -> None:  # noqa: A002 - the real one's name
         _, sink = self.held.pop(id)
         sink.head(wire.Head(200, "application/json", {}))
@@ -98,14 +108,42 @@ class Bench:
             poisoned=self.poisoned.append,
         )
 
-    def submit(self, seconds: float = 600.0) -> Recorder:
+    def submit(self, seconds: float = 600.0, body: bytes = b"{}") -> Recorder:
         recorder = Recorder()
-        self.queue.submit(work(seconds), recorder)
+        self.queue.submit(work(seconds, body), recorder)
         return recorder
 
+    def come_up(self, *replicas: FakeReplica) -> None:
+        for replica in replicas:
+            replica.phase = Phase.READY
+        self.queue.pump()
 
-def work(seconds: float = 600.0) -> Work:
-    return Work("openai.embeddings", "id", "application/json", b"{}", seconds)
+    def identify(self, life: str, number: int) -> None:
+        """It has been found out why that life ended."""
+        self.queue.crashed(crash(life, number))
+
+
+def crash(life: str, number: int) -> Crash:
+    return Crash(
+        id=number,
+        deployment="mini",
+        generation=1,
+        replica=0,
+        worker=life,
+        at=0.0,
+        failure=FailureClass.CRASH,
+        reason="crashed with signal 11 (SIGSEGV)",
+        phase=Phase.READY,
+        spawned_at=0.0,
+    )
+
+
+def work(seconds: float = 600.0, body: bytes = b"{}") -> Work:
+    return Work("openai.embeddings", "id", "application/json", body, seconds)
+
+
+def bodies(replica: FakeReplica) -> list[bytes]:
+    return [ask.body for ask, _ in replica.held.values()]
 
 
 def test_a_request_goes_straight_to_a_ready_replica_and_is_counted() -> None:
@@ -224,3 +262,249 @@ def test_closing_fails_what_waits_and_refuses_from_then_on() -> None:
         with pytest.raises(TursiError) as refused:
             bench.submit()
         assert refused.value.retry_after == 5
+
+
+# -- lost workers ------------------------------------------------------------------------
+
+
+def test_a_lost_request_goes_to_another_replica_at_once() -> None:
+    first, second = FakeReplica(), FakeReplica()
+    bench = Bench(first, second)
+    recorder = bench.submit()
+    bench.clock.advance(1)
+    first.die("a")
+    assert recorder.said == []
+    ask, _ = second.held[1]
+    assert (ask.body, ask.seconds) == (b"{}", 599.0)
+    second.answer(1)
+    assert len(recorder.said) == 3
+    assert bench.finished == [(200, 1.0)]
+
+
+def test_a_lost_request_waits_for_the_restart_before_all_others_and_within_its_time() -> None:
+    replica = FakeReplica(room=1)
+    bench = Bench(replica, max_queued=1)
+    lost = bench.submit(seconds=30)
+    later = bench.submit(body=b"[]")
+    bench.clock.advance(10)
+    replica.die("a")
+    # It takes nobody's place in the queue.
+    assert bench.queue.waiting == 2
+    bench.clock.advance(5)
+    bench.come_up(replica)
+    assert bodies(replica) == [b"{}"]
+    replica.answer(2)
+    assert len(lost.said) == 3
+    assert bodies(replica) == [b"[]"]
+    assert later.said == []
+    waits = bench.submit(seconds=30)
+    replica.die("b")
+    bench.clock.advance(30)
+    assert isinstance(waits.said[0], ModelLoading)
+
+
+def test_who_waits_after_a_crash_is_told_of_it() -> None:
+    replica = FakeReplica()
+    bench = Bench(replica)
+    recorder = bench.submit()
+    replica.die("a")
+    bench.crash = crash("a", 4)
+    bench.clock.advance(60)
+    [error] = recorder.said
+    assert isinstance(error, ModelLoading)
+    assert error.reference == "4"
+    assert "crashed with signal 11 (SIGSEGV), crash 4" in error.message
+
+
+def test_a_second_death_is_told_with_its_cause_once_that_is_known() -> None:
+    first, second = FakeReplica(), FakeReplica()
+    bench = Bench(first, second)
+    recorder = bench.submit()
+    first.die("a")
+    second.die("b")
+    assert recorder.said == []
+    bench.identify("a", 1)
+    assert recorder.said == []
+    bench.identify("b", 2)
+    [error] = recorder.said
+    assert isinstance(error, WorkerLost)
+    assert "crashed with signal 11 (SIGSEGV) (crash 2, `tursi crashes mini 2`" in error.message
+    assert "refused for an hour" in error.message
+    assert error.reference == "2"
+    assert bench.finished == [(502, 0.0)]
+    assert bench.clock.getDelayedCalls() == []
+
+
+def test_the_cause_isnt_waited_for_longer_than_it_is_worth() -> None:
+    replica = FakeReplica()
+    bench = Bench(replica)
+    recorder = bench.submit()
+    _, sink = replica.held[1]
+    sink.head(wire.Head(200, "text/event-stream", {}))
+    sink.body(b"data: 1")
+    replica.die("a")
+    bench.clock.advance(CAUSE_SECONDS)
+    assert isinstance(recorder.said[2], WorkerLost)
+    assert recorder.said[2].reference is None
+    bench.identify("a", 1)
+    assert len(recorder.said) == 3
+
+
+def test_an_answer_of_which_no_byte_has_left_begins_afresh() -> None:
+    first, second = FakeReplica(), FakeReplica()
+    bench = Bench(first, second)
+    recorder = bench.submit()
+    _, sink = first.held[1]
+    sink.head(wire.Head(200, "text/event-stream", {}))
+    first.die("a")
+    second.answer(1)
+    assert [type(one) for one in recorder.said] == [wire.Head, bytes, wire.End]
+
+
+def test_a_client_that_leaves_while_the_cause_is_looked_for_is_counted_once() -> None:
+    first, second = FakeReplica(), FakeReplica()
+    bench = Bench(first, second)
+    recorder = Recorder()
+    passage = bench.queue.submit(work(), recorder)
+    first.die("a")
+    second.die("b")
+    passage.cancel()
+    bench.identify("b", 1)
+    assert recorder.said == []
+    assert bench.finished == [(499, 0.0)]
+    assert bench.clock.getDelayedCalls() == []
+
+
+def test_who_was_asked_to_end_throws_no_suspicion_and_the_request_is_sent_again() -> None:
+    first, second = FakeReplica(asked=True), FakeReplica(asked=True)
+    bench = Bench(first, second)
+    recorder = bench.submit()
+    first.die("a")
+    assert second.in_flight == 1
+    second.die("b")
+    assert isinstance(recorder.said[0], WorkerLost)
+    third = FakeReplica()
+    bench.replicas.append(third)
+    bench.submit()
+    assert third.in_flight == 1
+
+
+def test_a_closed_queue_sends_nothing_again() -> None:
+    first, second = FakeReplica(), FakeReplica()
+    bench = Bench(first, second)
+    recorder, begun = bench.submit(), bench.submit(body=b"[]")
+    _, sink = second.held[1]
+    sink.body(b"data: 1")
+    second.die("b")
+    bench.queue.close(shutting_down())
+    assert isinstance(begun.said[1], WorkerLost)
+    first.die("a")
+    assert isinstance(recorder.said[0], WorkerLost)
+    assert bench.clock.getDelayedCalls() == []
+
+
+# -- poison ------------------------------------------------------------------------------
+
+
+def test_suspects_are_alone_one_after_the_other_while_others_are_served_elsewhere() -> None:
+    first, second = FakeReplica(room=9), FakeReplica(room=9)
+    bench = Bench(first, second, max_queued=9)
+    recorders = [bench.submit(body=body) for body in (b"1", b"2", b"3", b"4")]
+    assert (bodies(first), bodies(second)) == ([b"1", b"3"], [b"2", b"4"])
+    first.die("a")
+    # The second one gets nothing new until it is idle.
+    bench.submit(body=b"5")
+    assert bodies(second) == [b"2", b"4"]
+    second.answer(1)
+    second.answer(2)
+    assert bodies(second) == [b"1"]
+    first.phase = Phase.READY
+    bench.queue.pump()
+    assert bodies(first) == [b"5"]
+    bench.submit(body=b"6")
+    assert (bodies(first), bodies(second)) == ([b"5", b"6"], [b"1"])
+    second.answer(3)
+    assert bodies(second) == [b"3"]
+    second.answer(4)
+    bench.submit(body=b"7")
+    assert bodies(second) == [b"7"]
+    assert [len(one.said) for one in recorders] == [3] * 4
+
+
+def test_poison_is_refused_and_those_beside_it_are_answered() -> None:
+    replica = FakeReplica(room=9)
+    bench = Bench(replica, max_queued=9)
+    innocent = bench.submit(body=b"innocent")
+    poison = bench.submit(body=b"poison!!")
+    other = bench.submit(body=b"another!")
+    replica.die("a")
+    bench.identify("a", 1)
+    bench.come_up(replica)
+    replica.answer(4)
+    assert bodies(replica) == [b"poison!!"]
+    twin = bench.submit(body=b"poison!!")
+    assert bench.poisoned == []
+    replica.die("b")
+    assert bench.poisoned == ["id"]
+    bench.identify("b", 2)
+    assert isinstance(poison.said[0], WorkerLost)
+    bench.come_up(replica)
+    assert isinstance(twin.said[0], PoisonRequest)
+    assert bodies(replica) == [b"another!"]
+    replica.answer(6)
+    assert [len(one.said) for one in (innocent, other)] == [3, 3]
+    with pytest.raises(PoisonRequest) as refused:
+        bench.submit(body=b"poison!!")
+    assert refused.value.reference == "2"
+    assert "(crashes 1 and 2)" in refused.value.message
+    assert "another 60 min" in refused.value.message
+    # An innocent one has been cleared: a later death makes it no poison.
+    bench.submit(body=b"innocent")
+    replica.die("c")
+    bench.come_up(replica)
+    assert bodies(replica) == [b"innocent"]
+    bench.clock.advance(3600)
+    bench.queue.forgive()
+    bench.submit(body=b"poison!!")
+
+
+def test_what_is_forgiven_is_served_like_any_other() -> None:
+    first, second = FakeReplica(room=9), FakeReplica(room=9)
+    bench = Bench(first, second)
+    bench.submit()
+    first.die("a")
+    second.die("b")
+    bench.come_up(first)
+    with pytest.raises(PoisonRequest):
+        bench.submit()
+    bench.queue.forgive()
+    bench.submit()
+    assert first.in_flight == 1
+
+
+def test_a_suspect_that_leaves_gives_the_others_their_worker_back() -> None:
+    replica = FakeReplica(room=9)
+    bench = Bench(replica, max_queued=9)
+    passage = bench.queue.submit(work(body=b"1"), Recorder())
+    replica.die("a")
+    replica.phase = Phase.READY
+    busy = FakeReplica(room=0)
+    bench.replicas.append(busy)
+    bench.queue.pump()
+    assert bodies(replica) == [b"1"]
+    bench.submit(body=b"2")
+    assert bench.queue.waiting == 1
+    passage.cancel()
+    assert bodies(replica) == [b"2"]
+
+
+def test_a_suspect_that_gives_up_waiting_gives_the_worker_back_too() -> None:
+    first, second = FakeReplica(room=9), FakeReplica(room=9)
+    bench = Bench(first, second, max_queued=9)
+    bench.submit(body=b"1", seconds=10)
+    bench.submit(body=b"2")
+    first.die("a")
+    bench.submit(body=b"3")
+    assert bodies(second) == [b"2"]
+    bench.clock.advance(10)
+    assert bodies(second) == [b"2", b"3"]

@@ -77,8 +77,8 @@ class Suspects:
 
     def of(self, digest: bytes) -> Suspicion | None:
         """What is held against that request."""
-        self._expire()
-        return self._held.get(digest)
+        suspicion = self._held.get(digest)
+        return suspicion if suspicion is not None and suspicion.until > self._clock() else None
 
     def clear(self, digest: bytes) -> None:
         """It has been answered, and nobody died of it."""

@@ -143,6 +143,9 @@ class RequestQueue:
         self._suspects.identified(crash.worker, crash.id)
         for passage in list(self._bereft.get(crash.worker, ())):
             self._explain(passage, crash)
+        for passage in list(self._suspected.values()):
+            if passage.place:
+                self._refuse_poison(passage)
 
     def forgive(self) -> None:
         """Hold nothing against any request: the workers to come are others."""
@@ -178,10 +181,7 @@ class RequestQueue:
         """Let the next suspect have a worker alone, once one is idle."""
         while self._suspected and self._alone is None:
             passage = next(iter(self._suspected.values()))
-            poison = self._poison(passage)
-            if poison is not None:
-                self._dequeue(passage)
-                passage.refuse(poison)
+            if self._refuse_poison(passage):
                 continue
             # The least busy one gets nothing new and is idle soonest.
             self._apart = min(_newest(self._ready()), key=_in_flight, default=None)
@@ -288,9 +288,7 @@ class RequestQueue:
         else:
             # Why it ended is known in a moment, and worth that.
             self._bereft.setdefault(passage.life, []).append(passage)
-            passage.timer = self._clock.callLater(
-                CAUSE_SECONDS, lambda: self._explain(passage, None)
-            )
+            passage.timer = self._clock.callLater(CAUSE_SECONDS, lambda: self._despair(passage))
 
     def _blame(self, passage: Passage) -> None:
         work = passage.work
@@ -298,6 +296,10 @@ class RequestQueue:
             passage.digest = digest(work.route, work.body)
         if self._suspects.died(passage.digest, len(work.body), passage.life):
             self._poisoned(work.request_id)
+
+    def _despair(self, passage: Passage) -> None:
+        passage.timer = None
+        self._explain(passage, None)
 
     def _explain(self, passage: Passage, crash: Crash | None) -> None:
         self._consoled(passage)
@@ -324,6 +326,13 @@ class RequestQueue:
                 "so the same request is refused for an hour"
             )
         return WorkerLost(f"{message}.", reference=str(crash.id) if crash else None)
+
+    def _refuse_poison(self, passage: Passage) -> bool:
+        poison = self._poison(passage)
+        if poison is not None:
+            self._dequeue(passage)
+            passage.refuse(poison)
+        return poison is not None
 
     def _poison(self, passage: Passage) -> PoisonRequest | None:
         suspicion = self._suspects.of(passage.digest) if passage.digest else None
