@@ -53,7 +53,7 @@ FLOORS = {
     # 4
     "api": Floor(
         (*(set(PURE) - {"wire"}), "store", "hub", "fleet"),
-        (*NETWORK, "klein", "werkzeug", "prometheus_client", "psutil"),
+        (*NETWORK, "httptools", "klein", "werkzeug", "prometheus_client", "psutil"),
     ),
     # 5
     "listen": Floor(DAEMON, NETWORK),

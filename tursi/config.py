@@ -52,6 +52,8 @@ class Http(_Table, frozen=True):
     body_seconds: Positive = 30.0
     idle_seconds: Positive = 60.0
     max_connections: Count = 1024
+    hot_path: bool = True
+    """Whether plain inference requests go past ``twisted.web``."""
 
 
 class Requests(_Table, frozen=True):

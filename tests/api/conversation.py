@@ -10,6 +10,7 @@ from http.client import HTTPResponse
 from io import BytesIO
 from typing import Any
 
+import msgspec
 from fake_fleet import FakeFleet
 
 from twisted.internet.address import IPv4Address
@@ -31,6 +32,10 @@ INFO = Info(
     state="/var/lib/tursi",
     listeners=(Listener(endpoint="tcp:8430", roles=(Role.INFERENCE,)),),
 )
+
+
+hot_path = True
+"""Whether sites have the hot path; tests of both ways set it."""
 
 
 @dataclass
@@ -92,6 +97,11 @@ class Transport(StringTransport):
         pass
 
 
+def hot_or_not(http: Http, hot: bool | None = None) -> Http:
+    """These settings, with the hot path or without, as the test wants it."""
+    return msgspec.structs.replace(http, hot_path=hot_path if hot is None else hot)
+
+
 class House:
     """A front with its fleet and clock."""
 
@@ -101,10 +111,13 @@ class House:
         *,
         http: Http | None = None,
         requests: Requests | None = None,
+        hot: bool | None = None,
     ) -> None:
         self.fleet = fleet or FakeFleet()
         self.clock = Clock()
-        self.configuration = Configuration(http=http or Http(), requests=requests or Requests())
+        self.configuration = Configuration(
+            http=hot_or_not(http or Http(), hot), requests=requests or Requests()
+        )
         self.front = Front(self.fleet, INFO, self.configuration, self.clock)
 
     def connect(self, roles: tuple[Role, ...] = tuple(Role)) -> tuple[Channel, Transport]:

@@ -13,6 +13,7 @@ from tursi.api.openapi import PART
 from tursi.config import Http
 from tursi.faces import TABLE
 
+pytestmark = pytest.mark.usefixtures("both_paths")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 
 

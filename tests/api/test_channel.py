@@ -7,6 +7,7 @@ from conversation import House, parse, request
 
 from tursi.config import Http
 
+pytestmark = pytest.mark.usefixtures("both_paths")
 HTTP = Http(
     header_seconds=4,
     body_seconds=8,

@@ -19,6 +19,7 @@ from tursi.errors import (
 from tursi.faces import TABLE
 from tursi.model import Usage
 
+pytestmark = pytest.mark.usefixtures("both_paths")
 EVENTS = Head(200, "text/event-stream", {})
 BODY = {"model": "small", "input": "hello"}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import pytest_twisted
-from conversation import INFO, request
+from conversation import INFO, hot_or_not, request
 from fake_fleet import End, FakeFleet, Head
 
 from twisted.internet import reactor as _reactor
@@ -26,6 +26,7 @@ from tursi.config import Configuration, Http, Requests
 from tursi.model import Role
 
 reactor: Any = _reactor
+pytestmark = pytest.mark.usefixtures("both_paths")
 EVENTS = Head(200, "text/event-stream", {})
 BODY = {"model": "small"}
 
@@ -49,6 +50,7 @@ class Server:
 
 @asynccontextmanager
 async def serving(**settings: Any) -> AsyncIterator[Server]:
+    settings["http"] = hot_or_not(settings.get("http", Http()))
     server = Server(Configuration(**settings))
     try:
         yield server

@@ -48,21 +48,26 @@ class Access:
         hosts = headers.getRawHeaders(b"host") or ()
         if len(hosts) != 1 or not hosts[0]:
             return InvalidRequest("The request needs exactly one Host header.")
-        host = hosts[0].lower()
-        known = self._local_hosts if local else self._hosts
-        if host not in known:
-            matched = _AUTHORITY.fullmatch(host)
-            if matched is None or matched[1] not in known:
-                return HostRefused(
-                    "This server doesn't answer for the host that the Host header names; use "
-                    "localhost or 127.0.0.1, or add the name to http.hosts in the configuration."
-                )
+        if not self.knows(hosts[0], local=local):
+            return HostRefused(
+                "This server doesn't answer for the host that the Host header names; use "
+                "localhost or 127.0.0.1, or add the name to http.hosts in the configuration."
+            )
         if headers.hasHeader(b"origin"):
             return OriginRefused()
         sites = headers.getRawHeaders(b"sec-fetch-site")
         if sites is not None and not _SAME_SITE.issuperset(sites):
             return OriginRefused()
         return None
+
+    def knows(self, host: bytes, *, local: bool) -> bool:
+        """Whether the listener answers for ``host``, the value of a Host header."""
+        known = self._local_hosts if local else self._hosts
+        host = host.lower()
+        if host in known:
+            return True
+        matched = _AUTHORITY.fullmatch(host)
+        return matched is not None and matched[1] in known
 
     def require(self, role: Role) -> None:
         """Raise ``RoleNotOffered`` unless the listener has this role."""

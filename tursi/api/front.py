@@ -53,10 +53,8 @@ class Front:
         self.handlers = [each for owner in owners for each in endpoints(owner)]
         description.update(document(info.version, self.handlers, TABLE))
         self.klein = router(configuration.requests.deadline_seconds, *owners)
-        self._root = Root(
-            Inference(fleet, metrics, configuration),
-            self.klein.resource(),
-        )
+        self._inference = Inference(fleet, metrics, configuration)
+        self._root = Root(self._inference, self.klein.resource())
         # Unique without any randomness: no two daemons have the same pid at the
         # same time.
         prefix = f"{int(info.started_at * 1000):x}-{info.pid:x}-"
@@ -68,6 +66,7 @@ class Front:
         http = self._configuration.http
         return Site(
             self._root,
+            self._inference,
             Access(http.hosts, roles),
             http,
             new_id=self._new_id,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from twisted.python.failure import Failure
+from twisted.web.http import NO_BODY_CODES
 
 from tursi.api.fleet import End, Fleet, Head, Ticket
 from tursi.api.metrics import Metrics
-from tursi.api.request import Request
 from tursi.config import Configuration
 from tursi.errors import (
     DeadlineExceeded,
@@ -22,10 +23,63 @@ from tursi.faces.route import Answer, Match, Route, model_of, status_of
 from tursi.fleet import Work
 from tursi.model import Role, Usage
 
+if TYPE_CHECKING:
+    from tursi.api.site import Site
+
 _STREAMS = ("text/event-stream", "application/x-ndjson")
 _MAX_WHOLE = 256 * 1024 * 1024
 """Bytes of an answer that isn't a stream."""
 _NO_USAGE = Usage()
+_FRAMING = frozenset({"content-length", "transfer-encoding"})
+
+
+class Responder(Protocol):
+    """A complete request, and the way of its answer."""
+
+    site: Site
+    request_id: bytes
+    on_overdue: Callable[[], None] | None
+    """Called when the answer takes longer than ``answer_within`` was told."""
+    on_lost: Callable[[], None] | None
+    """Called when the connection is lost before the answer is finished."""
+
+    @property
+    def body(self) -> bytes:
+        """The whole body."""
+        ...
+
+    @property
+    def content_types(self) -> Sequence[bytes]:
+        """What the Content-Type headers say."""
+        ...
+
+    def answer_within(self, seconds: float) -> None:
+        """Call ``on_overdue`` unless the answer is finished in time."""
+        ...
+
+    def respond(self, answer: Answer) -> None:
+        """Write the whole answer."""
+        ...
+
+    def open_stream(self, status: int, headers: Mapping[str, str], exchange: Exchange) -> bool:
+        """Begin an answer that ``exchange`` writes bit by bit; whether it must wait at first."""
+        ...
+
+    def write(self, data: bytes) -> None:
+        """Write some of a stream."""
+        ...
+
+    def end_stream(self, rest: bytes) -> None:
+        """Write the last bytes of a stream."""
+        ...
+
+    def abort(self) -> None:
+        """Close the connection at once."""
+        ...
+
+    def incident(self, failure: Failure) -> InternalError:
+        """Log a defect; the error that tells the client its id and nothing else."""
+        ...
 
 
 class Inference:
@@ -36,14 +90,14 @@ class Inference:
         self.metrics = metrics
         self.settings = configuration.requests
 
-    def render(self, request: Request, match: Match) -> None:
+    def render(self, request: Responder, match: Match) -> None:
         """Answer ``request``, now or later."""
         route = match.route
         exchange = Exchange(self, request, route)
         try:
             request.site.access.require(Role.INFERENCE)
             body = request.body
-            content_type = _json_type(request.requestHeaders.getRawHeaders(b"content-type"))
+            content_type = _json_type(request.content_types)
             model = match.model if match.model is not None else model_of(body)
             exchange.deployment = self.fleet.find(model)
             exchange.submit(
@@ -70,11 +124,11 @@ class Exchange:
     """
 
     __slots__ = (
-        "_began", "_done", "_ended", "_head", "_held", "_held_bytes", "_inference", "_paused",
+        "_began", "_done", "_head", "_held", "_held_bytes", "_inference", "_opened", "_paused",
         "_request", "_route", "_streaming", "_ticket", "deployment",
     )  # fmt: skip
 
-    def __init__(self, inference: Inference, request: Request, route: Route) -> None:
+    def __init__(self, inference: Inference, request: Responder, route: Route) -> None:
         self._inference = inference
         self._request = request
         self._route = route
@@ -83,7 +137,7 @@ class Exchange:
         self._head: Head | None = None
         self._held: list[bytes] = []
         self._held_bytes = 0
-        self._streaming = self._paused = self._done = False
+        self._streaming = self._opened = self._paused = self._done = False
         self.deployment = ""
 
     def submit(self, work: Work) -> None:
@@ -95,14 +149,16 @@ class Exchange:
         self._ticket = ticket
         request.on_lost = self._lost
         request.on_overdue = self._overdue
-        request.channel.answer_within(work.seconds)
+        request.answer_within(work.seconds)
 
     # -- what the fleet tells ------------------------------------------------------------
 
     def head(self, head: Head) -> None:
         """Keep status and headers until there is something to send."""
         self._head = head
-        self._streaming = head.content_type.startswith(_STREAMS)
+        self._streaming = (
+            head.content_type.startswith(_STREAMS) and head.status not in NO_BODY_CODES
+        )
 
     def body(self, data: bytes) -> None:
         """Send or keep ``data``."""
@@ -113,7 +169,7 @@ class Exchange:
         elif self._paused:
             self._hold(data, self._inference.settings.max_stream_buffer)
         else:
-            if not self._request.startedWriting:
+            if not self._opened:
                 self._open()
             self._request.write(data)
 
@@ -131,17 +187,17 @@ class Exchange:
             body = b"".join(self._held)
             request.respond(Answer(head.status, head.content_type, body, head.headers))
             return
-        if not request.startedWriting:
+        if not self._opened:
             self._open()
-        self._finish(b"".join(self._held))
+        request.end_stream(b"".join(self._held))
 
     def failed(self, error: TursiError) -> None:
         """Tell the client: by an HTTP error, or by the last event of a stream."""
         if self._done:
             return
         self._close(status_of(error), error.code)
-        if self._request.startedWriting:
-            self._finish(b"".join((*self._held, self._route.failure(error))))
+        if self._opened:
+            self._request.end_stream(b"".join((*self._held, self._route.failure(error))))
         else:
             self._request.respond(self._route.error(error))
 
@@ -171,8 +227,7 @@ class Exchange:
         if self._done:
             return
         seconds = self._inference.settings.deadline_seconds
-        if self._ticket is not None:
-            self._ticket.cancel()
+        self._drop()
         self.failed(DeadlineExceeded(f"The request took longer than {seconds:g} s."))
 
     # -- sending ---------------------------------------------------------------------------
@@ -183,51 +238,49 @@ class Exchange:
             self._held.append(data)
         elif self._streaming:
             self._cancel("slow_reader")
-            self._request.channel.abort()
+            self._request.abort()
         else:
-            if self._ticket is not None:
-                self._ticket.cancel()
+            self._drop()
             self._held.clear()
             self.failed(InternalError(f"The answer is larger than {limit} bytes."))
 
     def _open(self) -> None:
         """Begin a stream."""
-        head, request = self._head, self._request
-        request.setResponseCode(head.status if head is not None else 200)
-        headers = request.responseHeaders
-        if head is not None:
-            headers.setRawHeaders(b"Content-Type", [head.content_type.encode("latin-1")])
-            for name, value in head.headers.items():
-                headers.setRawHeaders(name.encode("latin-1"), [value.encode("latin-1")])
-        headers.setRawHeaders(b"Cache-Control", [b"no-cache"])
-        # Proxies would collect the events.
-        headers.setRawHeaders(b"X-Accel-Buffering", [b"no"])
-        self._paused = request.channel.congested
-        request.registerProducer(self, True)
-
-    def _finish(self, rest: bytes) -> None:
-        request = self._request
-        if rest:
-            request.write(rest)
-        if request.producer is not None:
-            request.unregisterProducer()
-        request.finish()
+        head = self._head
+        assert head is not None  # noqa: S101 - for the type checker: only a head says it is a stream
+        self._opened = True
+        headers = {
+            "Content-Type": head.content_type,
+            # A stream ends where the connection's protocol says so.
+            **{name: value for name, value in head.headers.items() if name.lower() not in _FRAMING},
+            "Cache-Control": "no-cache",
+            # Proxies would collect the events.
+            "X-Accel-Buffering": "no",
+        }
+        self._paused = self._request.open_stream(head.status, headers, self)
 
     def _cancel(self, code: str) -> None:
+        self._drop()
         self._close(499, code)
-        if self._ticket is not None:
-            self._ticket.cancel()
+
+    def _drop(self) -> None:
+        """Let the worker stop."""
+        ticket, self._ticket = self._ticket, None
+        if ticket is not None:
+            ticket.cancel()
 
     def _close(self, status: int, code: str, usage: Usage = _NO_USAGE) -> None:
         """Nothing of the answer is listened to any more; count it."""
         self._done = True
+        # They lead back to here; without them nothing waits for the collector.
+        self._ticket = self._request.on_lost = self._request.on_overdue = None
         seconds = self._request.site.reactor.seconds() - self._began
         self._inference.metrics.record(
             self.deployment, self._route.name, status, seconds, usage, code
         )
 
 
-def _json_type(given: Sequence[bytes] | None) -> str:
+def _json_type(given: Sequence[bytes]) -> str:
     """The body's Content-Type if it is JSON or isn't said, else ``UnsupportedMediaType``."""
     if not given:
         return "application/json"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from twisted.logger import Logger
 from twisted.python.failure import Failure
 from twisted.web import http, server
 
@@ -18,11 +16,9 @@ from tursi.faces.route import Answer, Match
 
 if TYPE_CHECKING:
     from tursi.api.channel import Channel
+    from tursi.api.inference import Exchange
     from tursi.api.site import Site
 
-log = Logger()
-
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 _MAX_CHUNKS = 16_384
 """Chunks of one body: each costs some work, however small it is."""
 
@@ -55,9 +51,7 @@ class Request(server.Request):
         self.content = self._received = BytesIO()
         headers = self.requestHeaders
         given = headers.getRawHeaders(b"x-request-id")
-        self.request_id = (
-            given[0] if given is not None and _REQUEST_ID.fullmatch(given[0]) else site.new_id()
-        )
+        self.request_id = site.request_id(given[0] if given is not None else None)
         command, target = channel.request_line
         self.match = TABLE.find(target.partition(b"?")[0].decode("latin-1"))
         refusal = site.access.refusal(headers, local=channel.local)
@@ -91,6 +85,11 @@ class Request(server.Request):
     def body(self) -> bytes:
         """The whole body."""
         return self._received.getvalue()
+
+    @property
+    def content_types(self) -> Sequence[bytes]:
+        """What the Content-Type headers say."""
+        return self.requestHeaders.getRawHeaders(b"content-type") or ()
 
     def parseCookies(self) -> None:  # noqa: N802 - Twisted's name
         """Nothing: there are no cookies."""
@@ -143,19 +142,34 @@ class Request(server.Request):
         self.write(self.prepare(answer))
         self.finish()
 
+    def answer_within(self, seconds: float) -> None:
+        """Call ``on_overdue`` unless the answer is finished in time."""
+        self.channel.answer_within(seconds)
+
+    def open_stream(self, status: int, headers: Mapping[str, str], exchange: Exchange) -> bool:
+        """Begin an answer that ``exchange`` writes bit by bit; whether it must wait at first."""
+        self.setResponseCode(status)
+        for name, value in headers.items():
+            self.responseHeaders.setRawHeaders(name.encode("latin-1"), [value.encode("latin-1")])
+        congested = self.channel.congested
+        self.registerProducer(exchange, True)
+        return congested
+
+    def end_stream(self, rest: bytes) -> None:
+        """Write the last bytes of a stream."""
+        if rest:
+            self.write(rest)
+        if self.producer is not None:
+            self.unregisterProducer()
+        self.finish()
+
+    def abort(self) -> None:
+        """Close the connection at once."""
+        self.channel.abort()
+
     def incident(self, failure: Failure) -> InternalError:
         """Log a defect; the error that tells the client its id and nothing else."""
-        incident = self.site.new_id().decode("ascii")
-        log.failure(
-            "incident {incident}: {method} {path} failed",
-            failure,
-            incident=incident,
-            method=self.method,
-            path=self.path,
-        )
-        return InternalError(
-            f"Tursi failed; its log has the details under incident {incident}.", reference=incident
-        )
+        return self.site.incident(failure, self.method, self.path)
 
     def processingFailed(self, reason: Failure) -> Failure:  # noqa: N802 - Twisted's name
         """Answer for a defect."""

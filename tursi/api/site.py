@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from twisted.internet.interfaces import IAddress
+from twisted.logger import Logger
+from twisted.python.failure import Failure
 from twisted.web import http, server
 from twisted.web.resource import IResource
 
 from tursi.api.access import Access
 from tursi.api.channel import Channel
+from tursi.api.hot import HotChannel
 from tursi.api.request import Request
 from tursi.config import Http
+from tursi.errors import InternalError
+
+if TYPE_CHECKING:
+    from tursi.api.inference import Inference
+
+log = Logger()
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
 class Site(server.Site):
     """The factory of a listener's connections.
 
-    ``new_id`` makes ids of requests and incidents, unique in this daemon.
+    ``resource`` answers requests, ``inference`` those that are recognised before
+    ``twisted.web`` has looked at them. ``new_id`` makes ids of requests and
+    incidents, unique in this daemon.
     """
 
-    protocol = Channel  # type: ignore[assignment] # no proxy that may become HTTP/2
     access: Access
 
     def __init__(
         self,
         resource: IResource,
+        inference: Inference,
         access: Access,
         settings: Http,
         *,
@@ -38,6 +52,9 @@ class Site(server.Site):
         super().__init__(
             resource, Request, timeout=None, parsePOSTFormSubmission=False, reactor=reactor
         )
+        # No proxy that may become HTTP/2.
+        self.protocol: Any = HotChannel if settings.hot_path else Channel
+        self.inference = inference
         self.access = access
         self.settings = settings
         self.new_id = new_id
@@ -69,6 +86,26 @@ class Site(server.Site):
         if len(self.channels) >= self.settings.max_connections:
             return None
         return cast("Channel", super().buildProtocol(addr))
+
+    def request_id(self, given: bytes | None) -> bytes:
+        """The client's id for its request if it is one that can do no harm, or a new one."""
+        if given is not None and _REQUEST_ID.fullmatch(given):
+            return given
+        return self.new_id()
+
+    def incident(self, failure: Failure, method: bytes, path: bytes) -> InternalError:
+        """Log a defect; the error that tells the client its id and nothing else."""
+        incident = self.new_id().decode("ascii")
+        log.failure(
+            "incident {incident}: {method} {path} failed",
+            failure,
+            incident=incident,
+            method=method,
+            path=path,
+        )
+        return InternalError(
+            f"Tursi failed; its log has the details under incident {incident}.", reference=incident
+        )
 
     def date(self) -> bytes:
         """Now, for the Date header; made anew once a second."""
