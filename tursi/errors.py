@@ -238,6 +238,14 @@ class DeviceUnavailable(LoadError):
     exit_status = 69
 
 
+class DeviceUnsupported(LoadError):
+    """The device that was asked for can't be used by what is installed here."""
+
+    code = "device_unsupported"
+    # Not 69: waiting for it would be of no use.
+    exit_status = 78
+
+
 class OutOfMemory(LoadError):
     """There isn't enough memory to load the model."""
 

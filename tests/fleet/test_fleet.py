@@ -343,6 +343,14 @@ def test_a_failed_worker_is_tried_again_on_demand(bench: Bench) -> None:
     assert worker.resets == 1
 
 
+def test_a_restart_looks_again_for_files_that_were_not_there(bench: Bench) -> None:
+    bench.deploy()
+    bench.not_found(ModelFilesMissing("There is no folder /models/a."))
+    bench.do(bench.fleet.restart("a", "uid 0"))
+    bench.found()
+    assert bench.phase() is Phase.SPAWNING
+
+
 def test_events_are_written_and_watched(bench: Bench) -> None:
     seen: list[Event] = []
     unwatch = bench.fleet.watch("a", seen.append)

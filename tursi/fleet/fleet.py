@@ -272,6 +272,7 @@ class Fleet:
         self._convergence.retry(member)
         for worker in member.serving():
             worker.restart()
+        self._convergence.soon()
         return member.status()
 
     async def scale(self, name: str, replicas: int, by: str) -> DeploymentStatus:

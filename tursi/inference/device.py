@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from tursi.errors import DeviceUnavailable, TaskUnsuitable
+from tursi.errors import DeviceUnavailable, DeviceUnsupported, TaskUnsuitable
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -14,7 +14,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 def choose_device(wanted: str) -> torch.device:
     """The device that ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` names.
 
-    Raises ``DeviceUnavailable`` if it isn't there.
+    Raises ``DeviceUnavailable`` if it isn't there now, ``DeviceUnsupported`` if
+    it can't ever be with what is installed.
     """
     if wanted == "auto":
         if torch.cuda.is_available():
@@ -24,15 +25,15 @@ def choose_device(wanted: str) -> torch.device:
         return torch.device("cpu")
     if wanted == "mps":
         if not torch.backends.mps.is_available():
-            raise DeviceUnavailable("The device 'mps' was asked for, but there is no Apple GPU.")
+            raise DeviceUnsupported("The device 'mps' was asked for, but there is no Apple GPU.")
         return torch.device("mps")
     matched = re.fullmatch(r"cuda(?::(\d{1,3}))?", wanted)
     if matched is None:
-        raise DeviceUnavailable(
+        raise DeviceUnsupported(
             f"There is no device {wanted[:50]!r}; choose auto, cpu, cuda, cuda:N or mps."
         )
     if not torch.backends.cuda.is_built() and torch.version.hip is None:
-        raise DeviceUnavailable(
+        raise DeviceUnsupported(
             f"The device {wanted!r} was asked for, but the installed torch "
             f"{torch.__version__} is built without GPU support."
         )
