@@ -14,6 +14,7 @@ from twisted.internet.defer import Deferred
 from tursi import store as package
 from tursi.config import Storage
 from tursi.errors import (
+    CrashNotFound,
     DatabaseBusy,
     DatabaseError,
     DatabaseFull,
@@ -22,12 +23,18 @@ from tursi.errors import (
     TursiError,
 )
 from tursi.model import (
+    Crash,
     Desired,
+    Dossier,
     Event,
     FailureClass,
+    Limits,
+    LoadOrder,
     Minute,
+    Phase,
     Request,
     Resolution,
+    Sample,
     WorkerLife,
 )
 from tursi.store import Outcome, Store, connection, inspect, prepare, schema
@@ -89,6 +96,20 @@ def test_saving_says_what_it_meant(store: Store) -> None:
     (deployment,) = result(store.deployments())
     assert (deployment.created_at, deployment.updated_at) == (1.0, 8.0)
     assert [each.request for each in result(store.generations("e5"))] == [MINILM, other, MINILM]
+
+
+def test_limits_belong_to_the_generation(store: Store) -> None:
+    limited = replace(
+        MINILM, limits=Limits(memory=2**40, cpu=1.5, threads=2, files=100, processes=64)
+    )
+    for request, outcome in ((MINILM, "created"), (limited, "replaced"), (limited, "unchanged")):
+        assert result(store.save("e5", request, 1, by="cli", at=1.0))[1] == outcome
+    assert [each.request for each in result(store.generations("e5"))] == [MINILM, limited]
+    found = Resolution(folder="/models/e5", task="feature-extraction")
+    result(store.resolve("e5", 2, found, at=2.0))
+    (deployment,) = result(store.deployments())
+    assert deployment.generation.request == limited
+    assert deployment.generation.resolution == found
 
 
 def test_each_change_has_its_event_and_no_change_has_none(store: Store) -> None:
@@ -206,6 +227,79 @@ def test_lives(store: Store) -> None:
 def test_a_life_belongs_to_a_generation(store: Store) -> None:
     with pytest.raises(DatabaseError, match="FOREIGN KEY"):
         result(store.put_life(LIFE))
+
+
+def dossier(store: Store, number: int, name: str = "e5") -> Dossier:
+    """Of a life that is put into the store."""
+    life = replace(
+        LIFE,
+        uuid=f"life-{number}",
+        deployment=name,
+        ready_at=20.0,
+        ended_at=30.0,
+        failure=FailureClass.CRASH,
+        reason="crashed with signal 11 (SIGSEGV)",
+        signal=11,
+        peak_rss=1000,
+        cpu_seconds=1.5,
+    )
+    result(store.put_life(life))
+    return Dossier(
+        id=number,
+        deployment=name,
+        generation=1,
+        replica=0,
+        worker=life.uuid,
+        at=30.0,
+        failure=FailureClass.CRASH,
+        reason="crashed with signal 11 (SIGSEGV)",
+        phase=Phase.READY,
+        spawned_at=10.0,
+        ready_at=20.0,
+        signal=11,
+        peak_rss=1000,
+        cpu_seconds=1.5,
+        requests=("r1", "r\u20ac"),
+        error="ValueError: so",
+        order=LoadOrder(name, "/models/e5", dtype="float32"),
+        versions={"torch": "2.13"},
+        traceback="Traceback:\nValueError: so\n",
+        stacks="Thread 0x1",
+        log=("one", "two"),
+        usage=(Sample(11.0, 500, 0.5), Sample(12.0, 1000, 1.5)),
+    )
+
+
+def test_a_crash_is_kept_whole_and_listed_short(store: Store) -> None:
+    assert result(store.last_crash()) == 0
+    result(store.save("e5", MINILM, 1, by="me", at=1.0))
+    crash = dossier(store, 4)
+    result(store.add_crash(crash, keep=9))
+    assert result(store.crash("e5", 4)) == crash
+    [short] = result(store.crashes("e5", 9))
+    assert type(short) is Crash
+    assert short == Crash(**{name: getattr(crash, name) for name in Crash.__slots__})
+    for name, number in (("e5", 5), ("other", 4)):
+        with pytest.raises(CrashNotFound, match="tursi crashes"):
+            result(store.crash(name, number))
+
+
+def test_the_newest_crashes_of_each_deployment_stay_and_no_number_comes_twice(
+    store: Store,
+) -> None:
+    for name in ("e5", "other"):
+        result(store.save(name, MINILM, 1, by="me", at=1.0))
+    result(store.add_crash(dossier(store, 1, "other"), keep=2))
+    for number in range(2, 6):
+        result(store.add_crash(dossier(store, number), keep=2))
+    assert [each.id for each in result(store.crashes("e5", 9))] == [5, 4]
+    assert [each.id for each in result(store.crashes("e5", 1))] == [5]
+    assert [each.id for each in result(store.crashes("other", 9))] == [1]
+    # Lives that are pruned take their crashes along.
+    result(store.put_life(replace(LIFE, uuid="later", spawned_at=99.0)))
+    result(store.prune(Storage(worker_lives=1), at=100.0))
+    assert result(store.crashes("e5", 9)) == []
+    assert result(store.last_crash()) == 5
 
 
 def test_events_are_the_newest_in_order(store: Store) -> None:

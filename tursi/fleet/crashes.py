@@ -36,8 +36,7 @@ class Crashes:
         self._journal.hold(self._store.add_crash(numbered, keep=self._keep))
         self._journal.note(
             CRASHED,
-            f"replica {numbered.replica} ended while {numbered.phase.value}: {numbered.reason}"
-            f" (crash {numbered.id})",
+            f"replica {numbered.replica} ended while {numbered.phase.value} (crash {numbered.id})",
             deployment=numbered.deployment,
             worker=numbered.worker,
             cause=numbered.reason,

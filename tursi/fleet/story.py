@@ -25,11 +25,11 @@ from tursi.model import (
 MAX_EVENTS = 10
 _MAX_REQUESTS = 5
 
-_PASSING = frozenset(
+_PASSING = {
     f"worker.{phase.value}"
     for phase in Phase
     if phase not in {Phase.READY, Phase.QUARANTINED, Phase.FAILED, Phase.WEDGED}
-)
+} | {"resolve"}
 """What lies between the events that matter."""
 _WISHES = frozenset({"create", "replace", "start", "stop", "scale", "restart"})
 """Kinds of what operators do."""
@@ -79,10 +79,11 @@ def tell(
 ) -> Story:
     """``events`` are the last ones in ascending order, ``crashes`` newest first."""
     lead = _lead(status)
-    crash = _cause(lead, crashes)
+    troubled = _troubled(status, lead)
+    crash = _cause(troubled, crashes)
     sentences = (
         _state(status, lead, events, now),
-        *_happened(status, lead, crash, crashes, events, settings, now),
+        *_happened(status, troubled, crash, crashes, events, settings, now),
         *_evidence(status, crash),
         *_next(status, lead, settings, now),
         *_others(status, lead, now),
@@ -99,13 +100,20 @@ def _lead(status: DeploymentStatus) -> WorkerStatus | None:
     return min(alike, key=lambda each: (each.since, each.replica), default=None)
 
 
-def _cause(lead: WorkerStatus | None, crashes: Sequence[Crash]) -> Crash | None:
+def _troubled(status: DeploymentStatus, lead: WorkerStatus | None) -> WorkerStatus | None:
+    """The replica whose trouble is to be told: the leading one's own, or else any."""
+    if lead is not None and lead.failure is not None:
+        return lead
+    return next((each for each in status.workers if each.failure is not None), None)
+
+
+def _cause(troubled: WorkerStatus | None, crashes: Sequence[Crash]) -> Crash | None:
     """The crash that it has not recovered from."""
-    if lead is None or lead.failure is None:
+    if troubled is None:
         return None
     for crash in crashes:
-        if (crash.generation, crash.replica) == (lead.generation, lead.replica):
-            return crash if crash.failure is lead.failure else None
+        if (crash.generation, crash.replica) == (troubled.generation, troubled.replica):
+            return crash if crash.failure is troubled.failure else None
     return None
 
 
@@ -148,21 +156,21 @@ def _progress(progress: Progress | None) -> str:
 
 def _happened(
     status: DeploymentStatus,
-    lead: WorkerStatus | None,
+    troubled: WorkerStatus | None,
     crash: Crash | None,
     crashes: Sequence[Crash],
     events: Sequence[Event],
     settings: Workers,
     now: float,
 ) -> Iterator[str]:
-    if crash is not None and lead is not None:
+    if crash is not None and troubled is not None:
         yield from _crashed(status, crash, now)
-        yield from _again(lead, crash, crashes, settings, now)
+        yield from _again(troubled, crash, crashes, settings, now)
         return
     wish = _last_wish(events)
     if status.phase is Phase.READY or status.desired is Desired.STOPPED:
         if wish is not None:
-            yield f"The last thing that anybody did to it, {_ago(wish.at, now)}: {wish.message}."
+            yield f"The last order came {_ago(wish.at, now)}: {_clause(wish.message)}."
         if not crashes:
             yield "None of its workers has ended unasked."
         else:
@@ -175,12 +183,14 @@ def _happened(
     if status.reason:
         yield f"The reason: {_clause(status.reason)}."
     if wish is not None:
-        yield f"It began {_ago(wish.at, now)}: {wish.message}."
+        yield f"It began {_ago(wish.at, now)}: {_clause(wish.message)}."
 
 
 def _crashed(status: DeploymentStatus, crash: Crash, now: float) -> Iterator[str]:
     if crash.ready_at is None:
-        lived = f"{_duration(crash.at - crash.spawned_at)} after its start, before it was ready"
+        seconds = crash.at - crash.spawned_at
+        after = f"{_duration(seconds)} after" if seconds >= 1 else "right after"
+        lived = f"{after} its start, before it was ready"
     else:
         lived = f"after {_duration(crash.at - crash.ready_at)} in service"
     which = f"The worker of replica {crash.replica}" if status.replicas > 1 else "Its worker"
@@ -193,17 +203,17 @@ def _crashed(status: DeploymentStatus, crash: Crash, now: float) -> Iterator[str
 
 
 def _again(
-    lead: WorkerStatus, crash: Crash, crashes: Sequence[Crash], settings: Workers, now: float
+    troubled: WorkerStatus, crash: Crash, crashes: Sequence[Crash], settings: Workers, now: float
 ) -> Iterator[str]:
-    if lead.failures > 0:
+    if troubled.failures > 0:
         quarantine = ""
-        if lead.phase not in {Phase.QUARANTINED, Phase.FAILED}:
+        if troubled.phase not in {Phase.QUARANTINED, Phase.FAILED}:
             quarantine = f"; {settings.max_failures} lead to quarantine"
-        yield f"That was failure {lead.failures} in a row{quarantine}."
+        yield f"That was failure {troubled.failures} in a row{quarantine}."
     alike = (crash.generation, crash.replica)
     earlier = [
         each for each in crashes if (each.generation, each.replica) == alike and each.id < crash.id
-    ][: max(lead.failures - 1, 0)]
+    ][: max(troubled.failures - 1, 0)]
     if not earlier:
         return
     if all(each.reason == crash.reason for each in earlier):
@@ -245,24 +255,24 @@ def _evidence(status: DeploymentStatus, crash: Crash | None) -> Iterator[str]:
 def _next(
     status: DeploymentStatus, lead: WorkerStatus | None, settings: Workers, now: float
 ) -> Iterator[str]:
-    again = f"`tursi up {status.model} --name {status.name}`"
+    again = "deploying it again with `tursi up`"
     at = status.next_try_at
     when = f"at {_clock(at, now)}, {_ahead(at, now)}" if at is not None else "soon"
     match status.phase:
         case Phase.BACKOFF:
-            yield f"The next try is {when}; {again} tries at once."
+            yield f"The next try is {when}; {again} doesn't wait for that."
         case Phase.QUARANTINED:
             yield (
                 f"A single try follows {when}. If that one serves for "
                 f"{_duration(settings.good_seconds)} all is forgotten, if it fails the quarantine "
-                f"goes on, and after three such failures it is given up; {again} tries at once "
-                "and forgets the failures."
+                f"goes on, and after three such failures it is given up. {again.capitalize()} "
+                "forgets the failures and tries at once."
             )
         case Phase.FAILED:
-            yield f"Nothing is tried by itself any more: {again} tries again."
+            yield f"Nothing is tried by itself any more; {again} does."
         case Phase.STOPPED:
             if status.desired is Desired.STOPPED:
-                yield f"It stays so until somebody starts it: {again}."
+                yield "It stays so until somebody starts it, such as by deploying it again."
         case Phase.WEDGED:
             yield "Another attempt to kill it is made every 30 s; only the kernel can let it go."
         case Phase.READY if lead is not None and lead.failures:

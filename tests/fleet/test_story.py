@@ -1,0 +1,290 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tursi.config import Workers
+from tursi.fleet.story import MAX_EVENTS, tell
+from tursi.model import (
+    Crash,
+    DeploymentStatus,
+    Desired,
+    Event,
+    FailureClass,
+    Limits,
+    Phase,
+    Progress,
+    Story,
+    WorkerStatus,
+)
+
+NOW = 1_800_000_000.0  # 08:00:00 UTC
+CREATED = Event(1, NOW - 600, "create", "mini", "uid 0 deploys mini: org/mini, 1 replica", "uid 0")
+
+
+def worker(phase: Phase = Phase.READY, **fields: Any) -> WorkerStatus:
+    return replace(
+        WorkerStatus("mini.1.0#1", 0, phase, NOW - 60, uuid="life", generation=1), **fields
+    )
+
+
+def status(*workers: WorkerStatus, **fields: Any) -> DeploymentStatus:
+    phase = workers[0].phase if workers else Phase.STOPPED
+    one = DeploymentStatus(
+        name="mini",
+        model="org/mini",
+        task=None,
+        desired=Desired.RUNNING,
+        phase=phase,
+        replicas=max(len(workers), 1),
+        ready=sum(each.phase is Phase.READY for each in workers),
+        generation=1,
+        device="cpu",
+        dtype="float32",
+        commit=None,
+        created_at=NOW - 600,
+        updated_at=NOW - 600,
+        next_try_at=workers[0].next_try_at if workers else None,
+        progress=workers[0].progress if workers else None,
+        reason=workers[0].reason if workers else None,
+        workers=workers,
+    )
+    return replace(one, **fields)
+
+
+def crash(number: int = 7, **fields: Any) -> Crash:
+    one = Crash(
+        id=number,
+        deployment="mini",
+        generation=1,
+        replica=0,
+        worker="life",
+        at=NOW - 60,
+        failure=FailureClass.CRASH,
+        reason="crashed with signal 11 (SIGSEGV)",
+        phase=Phase.READY,
+        spawned_at=NOW - 500,
+        ready_at=NOW - 480,
+        signal=11,
+        peak_rss=3 * 2**29,
+    )
+    return replace(one, **fields)
+
+
+def story(
+    status: DeploymentStatus, *crashes: Crash, events: tuple[Event, ...] = (CREATED,)
+) -> Story:
+    return tell(status, events, crashes, Workers(), NOW)
+
+
+def test_the_healthy() -> None:
+    told = story(status(worker(), in_flight=3, queued=1))
+    assert told.sentences == (
+        (
+            "mini is ready, since 07:59:00 UTC (60 s ago): 1 of 1 replica serving, "
+            "3 requests in flight, 1 request waiting."
+        ),
+        "The last order came 10 min ago: uid 0 deploys mini: org/mini, 1 replica.",
+        "None of its workers has ended unasked.",
+    )
+    assert (told.events, told.crash) == ((CREATED,), None)
+
+
+def test_the_healthy_with_a_past() -> None:
+    told = story(status(worker(failures=2)), crash(at=NOW - 7300), crash(6))
+    assert told.sentences[2:] == (
+        (
+            "The last time that a worker ended unasked was 2 h 1 min ago, while ready: "
+            "crashed with signal 11 (SIGSEGV) (crash 7)."
+        ),
+        (
+            "It has failed twice in a row before; that is forgotten at 08:09:00 UTC, in 9 min, "
+            "if nothing happens until then."
+        ),
+    )
+    assert told.crash == 7
+
+
+def test_a_crash_and_the_next_try() -> None:
+    waiting = worker(
+        Phase.BACKOFF, failure=FailureClass.CRASH, failures=1, next_try_at=NOW + 8, reason="crashed"
+    )
+    told = story(status(waiting), crash(requests=("a", "b")))
+    assert told.sentences == (
+        "mini is waiting before it is started again, since 07:59:00 UTC (60 s ago).",
+        "Its worker ended 60 s ago, after 7 min in service: crashed with signal 11 (SIGSEGV).",
+        "It held 2 requests then: a, b.",
+        "That was failure 1 in a row; 5 lead to quarantine.",
+        (
+            "Crash 7 has the evidence: it used up to 1.5 GiB of memory; `tursi crashes mini 7` shows "
+            "its last lines and more."
+        ),
+        "A library crashed: another version, dtype or device may not.",
+        (
+            "The next try is at 08:00:08 UTC, in 8 s; deploying it again with `tursi up` doesn't wait "
+            "for that."
+        ),
+    )
+    assert told.crash == 7
+
+
+def test_a_crash_loop_in_quarantine_tells_of_each() -> None:
+    quarantined = worker(
+        Phase.QUARANTINED, failure=FailureClass.CRASH, failures=3, next_try_at=NOW + 840
+    )
+    same = story(status(quarantined), crash(), crash(6), crash(5), crash(4))
+    assert "That was failure 3 in a row." in same.sentences
+    assert "Each time the reason was the same (crashes 5, 6)." in same.sentences
+    assert same.sentences[-1].startswith("A single try follows at 08:14:00 UTC, in 14 min.")
+    other = crash(6, reason="killed by signal 9 (SIGKILL) from outside", at=NOW - 90)
+    mixed = story(status(quarantined), crash(), other)
+    assert (
+        "Before that: 90 s ago killed by signal 9 (SIGKILL) from outside (crash 6)."
+        in mixed.sentences
+    )
+
+
+def test_memory_against_its_limit_and_the_traceback() -> None:
+    failed = worker(Phase.FAILED, failure=FailureClass.OUT_OF_MEMORY)
+    told = story(
+        status(failed, limits=Limits(memory=2**31)),
+        crash(
+            failure=FailureClass.OUT_OF_MEMORY,
+            reason="out of memory: the kernel killed the worker.",
+            error="MemoryError: no more",
+            ready_at=None,
+        ),
+    )
+    assert told.sentences[1:] == (
+        (
+            "Its worker ended 60 s ago, 7 min after its start, before it was ready: "
+            "out of memory: the kernel killed the worker."
+        ),
+        (
+            "Crash 7 has the evidence: its traceback ends with 'MemoryError: no more', it used up to "
+            "1.5 GiB of memory of the 2.0 GiB that it may use; `tursi crashes mini 7` shows its last "
+            "lines and more."
+        ),
+        "Free memory, allow it more, or deploy it with a smaller dtype or fewer replicas.",
+        "Nothing is tried by itself any more; deploying it again with `tursi up` does.",
+    )
+
+
+def test_one_replica_in_trouble_beside_one_that_serves() -> None:
+    down = worker(
+        Phase.BACKOFF,
+        replica=1,
+        failure=FailureClass.CRASH,
+        failures=1,
+        next_try_at=NOW + 4,
+        reason="crashed with signal 11 (SIGSEGV)",
+    )
+    told = story(status(worker(), down), crash(replica=1))
+    assert "1 of 2 replicas serving" in told.sentences[0]
+    assert told.sentences[1].startswith("The worker of replica 1 ended 60 s ago")
+    assert told.sentences[-1] == (
+        "Replica 1 is waiting before it is started again, since 07:59:00 UTC (60 s ago): "
+        "crashed with signal 11 (SIGSEGV); its next try is at 08:00:04 UTC, in 4 s."
+    )
+
+
+def test_an_older_generation_that_keeps_serving_is_told() -> None:
+    told = story(
+        status(
+            worker(Phase.LOADING, generation=2, progress=Progress("load", 40, 100)),
+            worker(),
+            generation=2,
+        )
+    )
+    assert told.sentences[0].startswith("mini is loading the model (load, 40 %), since")
+    assert told.sentences[-1] == (
+        "Replica 0 of generation 1 is ready, since 07:59:00 UTC (60 s ago)."
+    )
+
+
+def test_the_stopped_and_those_without_files() -> None:
+    stop = Event(2, NOW - 172_800, "stop", "mini", "uid 0 stops mini", "uid 0")
+    told = story(status(desired=Desired.STOPPED), events=(CREATED, stop))
+    assert told.sentences[:2] == (
+        "mini is stopped, since 2027-01-13 08:00:00 UTC (2 days ago).",
+        "The last order came 2 days ago: uid 0 stops mini.",
+    )
+    missing = story(status(phase=Phase.FAILED, reason="There is no folder /x."))
+    assert missing.sentences[1:3] == (
+        "The reason: There is no folder /x.",
+        "It began 10 min ago: uid 0 deploys mini: org/mini, 1 replica.",
+    )
+
+
+def test_the_chain_leaves_out_what_only_passes_by() -> None:
+    passing = [
+        Event(number, NOW, f"worker.{phase.value}", "mini", "m")
+        for number, phase in enumerate((Phase.SPAWNING, Phase.LOADING, Phase.SETTLING), 10)
+    ]
+    many = [Event(number, NOW, "worker.ready", "mini", "m") for number in range(20, 40)]
+    told = story(status(worker()), events=(CREATED, *passing, many[0]))
+    assert [event.id for event in told.events] == [1, 20]
+    assert len(story(status(worker()), events=tuple(many)).events) == MAX_EVENTS
+
+
+def test_another_replicas_or_an_overcome_crash_is_no_cause() -> None:
+    waiting = worker(Phase.BACKOFF, failure=FailureClass.HOST, reason="no more processes")
+    for each in (crash(replica=1), crash(generation=2), crash()):
+        told = story(status(waiting), each)
+        assert "The reason: no more processes." in told.sentences
+
+
+TIMES = st.floats(NOW - 10**7, NOW + 10**6)
+WORKERS = st.builds(
+    worker,
+    phase=st.sampled_from(Phase),
+    replica=st.integers(0, 3),
+    since=TIMES,
+    generation=st.integers(1, 2),
+    reason=st.none() | st.just("It is so."),
+    failure=st.none() | st.sampled_from(FailureClass),
+    failures=st.integers(0, 9),
+    next_try_at=st.none() | TIMES,
+    progress=st.none() | st.builds(Progress, st.just("load"), st.none() | st.floats(0, 9)),
+)
+CRASHES = st.builds(
+    crash,
+    number=st.integers(1, 99),
+    at=TIMES,
+    replica=st.integers(0, 3),
+    failure=st.sampled_from(FailureClass),
+    phase=st.sampled_from(Phase),
+    ready_at=st.none() | TIMES,
+    peak_rss=st.none() | st.integers(0, 2**40),
+    error=st.none() | st.just("ValueError: so"),
+    requests=st.lists(st.just("r1"), max_size=9).map(tuple),
+)
+
+
+@given(
+    st.lists(WORKERS, max_size=4),
+    st.lists(CRASHES, max_size=4),
+    st.sampled_from(Desired),
+    st.sampled_from(Phase),
+)
+def test_whatever_has_happened_there_is_an_answer_in_sentences(
+    workers: list[WorkerStatus], crashes: list[Crash], desired: Desired, phase: Phase
+) -> None:
+    shown = status(*workers, desired=desired, phase=workers[0].phase if workers else phase)
+    told = story(shown, *sorted(crashes, key=lambda each: -each.id))
+    assert told.sentences
+    for sentence in told.sentences:
+        assert sentence.endswith(".")
+        assert ".." not in sentence
+        assert "None " not in sentence.replace("None of its workers", "")
+        assert "{" not in sentence
+    assert len(set(told.sentences)) == len(told.sentences) or len(workers) > 1
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_every_phase_has_its_words(phase: Phase) -> None:
+    assert story(status(worker(phase))).sentences[0].startswith("mini is ")
