@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tursi.api.fleet import Sink
-from tursi.errors import DeploymentNotFound, ModelNotFound
+from tursi.errors import CrashNotFound, DeploymentNotFound, ModelNotFound
 from tursi.fleet import Part, Work
 from tursi.model import (
     CatalogueEntry,
+    Crash,
     DeploymentStatus,
     Desired,
+    Dossier,
     Event,
+    FailureClass,
     Generation,
+    LoadOrder,
     Minute,
     Phase,
     Request,
+    Sample,
+    Story,
     Usage,
     WorkerLife,
     WorkerStatus,
@@ -83,6 +89,20 @@ def status(name: str, **changes: object) -> DeploymentStatus:
         ),
     )
     return replace(one, **changes)  # type: ignore[arg-type] # fields by name
+
+
+_CRASH: dict[str, Any] = {
+    "id": 3,
+    "deployment": "small",
+    "generation": 1,
+    "replica": 0,
+    "worker": "uuid",
+    "at": 1_700_000_001.0,
+    "failure": FailureClass.CRASH,
+    "reason": "crashed",
+    "phase": Phase.READY,
+    "spawned_at": 1_700_000_000.25,
+}
 
 
 @dataclass
@@ -164,6 +184,25 @@ class FakeFleet:
     async def lives(self, name: str, limit: int) -> list[WorkerLife]:
         self.deployment(name)
         return [WorkerLife("uuid", name, 1, 0, "boot", 1_700_000_000.25)][:limit]
+
+    async def crashes(self, name: str, limit: int) -> list[Crash]:
+        self.deployment(name)
+        return [Crash(**_CRASH)][:limit]
+
+    async def crash(self, name: str, number: int) -> Dossier:
+        self.deployment(name)
+        if number != _CRASH["id"]:
+            raise CrashNotFound
+        return Dossier(
+            **_CRASH,
+            order=LoadOrder(name, "/models/small"),
+            log=("line",),
+            usage=(Sample(1_700_000_000.5, 1000, 0.5),),
+        )
+
+    async def why(self, name: str) -> Story:
+        self.deployment(name)
+        return Story(("It is so.",), (), 3)
 
     async def events(self, deployment: str | None, after: int, limit: int) -> list[Event]:
         found = [

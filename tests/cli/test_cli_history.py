@@ -116,3 +116,63 @@ def test_stats_have_a_row_per_minute_and_a_total(api: Api) -> None:
 def test_stats_of_an_idle_deployment_say_so(api: Api) -> None:
     api.on("GET", "/deployments/mini/statistics", {"minutes": []})
     assert "no requests in the last 60 minutes" in api.tursi("stats", "mini").stdout
+
+
+CRASH = {
+    "id": 3, "deployment": "mini", "generation": 1, "replica": 0, "worker": "uuid",
+    "at": "2026-01-02T03:04:05Z", "failure": "crash", "reason": "crashed with signal 11",
+    "phase": "ready", "spawned_at": "2026-01-02T03:00:00Z", "ready_at": None,
+    "exit_status": None, "signal": 11, "intent": None, "peak_rss": 3 * 1024 * 1024,
+    "cpu_seconds": 1.5, "requests": ["r1", "r2"], "error": "ValueError: so",
+}  # fmt: skip
+DOSSIER = {
+    **CRASH,
+    "order": {"folder": "/models/mini", "task": None, "device": "cpu", "dtype": "auto"},
+    "versions": {"torch": "2.13"},
+    "traceback": "Traceback:\nValueError: so",
+    "stacks": None,
+    "log": ["one", "two\x1b[2J"],
+    "usage": [{"at": "2026-01-02T03:04:00Z", "rss": 2048, "cpu_seconds": 0.5}],
+}
+
+
+def test_crashes_are_listed(api: Api) -> None:
+    api.on("GET", "/deployments/mini/crashes", {"crashes": [CRASH]})
+    result = api.tursi("crashes", "mini", "-n", "5")
+    headers, row = (line.split() for line in result.stdout.splitlines())
+    assert headers[:2] == ["ID", "WHEN"]
+    assert row[0] == "3"
+    assert row[3:8] == ["0", "ready", "crash", "3", "MiB"]
+    assert api.asked[0].parameters == {"limit": "5"}
+    assert json.loads(api.tursi("crashes", "mini", "--json").stdout)["crashes"] == [CRASH]
+    api.on("GET", "/deployments/mini/crashes", {"crashes": []})
+    assert api.tursi("crashes", "mini").stdout == "No worker of mini has ended unasked.\n"
+
+
+def test_a_crash_is_shown_with_its_evidence(api: Api) -> None:
+    api.on("GET", "/deployments/mini/crashes/3", DOSSIER)
+    text = api.tursi("crashes", "mini", "3").stdout
+    assert text.startswith("Crash 3 of mini: crashed with signal 11\n")
+    for part in ("signal:      11", "held:        r1, r2", "torch 2.13", "  ValueError: so",
+                 "2 KiB  0.5 s", "  two\\x1b[2J", "asked for:   cpu, auto"):  # fmt: skip
+        assert part in text
+    assert "stacks" not in text
+    assert "exit status" not in text
+    assert json.loads(api.tursi("crashes", "mini", "3", "--json").stdout) == DOSSIER
+
+
+def test_an_unknown_crash_has_its_exit_code(api: Api) -> None:
+    api.on("GET", "/deployments/mini/crashes/9", refusal(404, "crash_not_found", "None such."))
+    result = api.tursi("crashes", "mini", "9")
+    assert (result.exit_code, result.stderr) == (Exit.NOT_FOUND, "tursi: None such.\n")
+
+
+def test_why_prints_sentences_and_the_chain(api: Api) -> None:
+    story = {"sentences": ["It is so.", "And so."], "events": [EVENT], "crash": None}
+    api.on("GET", "/deployments/mini/why", story)
+    lines = api.tursi("why", "mini").stdout.splitlines()
+    assert lines[:3] == ["It is so.", "And so.", ""]
+    assert lines[3].endswith("phase  mini-1-0 is ready (cause: it has been warmed up)")
+    assert json.loads(api.tursi("why", "mini", "--json").stdout) == story
+    api.on("GET", "/deployments/mini/why", {**story, "events": []})
+    assert api.tursi("why", "mini").stdout == "It is so.\nAnd so.\n"

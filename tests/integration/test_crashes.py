@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -263,14 +264,15 @@ def test_who_is_asked_to_end_has_no_crash_and_the_healthy_have_a_story_too(
 def test_as_many_crashes_are_kept_as_configured_and_numbers_go_on() -> None:
     settings = f"{SETTINGS}[storage]\ncrashes = 2\n"
     with daemon(scripted=True, settings=settings) as running:
+
+        def newest(number: int) -> bool:
+            return [one["id"] for one in crashes(running)][:1] == [number]
+
         running.deploy("echo", running.script(echo=True))
         for number in range(1, 4):
             running.wait("echo")
             os.kill(pids(running)[0], 9)
-            until(
-                lambda number=number: [one["id"] for one in crashes(running)][:1] == [number],
-                f"crash {number}",
-            )
+            until(partial(newest, number), f"crash {number}")
         assert [one["id"] for one in crashes(running)] == [3, 2]
         running.stop()
         running.start()

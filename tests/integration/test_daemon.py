@@ -85,7 +85,7 @@ def test_kill_9_of_a_worker_brings_a_new_one_and_others_never_notice(running: Da
     assert "worker.backoff" in kinds
 
 
-def test_a_request_whose_worker_dies_gets_502_at_once(running: Daemon) -> None:
+def test_a_request_that_two_workers_die_with_gets_502_at_once(running: Daemon) -> None:
     running.deploy("echo", running.script(echo=True, delay=30))
     running.wait("echo")
     pid = worker_pid(running, "echo")
@@ -99,6 +99,15 @@ def test_a_request_whose_worker_dies_gets_502_at_once(running: Daemon) -> None:
     thread.start()
     until(lambda: running.status("echo")["in_flight"] == 1, "the request is in flight")
     os.kill(pid, 9)
+    # It is sent once more, to the worker that comes after.
+    until(
+        lambda: (
+            (status := running.status("echo"))["in_flight"] == 1
+            and status["workers"][0]["pid"] != pid
+        ),
+        "the request is in flight again",
+    )
+    os.kill(worker_pid(running, "echo"), 9)
     killed = time.monotonic()
     thread.join(10)
     [(status, answered)] = answers
