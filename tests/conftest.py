@@ -71,3 +71,13 @@ def logged_failures() -> Iterator[LoggedFailures]:
         pytest.fail("The test left timers running:\n" + "\n".join(map(str, leftover)))
     if failures.unexpected():
         pytest.fail("The test logged failures:\n" + "\n".join(failures.unexpected()))
+
+
+@pytest.fixture(params=[True, False], ids=["hot", "ordinary"])
+def both_paths(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a test of the HTTP front with the hot path and without."""
+    # Of tests/api, whose tests alone use this; two modules named conftest would
+    # get into each other's way.
+    import conversation
+
+    monkeypatch.setattr(conversation, "hot_path", request.param)
