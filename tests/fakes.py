@@ -190,12 +190,17 @@ class Recorder:
         self.causes: list[str] = []
         self.lives: dict[str | None, WorkerLife] = {}
         self.dossiers: list[Dossier] = []
+        self.warnings: list[tuple[str, str]] = []
 
     def changed(self, worker: Any, cause: str) -> None:
         """Keep phase and cause."""
         self.causes.append(cause)
         if not self.phases or self.phases[-1] is not worker.phase:
             self.phases.append(worker.phase)
+
+    def warned(self, worker: Any, kind: str, message: str) -> None:
+        """Keep kind and sentence."""
+        self.warnings.append((kind, message))
 
     def life(self, life: WorkerLife) -> None:
         """Keep the row."""

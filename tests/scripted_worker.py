@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--leak", type=int, default=0, help="bytes to keep at every request")
     one.add_argument("--ignore-term", action="store_true")
     one.add_argument("--echo", action="store_true", help="answer with the request's own body")
+    one.add_argument("--attempt", action="store_true", help="do what a request's body says")
     one.add_argument("--delay", type=float, default=0.0, help="seconds before each answer")
     one.add_argument("--stream", type=int, default=0, help="answer with that many events")
     one.add_argument("--interval", type=float, default=0.02, help="seconds between two of them")
@@ -205,6 +206,8 @@ class ScriptedWorker:
             self.later(0, lambda: self.event(id_, 0))
             return head(id_, "text/event-stream")
         body = ask.body if self.options.echo else self.account(ask)
+        if self.options.attempt:
+            body = json.dumps([attempt(*each) for each in json.loads(ask.body)["attempt"]]).encode()
         answer = head(id_, "application/json") + wire.encode(Kind.BODY, id_, body) + end(id_, 1)
         if not self.options.delay:
             return answer
@@ -288,6 +291,39 @@ def escape() -> None:
             time.sleep(3600)
         os._exit(0)
     os.wait()
+
+
+def attempt(what: str, where: str) -> str | int:
+    """Do something forbidden; what came of it."""
+    attempts: dict[str, Callable[[], object]] = {
+        "read": lambda: Path(where).read_bytes(),
+        "list": lambda: list(Path(where).iterdir()),
+        "write": lambda: Path(where).write_bytes(b"x"),
+        "connect": lambda: socket.socket(socket.AF_UNIX).connect(where),
+        "tcp": lambda: socket.create_connection(("127.0.0.1", int(where))),
+        "signal": lambda: os.kill(int(where), 0),
+        "variable": lambda: os.environ[where],
+    }
+    if what == "files":
+        return open_files()
+    try:
+        answer = attempts[what]()
+    except (OSError, KeyError) as error:
+        return type(error).__name__
+    return answer if isinstance(answer, str) else "done"
+
+
+def open_files() -> int:
+    """How many descriptors there may be."""
+    opened = []
+    try:
+        while True:
+            opened.append(os.open("/dev/null", os.O_RDONLY))
+    except OSError:
+        return max(opened) + 1
+    finally:
+        for each in opened:
+            os.close(each)
 
 
 def hang_blocked() -> None:

@@ -17,7 +17,7 @@ from tursi.config import Workers
 from tursi.lifecycle.inputs import Lifecycle
 from tursi.lifecycle.machine import lifecycle
 from tursi.lifecycle.tally import Tally, backoff
-from tursi.lifecycle.verdict import Intent, Policy, Verdict, classify, not_spawned
+from tursi.lifecycle.verdict import Intent, Policy, Verdict, classify, not_spawned, too_much
 from tursi.model import FailureClass, Phase, WorkerLife
 from tursi.wire import LastWords
 
@@ -567,6 +567,24 @@ def test_sigkill_with_an_oom_kill_is_out_of_memory() -> None:
     assert verdict.failure is FailureClass.OUT_OF_MEMORY
     assert verdict.reason == (
         "out of memory: the kernel killed the worker; it had used up to 3.0 GiB"
+    )
+
+
+def test_a_limit_is_named_with_the_peak() -> None:
+    killed = Ending(signal=9, peak_rss=3 * 2**29)
+    verdict = classify(killed, None, None, loading=False, out_of_memory=True, limit=2**30)
+    assert verdict.failure is FailureClass.OUT_OF_MEMORY
+    assert verdict.reason == "out of memory: it needs more than its limit of 1.0 GiB (peak 1.5 GiB)"
+    assert too_much(2**29, None) == "out of memory: it needs more than its limit of 512.0 MiB"
+
+
+@pytest.mark.parametrize("phase", [Phase.SPAWNING, Phase.LOADING, Phase.READY, Phase.DRAINING])
+def test_who_takes_too_much_memory_is_killed_for_that(phase: Phase) -> None:
+    world = world_in(phase).give("exceeded", "it needs more than it may have")
+    assert world.phase is Phase.KILLING
+    assert world.done[-1] == "kill"
+    assert world.intents[-1] == Intent(
+        "memory", "it needs more than it may have", FailureClass.OUT_OF_MEMORY
     )
 
 

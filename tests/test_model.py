@@ -9,7 +9,18 @@ from hypothesis import strategies as st
 
 from tursi import model
 from tursi.errors import InvalidRequest
-from tursi.model import Folders, Phase, Reference, Task, deployment_name, folders
+from tursi.model import (
+    Folders,
+    Host,
+    Limits,
+    Phase,
+    Reference,
+    Request,
+    Task,
+    deployment_name,
+    folders,
+    mebibytes,
+)
 
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}", fullmatch=True).filter(
     lambda name: ".." not in name
@@ -176,3 +187,47 @@ def test_our_own_variables_win_over_all() -> None:
     }
     expected = Folders(Path("/1"), Path("/2"), Path("/3"), Path("/4.toml"))
     assert folders(environ, 0) == folders(environ, 7) == expected
+
+
+HOST = Host(memory=8 * 2**30, cores=4, files=1024)
+
+
+@pytest.mark.parametrize(
+    ("limits", "name", "why"),
+    [
+        (Limits(memory=2**20), "memory", "1.0 MiB is less than 64.0 MiB"),
+        (Limits(memory=-1), "memory", "less than 64.0 MiB"),
+        (Limits(memory=9 * 2**30), "memory", "9.0 GiB is more than the 8.0 GiB here"),
+        (Limits(cpu=0.001), "cpu", "less than 0.01 of a core"),
+        (Limits(cpu=float("nan")), "cpu", "nan is less"),
+        (Limits(cpu=float("inf")), "cpu", "inf is less"),
+        (Limits(cpu=4.5), "cpu", "4.5 is more than the 4 cores"),
+        (Limits(threads=0), "threads", "0 is less than 1"),
+        (Limits(threads=5), "threads", "5 is more than the 4 cores"),
+        (Limits(files=63), "files", "63 is less than 64"),
+        (Limits(files=1025), "files", "1025 is more than the 1024 that the system allows"),
+        (Limits(processes=15), "processes", "15 is less than 16"),
+        (Limits(processes=10**7), "processes", "1e+07 is more than the"),
+    ],
+)
+def test_limits_that_cannot_be_met(limits: Limits, name: str, why: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        Request("org/name", limits=limits).checked(HOST)
+    assert caught.value.param == f"limits.{name}"
+    assert caught.value.message.startswith(f"The limit {name} can't be met: ")
+    assert why in caught.value.message
+
+
+def test_limits_that_can_be_met_or_are_not_known_to_be_too_much() -> None:
+    most = Limits(memory=8 * 2**30, cpu=4.0, threads=4, files=1024, processes=512)
+    assert Request("org/name", limits=most).checked(HOST).limits == most
+    more = Limits(memory=2**50, cpu=64.0, threads=64, files=10**6)
+    assert Request("org/name", limits=more).checked().limits == more
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(5, "5 bytes"), (2**20, "1.0 MiB"), (1000 * 2**20, "1000.0 MiB"), (3 * 2**29, "1.5 GiB")],
+)
+def test_sizes_of_memory_for_people(size: int, text: str) -> None:
+    assert mebibytes(size) == text

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from conftest import LoggedFailures
 from fakes import RecordedSink, Recorder
+from test_cgroup import Kernel
 
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionDone
@@ -18,7 +19,9 @@ from twisted.python.failure import Failure
 from tursi import wire
 from tursi.config import Requests, Workers
 from tursi.errors import QueueFull
-from tursi.model import FailureClass, Loaded, LoadOrder, Phase, Progress, WorkerLife
+from tursi.model import FailureClass, Limits, Loaded, LoadOrder, Phase, Progress, WorkerLife
+from tursi.supervision.cgroup import Groups
+from tursi.supervision.containment import Encloser
 from tursi.supervision.life import Exit, Launch, Life
 from tursi.supervision.link import WorkerLink
 from tursi.supervision.worker import Worker
@@ -91,7 +94,11 @@ class RecordedMonitor:
         child = self.children[name]
         if not self.running or name in self.alive or not child.may_spawn():
             return
-        launch = child.launch()
+        try:
+            launch = child.launch()
+        except OSError as error:
+            self.schedule(name, child.spawn_failed(error))
+            return
         if self.refusal is not None:
             self.schedule(name, child.spawn_failed(self.refusal))
             return
@@ -138,7 +145,7 @@ class RecordedMonitor:
 
 
 class World:
-    def __init__(self, folder: Path, observer: Recorder | None = None) -> None:
+    def __init__(self, folder: Path, observer: Recorder | None = None, **confined: Any) -> None:
         self.folder = folder
         self.jump = 0.0
         self.proc = folder / "proc"
@@ -164,6 +171,7 @@ class World:
             now=lambda: 1_000_000 + self.reactor.seconds() + self.jump,
             observer=self.observer,
             proc=self.proc,
+            **confined,
         )
 
     @property
@@ -583,3 +591,105 @@ def test_it_remembers_how_it_failed_before(world: World) -> None:
     world.worker.admit()
     assert world.monitor.end(world.name, exit_status=0) == 900.0
     assert world.observer.phases[-1:] == [Phase.QUARANTINED]
+
+
+# -- limits ---------------------------------------------------------------------------
+
+
+def use(world: World, *megabytes: int) -> None:
+    """Processes below the keeper that use so much, in a folder like /proc."""
+    pids = [101 + number for number in range(len(megabytes))]
+    tasks = world.proc / "100/task/100"
+    tasks.mkdir(parents=True, exist_ok=True)
+    (tasks / "children").write_text(" ".join(map(str, pids)))
+    for pid, size in zip(pids, megabytes, strict=True):
+        folder = world.proc / str(pid)
+        folder.mkdir(exist_ok=True)
+        (folder / "statm").write_text(f"9 {size * 256} 1 1 0 1 0\n")
+        (folder / "stat").write_text(f"{pid} (python) S " + "1 " * 40)
+        (folder / "smaps_rollup").write_text(f"Rss: {size * 1024} kB\nPss: {size * 256} kB\n")
+    world.reactor.advance(1)
+
+
+def test_a_worker_is_watched_where_no_group_limits_it(tmp_path: Path) -> None:
+    world = World(tmp_path, limits=Limits(memory=200 * 2**20))
+    world.ready()
+    use(world, 100)
+    use(world, 190)
+    use(world, 195)
+    assert world.observer.warnings == [
+        ("worker.memory", "replica 0 uses 190.0 MiB of the 200.0 MiB that it may have")
+    ]
+    assert world.worker.phase is Phase.READY
+    use(world, 150, 150)  # that is 75 MiB, because they share the most of it
+    assert world.worker.phase is Phase.READY
+    use(world, 210)
+    assert world.monitor.signals == ["KILL"]
+    assert world.observer.phases[-1] is Phase.KILLING
+    world.monitor.end(world.name, signal=9, peak_rss=100)
+    (life,) = world.observer.lives.values()
+    assert life.failure is FailureClass.OUT_OF_MEMORY
+    assert life.reason == (
+        "out of memory: it needs more than its limit of 200.0 MiB (peak 210.0 MiB)"
+    )
+    assert life.peak_rss == 210 * 2**20
+    use(world, 300)
+    assert world.monitor.signals == ["KILL"], "the watch ends with the life"
+
+
+def test_a_group_says_what_the_kernel_killed(tmp_path: Path) -> None:
+    base = Kernel(tmp_path / "group")
+    base.mkdir()
+    encloser = Encloser(groups=Groups(base, frozenset({"memory"})))
+    world = World(tmp_path, limits=Limits(memory=200 * 2**20), encloser=encloser)
+    world.ready()
+    (launch,) = world.monitor.launches
+    leaf = base / f"worker-{launch.uuid}"
+    assert launch.confinement.group == str(leaf)
+    use(world, 300)
+    assert world.worker.phase is Phase.READY, "the kernel sees to the limit"
+    # Somebody else on the machine was killed: that isn't what ended this one.
+    (world.proc / "vmstat").write_text("oom_kill 5\n")
+    (leaf / "memory.peak").write_text(str(205 * 2**20))
+    world.monitor.end(world.name, signal=9, peak_rss=100)
+    (life,) = world.observer.lives.values()
+    assert life.failure is FailureClass.EXTERNAL_KILL
+    assert life.peak_rss == 205 * 2**20
+    assert not leaf.exists()
+
+
+def test_a_kill_for_memory_in_a_group_names_the_limit(tmp_path: Path) -> None:
+    base = Kernel(tmp_path / "group")
+    base.mkdir()
+    encloser = Encloser(groups=Groups(base, frozenset({"memory"})))
+    world = World(tmp_path, limits=Limits(memory=200 * 2**20), encloser=encloser)
+    world.ready()
+    (leaf,) = base.glob("worker-*")
+    (leaf / "memory.events").write_text("oom 1\noom_kill 1\n")
+    (leaf / "memory.peak").write_text(str(200 * 2**20))
+    world.monitor.end(world.name, signal=9, peak_rss=100)
+    (life,) = world.observer.lives.values()
+    assert life.failure is FailureClass.OUT_OF_MEMORY
+    assert life.reason == (
+        "out of memory: it needs more than its limit of 200.0 MiB (peak 200.0 MiB)"
+    )
+
+
+def test_a_group_that_cannot_be_made_is_a_spawn_that_failed(tmp_path: Path) -> None:
+    encloser = Encloser(groups=Groups(tmp_path / "gone", frozenset({"memory"})))
+    world = World(tmp_path, encloser=encloser)
+    world.spawn()
+    assert world.worker.phase is Phase.BACKOFF
+    assert world.worker.status().failure is FailureClass.HOST
+    assert "No such file" in (world.worker.status().reason or "")
+
+
+def test_a_spawn_that_fails_leaves_no_group(tmp_path: Path) -> None:
+    base = Kernel(tmp_path / "group")
+    base.mkdir()
+    world = World(tmp_path, encloser=Encloser(groups=Groups(base, frozenset({"memory"}))))
+    world.monitor.refusal = OSError(24, "Too many open files")
+    world.worker.start()
+    world.worker.admit()
+    assert world.worker.phase is Phase.BACKOFF
+    assert not list(base.glob("worker-*"))

@@ -227,6 +227,8 @@ class Limits:
 
 def mebibytes(size: int) -> str:
     """A size of memory, for people."""
+    if size < 2**20:
+        return f"{size} bytes"
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
@@ -254,7 +256,7 @@ class Request:
     dtype: str = "auto"
     limits: Limits = Limits()
 
-    def checked(self, host: Host = Host()) -> Request:  # noqa: B008 - a frozen value
+    def checked(self, host: Host = Host()) -> Request:
         """The same in normal form; ``InvalidRequest`` names the field that is wrong."""
         if not _DEVICE.fullmatch(self.device):
             raise InvalidRequest(

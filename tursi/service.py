@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import random
+import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -16,20 +17,22 @@ from typing import Any
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, ensureDeferred, maybeDeferred
 from twisted.internet.interfaces import IListeningPort
+from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from tursi import __version__, api, store
+from tursi import __version__, api, sandbox, store
 from tursi.config import Configuration
 from tursi.errors import AlreadyRunning, ConfigurationError, DatabaseError, TursiError
 from tursi.fleet import Fleet
 from tursi.hub import Hub
 from tursi.listen import bind, check, unix
 from tursi.lock import StateLock
-from tursi.model import Folders, LoadOrder
+from tursi.model import Folders, Host, Limits, LoadOrder
 from tursi.plan import Key
 from tursi.store import Store
-from tursi.supervision import leftovers
+from tursi.supervision import cgroup, leftovers
+from tursi.supervision.containment import Encloser
 from tursi.supervision.logs import LifeLog
 from tursi.supervision.monitor import WorkerMonitor
 from tursi.supervision.oneshot import OneShot, Running
@@ -105,6 +108,7 @@ class Daemon(Service):
         }
         self._lock = StateLock(folders.state)
         self._store = Store(folders.database, reactor)
+        self._encloser = Encloser()
         self._monitor = WorkerMonitor(reactor)
         self._one_shot = OneShot(reactor)
         self._hub = Hub(
@@ -125,6 +129,7 @@ class Daemon(Service):
             logs=folders.logs,
             reactor=reactor,
             now=time.time,
+            host=_host(),
         )
         self._listeners = (unix(folders.socket), *configuration.http.listeners)
         self._ports: list[IListeningPort] = []
@@ -154,16 +159,33 @@ class Daemon(Service):
         store.prepare(self._folders.database)
         # Stale for certain: the lock is ours.
         self._folders.socket.unlink(missing_ok=True)
+        self._encloser = self._contain()
         info = api.Info(
             version=__version__,
             pid=os.getpid(),
             started_at=time.time(),
             state=str(self._folders.state),
             listeners=self._listeners,
+            containment=self._encloser.level,
         )
         front = api.Front(self._fleet, info, self._configuration, self._reactor)
         for listener in self._listeners:
             self._ports.append(bind(self._reactor, listener, front.site(listener.roles)))
+
+    def _contain(self) -> Encloser:
+        """Find out how workers can be confined here; before any child is started."""
+        groups, because = None, None
+        try:
+            groups = cgroup.join()
+        except cgroup.NotDelegated as reason:
+            because = str(reason)
+        return Encloser(
+            groups=groups,
+            because=because,
+            landlock=sandbox.landlock_version(),
+            deny_sockets=sandbox.sockets_deniable(),
+            temporary=self._folders.state / "tmp",
+        )
 
     def _run(self) -> None:
         started = ensureDeferred(self._start())
@@ -174,6 +196,7 @@ class Daemon(Service):
         self._store.start()
         leftovers.become_subreaper()
         await self._clear_leftovers()
+        await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), self._encloser.sweep)
         self._monitor.startService()
         await self._fleet.open()
         log.info(
@@ -181,6 +204,7 @@ class Daemon(Service):
             version=__version__,
             listeners=", ".join(listener.endpoint for listener in self._listeners),
         )
+        log.info("workers are confined by {containment}", containment=str(self._encloser.level))
 
     async def _clear_leftovers(self) -> None:
         """Kill what an earlier daemon has left, and close the records of its workers."""
@@ -223,7 +247,9 @@ class Daemon(Service):
 
     # -- children -----------------------------------------------------------------------
 
-    def _make_worker(self, *, name: str, key: Key, order: LoadOrder, observer: Observer) -> Worker:
+    def _make_worker(
+        self, *, name: str, key: Key, order: LoadOrder, limits: Limits, observer: Observer
+    ) -> Worker:
         threads = str(order.threads)
         return Worker(
             name=name,
@@ -249,6 +275,8 @@ class Daemon(Service):
             random=random.random,
             now=time.time,
             observer=observer,
+            limits=limits,
+            encloser=self._encloser,
         )
 
     def _spawn_fetcher(
@@ -271,6 +299,16 @@ class Daemon(Service):
                 rate=settings.log_bytes_per_second,
             ),
         )
+
+
+def _host() -> Host:
+    """What this machine has."""
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return Host(
+        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        cores=len(os.sched_getaffinity(0)),
+        files=None if files == resource.RLIM_INFINITY else files,
+    )
 
 
 def _make_folder(folder: Path) -> None:

@@ -9,7 +9,7 @@ from fake_fleet import status
 from twisted.internet.defer import Deferred
 
 from tursi.errors import DatabaseFull
-from tursi.model import DeploymentStatus, Desired, Phase, Request, Role
+from tursi.model import DeploymentStatus, Desired, Limits, Phase, Request, Role
 
 
 def test_deployments_are_listed_with_times_in_rfc_3339() -> None:
@@ -38,6 +38,25 @@ def test_put_creates_and_then_finds_nothing_to_do() -> None:
         ("deploy", "new", Request("org/new", None, "cpu", "auto"), 2, "127.0.0.1"),
         ("deploy", "new", Request("org/new", None, "auto", "auto"), 2, "127.0.0.1"),
     ]
+
+
+def test_limits_are_taken_and_shown() -> None:
+    house = House()
+    body = {"model": "org/new", "limits": {"memory": 2**30, "cpu": 1.5, "threads": None}}
+    assert house.ask("PUT", "/deployments/new", body).status == 201
+    assert house.fleet.calls[0][2] == Request("org/new", limits=Limits(memory=2**30, cpu=1.5))
+    shown = house.ask("GET", "/deployments/new").json()["limits"]
+    assert shown.keys() == {"memory", "cpu", "threads", "files", "processes"}
+
+
+def test_the_level_of_containment_is_shown() -> None:
+    assert House().ask("GET", "/status").json()["containment"] == {
+        "limits": "rlimits and watch",
+        "because": None,
+        "landlock": None,
+        "sockets": False,
+        "no_new_privileges": True,
+    }
 
 
 def test_post_takes_the_name_from_the_reference() -> None:
@@ -166,6 +185,10 @@ def test_an_unknown_model_is_not_found_in_the_shape_of_openai() -> None:
         (b'{"model": 5}', "invalid_request", "model"),
         (b'{"model": "../etc"}', None, None),
         (b'{"model": "org/x", "replicas": 0}', "invalid_request", "replicas"),
+        (b'{"model": "org/x", "limits": {"memory": "2G"}}', "invalid_request", "limits.memory"),
+        (b'{"model": "org/x", "limits": {"cpu": 0}}', "invalid_request", "limits.cpu"),
+        (b'{"model": "org/x", "limits": {"memory": 1e300}}', "invalid_request", "limits.memory"),
+        (b'{"model": "org/x", "limits": {"disk": 1}}', "invalid_request", "limits"),
         (b'{"model": "org/x", "replicas": NaN}', "invalid_request", None),
         (b'{"model": "org/x", "replicas": 1e99}', "invalid_request", "replicas"),
         (b'{"model": "org/x", "replcias": 1}', "invalid_request", None),

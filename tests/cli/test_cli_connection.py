@@ -173,11 +173,13 @@ def test_status_shows_everything_the_daemon_says(api: Api) -> None:
         "listeners": [{"endpoint": "tcp:8430", "roles": ["inference", "health"]}],
         "versions": {"torch": "2", "python": "3"},
         "state": "/s\x1b",
+        "containment": {"limits": "rlimits and watch", "because": "no\x1b", "landlock": 7},
     }
     api.on("GET", "/status", found)
     output = api.tursi("status").output
     for expected in ("2026-01-0", "tcp:8430 (inference, health)", "torch 2, python 3", "/s\\x1b"):
         assert expected in output
+    assert "rlimits and watch (no\\x1b), Landlock 7, network not closed" in output
     assert json.loads(api.tursi("status", "--json").output) == found
 
 

@@ -81,6 +81,43 @@ def test_up_with_a_name_and_options_puts_them(api: Api) -> None:
     }
 
 
+def test_up_asks_for_limits(api: Api) -> None:
+    api.on("POST", "/deployments", created(deployment()))
+    options = ("--memory", "1.5GiB", "--cpu", "0.5", "--threads", "2", "--files", "100")
+    assert api.tursi("up", "org/mini", *options, "--processes", "64").exit_code == Exit.OK
+    assert api.asked[0].body == {
+        "model": "org/mini",
+        "limits": {
+            "memory": 3 * 2**29,
+            "cpu": 0.5,
+            "threads": 2,
+            "files": 100,
+            "processes": 64,
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("2GiB", 2**31), ("2G", 2**31), ("2g", 2**31), ("2 GB", 2 * 10**9), ("512MiB", 2**29),
+        ("300MB", 3 * 10**8), ("64k", 2**16), ("1073741824", 2**30), ("100B", 100), ("1T", 2**40),
+    ],
+)  # fmt: skip
+def test_sizes(api: Api, text: str, size: int) -> None:
+    api.on("POST", "/deployments", created(deployment()))
+    assert api.tursi("up", "org/mini", "--memory", text).exit_code == Exit.OK
+    assert api.asked[0].body["limits"] == {"memory": size}
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1G", "2GiBs", "1e9", "G", "0x10", "inf", "1 2"])
+def test_no_sizes(api: Api, text: str) -> None:
+    result = api.tursi("up", "org/mini", "--memory", text)
+    assert result.exit_code == Exit.USAGE
+    assert "is no size" in result.stderr
+    assert not api.asked
+
+
 @pytest.mark.parametrize(
     ("outcome", "said"),
     [

@@ -36,6 +36,8 @@ from tursi.model import (
     CatalogueEntry,
     Event,
     FailureClass,
+    Host,
+    Limits,
     Loaded,
     LoadOrder,
     Phase,
@@ -61,8 +63,11 @@ class FakeWorker:
     in_flight = 0
     loaded = Loaded(task="feature-extraction", device="cpu", dtype="float32")
 
-    def __init__(self, name: str, key: Key, order: LoadOrder, observer: Any) -> None:
-        self.name, self.order = name, order
+    def __init__(
+        self, name: str, key: Key, order: LoadOrder, limits: Limits, observer: Any
+    ) -> None:
+        self.name, self.order, self.limits = name, order, limits
+        self.threads = order.threads
         self.deployment, self.generation, self.replica = key
         self.phase = Phase.STOPPED
         self.reason: str | None = None
@@ -141,10 +146,13 @@ class Bench:
             logs=folder / "logs",
             reactor=self.reactor,
             now=lambda: NOW,
+            host=Host(memory=2**30, cores=4, files=1024),
         )
 
-    def make(self, *, name: str, key: Key, order: LoadOrder, observer: Any) -> FakeWorker:
-        worker = FakeWorker(name, key, order, observer)
+    def make(
+        self, *, name: str, key: Key, order: LoadOrder, limits: Limits, observer: Any
+    ) -> FakeWorker:
+        worker = FakeWorker(name, key, order, limits, observer)
         self.workers.append(worker)
         return worker
 
@@ -469,3 +477,55 @@ def test_closing_stops_every_worker_and_refuses_the_rest(bench: Bench) -> None:
     assert closing.called
     with pytest.raises(ShuttingDown):
         bench.fleet.submit("a", Work("r", "i", "", b"", 1.0), None)
+
+
+# -- limits ---------------------------------------------------------------------------
+
+
+def test_limits_reach_the_worker_and_the_status(bench: Bench) -> None:
+    limits = Limits(memory=2**29, threads=3)
+    bench.deploy(limits=limits)
+    bench.found()
+    (worker,) = bench.workers
+    assert (worker.limits, worker.order.threads) == (limits, 3)
+    assert bench.fleet.deployment("a").limits == limits
+    with pytest.raises(InvalidRequest, match=r"1\.0 GiB here"):
+        bench.deploy(limits=Limits(memory=2**31))
+
+
+def test_threads_beyond_the_cores_are_told_when_it_comes_to_that(bench: Bench) -> None:
+    def told() -> list[str]:
+        events = bench.do(bench.fleet.events(None, 0, 1000))
+        return [event.message for event in events if event.kind == "threads.overcommitted"]
+
+    bench.deploy(replicas=3, limits=Limits(threads=2))
+    bench.found()
+    for worker in bench.workers[:2]:
+        worker.become(Phase.READY)
+    bench.turn()
+    assert told() == []
+    for phase in (Phase.LOADING, Phase.READY):
+        bench.workers[2].become(phase)
+        bench.turn()
+    assert told() == [
+        (
+            "3 workers compute with 6 threads on 4 cores and slow each other down when they are "
+            "all busy"
+        )
+    ]
+    bench.workers[2].become(Phase.BACKOFF)
+    bench.workers[2].become(Phase.LOADING)
+    bench.turn()
+    assert len(told()) == 2
+
+
+def test_what_a_worker_warns_of_is_an_event(bench: Bench) -> None:
+    bench.deploy()
+    bench.found()
+    (worker,) = bench.workers
+    worker.observer.warned(worker, "worker.memory", "it uses much")
+    bench.turn()
+    (event,) = [
+        each for each in bench.do(bench.fleet.events("a", 0, 100)) if each.kind == "worker.memory"
+    ]
+    assert event.message == "it uses much"

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from processes import alive, escapees, marked, wait_until
 
+from tursi import sandbox
 from tursi.supervision.life import KEEPER, Confinement
 
 
@@ -302,3 +303,75 @@ def test_a_signal_at_any_moment_of_the_start_leaves_nothing(
         os.kill(kept.pid, number)
         kept.wait()
         assert wait_until(lambda: not marked(mark)) < 1.0
+
+
+# -- confinement ----------------------------------------------------------------------
+
+
+def test_a_private_folder_lives_as_long_as_the_worker(keep: Keep, tmp_path: Path) -> None:
+    private = tmp_path / "private"
+    program = """
+import os, sys
+os.mkdir(os.environ["TMPDIR"] + "/left")
+print(os.environ["TMPDIR"], os.environ["HOME"], oct(os.stat(os.environ["TMPDIR"]).st_mode & 0o777))
+"""
+    kept = keep(*python(program), temporary=str(private))
+    assert kept.read().split() == [str(private), str(private), "0o700"]
+    kept.report("cleared")
+    assert not private.exists()
+
+
+def test_the_worker_joins_its_group_and_the_group_is_killed(keep: Keep, tmp_path: Path) -> None:
+    (tmp_path / "cgroup.kill").touch()
+    kept = keep(*python("print(open('cgroup.procs').read())"), group=str(tmp_path),
+                directory=str(tmp_path))  # fmt: skip
+    assert kept.read().strip() == "0", "the kernel takes 0 for whoever writes it"
+    kept.report("cleared")
+    assert (tmp_path / "cgroup.kill").read_text() == "1"
+
+
+def test_without_its_group_the_worker_does_not_start(keep: Keep) -> None:
+    kept = keep("/bin/echo", "hello", group="/nowhere")
+    text = kept.read()
+    assert "hello" not in text
+    assert "can't be started" in text
+    assert kept.report("exited")["exit_status"] == 127
+
+
+def test_a_confinement_that_fails_lets_nothing_start(keep: Keep) -> None:
+    # No kernel has this version of Landlock.
+    kept = keep("/bin/echo", "hello", landlock=-1)
+    text = kept.read()
+    assert "hello" not in text
+    assert "can't be started" in text
+
+
+def test_only_the_worker_is_confined(keep: Keep, tmp_path: Path) -> None:
+    version = sandbox.landlock_version()
+    program = """
+import os
+def tried(what):
+    try:
+        what()
+        return "done"
+    except OSError as error:
+        return type(error).__name__
+import socket
+print(tried(lambda: os.listdir("/etc")), tried(lambda: socket.socket(socket.AF_INET)))
+"""
+    kept = keep(
+        *python(program),
+        landlock=version or 0,
+        deny_sockets=sandbox.sockets_deniable(),
+        read=["/usr", "/lib", "/lib64", sys.prefix, sys.base_prefix],
+        temporary=str(tmp_path / "private"),
+        model=str(tmp_path),
+    )
+    denied = "PermissionError"
+    assert kept.read().split() == [
+        denied if version else "done",
+        denied if sandbox.sockets_deniable() else "done",
+    ]
+    # Its folder is gone, so the keeper could still remove it.
+    kept.report("cleared")
+    assert not (tmp_path / "private").exists()

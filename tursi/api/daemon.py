@@ -51,6 +51,7 @@ class Daemon:
                 queued=sum(each.queued for each in deployments),
                 in_flight=sum(each.in_flight for each in deployments),
             ),
+            containment=info.containment,
         )
 
     @endpoint("GET", "/health", role=Role.HEALTH, reply=Health)

@@ -19,6 +19,7 @@ from tursi.api.messages import (
     Events,
     EventsQuery,
     Generations,
+    LimitsBody,
     Lines,
     Lives,
     LivesQuery,
@@ -31,7 +32,7 @@ from tursi.api.messages import (
 )
 from tursi.api.stream import Follow
 from tursi.errors import CrashNotFound, DeploymentNotFound
-from tursi.model import DeploymentStatus, Dossier, Event, Reference, Request, Role, Story
+from tursi.model import DeploymentStatus, Dossier, Event, Limits, Reference, Request, Role, Story
 
 _CONTROL: dict[str, Any] = {"role": Role.CONTROL}
 _ACCEPTED: dict[str, Any] = {**_CONTROL, "reply": DeploymentStatus, "statuses": (202,)}
@@ -67,11 +68,12 @@ class DeploymentControl:
         device: str | None,
         dtype: str | None,
         replicas: int | None,
+        limits: LimitsBody | None,
         by: str,
     ) -> Deployed | Status[Deployed]:
         """Deploy a model, or change its deployment, under its own or a given name."""
         chosen = name if name is not None else Reference.parse(model).short_name
-        return await self.put(chosen, model, task, device, dtype, replicas, by)
+        return await self.put(chosen, model, task, device, dtype, replicas, limits, by)
 
     @endpoint(
         "PUT", "/deployments/<name>", body=DeploymentBody, reply=Deployed, statuses=(200, 201),
@@ -85,10 +87,17 @@ class DeploymentControl:
         device: str | None,
         dtype: str | None,
         replicas: int | None,
+        limits: LimitsBody | None,
         by: str,
     ) -> Deployed | Status[Deployed]:
         """Create the deployment, or change it; the answer comes once that is durable."""
-        request = Request(model=model, task=task, device=device or "auto", dtype=dtype or "auto")
+        request = Request(
+            model=model,
+            task=task,
+            device=device or "auto",
+            dtype=dtype or "auto",
+            limits=limits.value() if limits else Limits(),
+        )
         deployment, outcome = await self._fleet.deploy(
             name, request, replicas or self._replicas(name), by
         )

@@ -9,10 +9,12 @@ import msgspec
 from tursi.fleet import Part
 from tursi.model import (
     CatalogueEntry,
+    Containment,
     Crash,
     DeploymentStatus,
     Event,
     Generation,
+    Limits,
     Minute,
     Role,
     WorkerLife,
@@ -27,6 +29,25 @@ class _Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """A body or query; a slip in a name is an error rather than ignored. Null means absent."""
 
 
+class LimitsBody(_Body):
+    """What each worker may use; what is absent has its default, or no limit."""
+
+    memory: Annotated[int, msgspec.Meta(ge=1, le=2**50)] | None = None
+    """Bytes."""
+    cpu: Annotated[float, msgspec.Meta(gt=0, le=2**16)] | None = None
+    """Cores, such as 1.5."""
+    threads: Annotated[int, msgspec.Meta(ge=1, le=2**16)] | None = None
+    """Threads that compute."""
+    files: Annotated[int, msgspec.Meta(ge=1, le=2**31)] | None = None
+    """Open descriptors."""
+    processes: Annotated[int, msgspec.Meta(ge=1, le=2**22)] | None = None
+    """Processes and threads together."""
+
+    def value(self) -> Limits:
+        """The same in the words of the domain."""
+        return Limits(**msgspec.structs.asdict(self))
+
+
 class DeploymentBody(_Body):
     """What a deployment is to serve."""
 
@@ -37,6 +58,7 @@ class DeploymentBody(_Body):
     dtype: str | None = None
     replicas: Replicas | None = None
     """Absent: as many as there are, or one."""
+    limits: LimitsBody | None = None
 
 
 class NewDeploymentBody(DeploymentBody):
@@ -184,6 +206,7 @@ class DaemonStatus(msgspec.Struct, frozen=True):
     listeners: list[ListenerView]
     versions: dict[str, str]
     counts: Counts
+    containment: Containment
 
 
 class Health(msgspec.Struct, frozen=True):

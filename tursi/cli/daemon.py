@@ -10,6 +10,7 @@ from tursi import __version__
 from tursi.cli.connection import Connection, Exit, Failure
 from tursi.cli.options import as_json
 from tursi.cli.terminal import dump, line, local_time, note, table
+from tursi.model import Containment
 
 
 @click.command()
@@ -21,6 +22,8 @@ def status(connection: Connection, *, json: bool) -> None:
     if json:
         dump(found)
         return
+    if "containment" in found:
+        found["containment"] = str(Containment(**found["containment"]))
     rows = [(key.replace("_", " "), each) for key, value in found.items() for each in _shown(value)]
     rows = [(key, local_time(value) if key == "started at" else value) for key, value in rows]
     table(("DAEMON", str(connection.socket)), rows)

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import click
 
 from tursi.cli.connection import Connection, Exit, Failure, path
-from tursi.cli.options import as_json
+from tursi.cli.options import Size, as_json
 from tursi.cli.progress import Verdict, display, look, wait
 from tursi.cli.terminal import dump, line, note, size, table
 from tursi.errors import InvalidRequest
-from tursi.model import Phase, Reference, deployment_name
+from tursi.model import Limits, Phase, Reference, deployment_name
 
 READY_SECONDS = 3600.0
 """How long ``up`` waits unless told otherwise: the daemon's own limit for a load."""
 GONE_SECONDS = 90.0
 """How long ``down`` waits: more than the daemon's deadlines for a stop together."""
 _POLL_SECONDS = 0.2
+_LIMITS = tuple(each.name for each in fields(Limits))
 
 
 @click.command()
@@ -30,6 +32,11 @@ _POLL_SECONDS = 0.2
 @click.option("--device", help="auto, cpu, cuda, cuda:N or mps (default: auto).")
 @click.option("--dtype", help="auto, float32, bfloat16 or float16 (default: auto).")
 @click.option("--replicas", type=click.IntRange(min=1), help="Number of workers (default: 1).")
+@click.option("--memory", type=Size(), help="Most memory of each worker, such as 2GiB.")
+@click.option("--cpu", type=click.FloatRange(min=0, min_open=True), help="Most cores of each.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads to compute with.")
+@click.option("--files", type=click.IntRange(min=1), help="Most open files of each worker.")
+@click.option("--processes", type=click.IntRange(min=1), help="Most processes and threads.")
 @click.option("--no-wait", is_flag=True, help="Don't wait until it is ready.")
 @click.option(
     "--timeout",
@@ -49,7 +56,7 @@ def up(
     no_wait: bool,
     timeout: float,
     json: bool,
-    **options: str | int | None,
+    **options: str | float | None,
 ) -> None:
     """Deploy MODEL and wait until it is ready.
 
@@ -58,8 +65,11 @@ def up(
     same again does nothing.
     """
     connection: Connection = context.obj
-    asked: dict[str, str | int] = {"model": str(reference(model))}
-    asked |= {key: value for key, value in options.items() if value is not None}
+    given = {key: value for key, value in options.items() if value is not None}
+    limits = {key: given.pop(key) for key in _LIMITS if key in given}
+    asked: dict[str, Any] = {"model": str(reference(model)), **given}
+    if limits:
+        asked["limits"] = limits
     if name is None:
         answer = connection.call("POST", "/deployments", body=asked).body
     else:

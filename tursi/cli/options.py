@@ -13,7 +13,7 @@ as_json = click.option("--json", is_flag=True, help="Print JSON, as the HTTP API
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
-class Size(click.ParamType):
+class Size(click.ParamType):  # type: ignore[type-arg]  # older ones take no argument
     """A size with its unit, as in 2GiB, 1.5G or 300MB; a bare number is in bytes."""
 
     name = "size"

@@ -20,6 +20,8 @@ from tursi.fleet.member import Fetch, Member
 from tursi.hub import Hub
 from tursi.model import (
     Dossier,
+    Host,
+    Limits,
     LoadOrder,
     Phase,
     Progress,
@@ -37,6 +39,8 @@ _FETCH_RETRY_SECONDS = (5.0, 300.0)
 """First and longest wait before a hub that can't be reached is tried again."""
 
 
+_RUNNING = frozenset({Phase.LOADING, Phase.WARMING, Phase.READY, Phase.SUSPECT, Phase.DRAINING})
+
 RESET = "worker.reset"
 """The kind of the event that a worker's failures were forgotten."""
 
@@ -44,7 +48,9 @@ RESET = "worker.reset"
 class MakeWorker(Protocol):
     """Builds a replica; the service knows the monitor, the command and the folders."""
 
-    def __call__(self, *, name: str, key: Key, order: LoadOrder, observer: Observer) -> Worker:
+    def __call__(
+        self, *, name: str, key: Key, order: LoadOrder, limits: Limits, observer: Observer
+    ) -> Worker:
         """A worker that has not been started."""
         ...
 
@@ -66,6 +72,7 @@ class Convergence:
         hub: Hub,
         make_worker: MakeWorker,
         settings: Workers,
+        host: Host,
         reactor: Any,
         now: Callable[[], float],
     ) -> None:
@@ -77,6 +84,8 @@ class Convergence:
         self._hub = hub
         self._make_worker = make_worker
         self._settings = settings
+        self._host = host
+        self._overcommitted = False
         self._reactor = reactor
         self._now = now
         self.governor = Governor(reactor.seconds)
@@ -172,7 +181,7 @@ class Convergence:
             task=request.task,
             device=request.device,
             dtype=request.dtype,
-            threads=self._settings.threads,
+            threads=request.limits.threads or self._settings.threads,
             max_batch_tokens=self._settings.max_batch_tokens,
             max_sequences=self._settings.max_sequences,
             # Several beats between two observations, whatever is configured.
@@ -181,7 +190,9 @@ class Convergence:
         # A name of its own for each, because the one before may still be dying.
         self._serial += 1
         name = f"{key.deployment}.{key.generation}.{key.replica}#{self._serial}"
-        worker = self._make_worker(name=name, key=key, order=order, observer=self)
+        worker = self._make_worker(
+            name=name, key=key, order=order, limits=request.limits, observer=self
+        )
         member.workers[key] = worker
         past = self._past.pop(key, None)
         if past:
@@ -280,12 +291,35 @@ class Convergence:
                 worker=worker.uuid,
                 cause=cause,
             )
+            self._count_threads()
             if phase is Phase.READY:
                 self.governor.served()
                 member.crash = None
                 self._ready(member, worker)
             self.soon()
         member.queue.pump()
+
+    def warned(self, worker: Worker, kind: str, message: str) -> None:
+        """Note what isn't as it should be."""
+        self._journal.note(kind, message, deployment=worker.deployment, worker=worker.uuid)
+
+    def _count_threads(self) -> None:
+        """Tell, once, when the workers compute with more threads than there are cores."""
+        cores = self._host.cores
+        if cores is None:
+            return
+        workers = [
+            worker for member in self._members.values() for worker in member.workers.values()
+        ]
+        running = [worker for worker in workers if worker.phase in _RUNNING]
+        threads = sum(worker.threads for worker in running)
+        if threads > cores and not self._overcommitted:
+            self._journal.note(
+                "threads.overcommitted",
+                f"{len(running)} workers compute with {threads} threads on {cores} cores and slow "
+                "each other down when they are all busy",
+            )
+        self._overcommitted = threads > cores
 
     def life(self, life: WorkerLife) -> None:
         """Keep a worker life's record."""

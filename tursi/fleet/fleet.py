@@ -38,6 +38,7 @@ from tursi.model import (
     Dossier,
     Event,
     Generation,
+    Host,
     Minute,
     Phase,
     Reference,
@@ -88,12 +89,14 @@ class Fleet:
         logs: Path,
         reactor: Any,
         now: Callable[[], float],
+        host: Host = Host(),  # noqa: B008 - a frozen value
     ) -> None:
         self._store = store
         self._hub = hub
         self._configuration = configuration
         self._reactor = reactor
         self._now = now
+        self._host = host
         self._members: dict[str, Member] = {}
         self._statistics = Statistics(now)
         self._journal = Journal(store, now)
@@ -108,6 +111,7 @@ class Fleet:
             hub=hub,
             make_worker=make_worker,
             settings=configuration.workers,
+            host=host,
             reactor=reactor,
             now=now,
         )
@@ -214,7 +218,7 @@ class Fleet:
         Without ``replicas`` an existing deployment keeps its number.
         """
         self._check_open()
-        checked = request.checked()
+        checked = request.checked(self._host)
         if name is None:
             name = Reference.parse(checked.model).short_name
         name = deployment_name(name)

@@ -206,6 +206,7 @@ class Member:
             queued=self.queue.waiting,
             in_flight=sum(status.in_flight for status in workers),
             workers=workers,
+            limits=generation.request.limits,
         )
 
     def _worst(self) -> WorkerStatus | None:

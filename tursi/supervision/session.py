@@ -15,15 +15,27 @@ from tursi.config import Requests, Workers
 from tursi.heartbeat import Beat
 from tursi.lifecycle.inputs import Lifecycle
 from tursi.lifecycle.liveness import Finding, Health, Liveness
-from tursi.lifecycle.verdict import Intent, Verdict, classify
-from tursi.model import Dossier, Loaded, LoadOrder, Phase, Progress, WorkerLife, last_line
+from tursi.lifecycle.verdict import Intent, Verdict, classify, too_much
+from tursi.model import (
+    Dossier,
+    Limits,
+    Loaded,
+    LoadOrder,
+    Phase,
+    Progress,
+    WorkerLife,
+    last_line,
+    mebibytes,
+)
 from tursi.supervision import logs, procfs
+from tursi.supervision.containment import Enclosure
 from tursi.supervision.life import Exit, Life
 from tursi.supervision.link import WorkerLink
 from tursi.supervision.logs import LifeLog
 from tursi.supervision.probe import Probe
 from tursi.supervision.stacks import Stacks
 from tursi.supervision.usage import Curve
+from tursi.supervision.watch import MemoryWatch
 from tursi.wire import Hello, LastWords
 
 _SEND_BUFFER = 1024 * 1024
@@ -38,7 +50,9 @@ class Session:
 
     ``feed`` gives an input to the machine and has its effects done; ``record``
     takes the row of this life whenever it changes, ``progressed`` each step of
-    loading, ``relieved`` is called when a full socket has room again.
+    loading, ``relieved`` is called when a full socket has room again, ``warned``
+    takes the kind of an event and a sentence. The ``enclosure`` is somebody else's
+    to end.
     """
 
     def __init__(
@@ -56,6 +70,9 @@ class Session:
         record: Callable[[WorkerLife], None],
         progressed: Callable[[Progress], None],
         relieved: Callable[[], None],
+        warned: Callable[[str, str], None],
+        limits: Limits,
+        enclosure: Enclosure,
         proc: Path,
     ) -> None:
         self.life = life
@@ -72,6 +89,10 @@ class Session:
         self._progressed = progressed
         self._relieved = relieved
         self._proc = proc
+        self._limits = limits
+        self._enclosure = enclosure
+        self._warned = warned
+        self._watch: MemoryWatch | None = None
         self._ended = False
         self._oom_kills = procfs.oom_kills(proc)
         self.link = WorkerLink(
@@ -119,8 +140,28 @@ class Session:
     def started(self, pid: int) -> None:
         """The worker itself runs."""
         self._change(worker_pid=pid)
+        self._watch_memory()
         if not self._ended:
             self._curve.start()
+
+    def _watch_memory(self) -> None:
+        """See to its limit, where the kernel doesn't."""
+        limit, keeper = self._limits.memory, self.life.keeper_pid
+        if self._ended or limit is None or keeper is None or self._enclosure.limits_memory:
+            return
+        watch = MemoryWatch(
+            clock=self._reactor,
+            limit=limit,
+            read=lambda: procfs.memory_below(keeper, watch.soft, self._proc),
+            near=lambda used: self._warned(
+                "worker.memory",
+                f"replica {self.life.replica} uses {mebibytes(used)} of the {mebibytes(limit)} "
+                "that it may have",
+            ),
+            over=lambda used: self._tell(self._machine.exceeded, too_much(limit, used)),
+        )
+        self._watch = watch
+        watch.start()
 
     def serves(self, at: float) -> None:
         """It became ready."""
@@ -176,12 +217,19 @@ class Session:
 
     def exited(self, ending: Exit, at: float) -> Verdict:
         """It has ended; why it has."""
+        counted = self._enclosure.peak() or (self._watch.peak if self._watch else 0)
+        ending = replace(ending, peak_rss=max(ending.peak_rss or 0, counted) or None)
+        killed = self._enclosure.killed_for_memory()
         verdict = classify(
             ending,
             self._intent,
             self._words,
             loading=self.life.ready_at is None,
-            out_of_memory=procfs.oom_kills(self._proc) > self._oom_kills,
+            # What a cgroup counts is the truth about its own processes.
+            out_of_memory=procfs.oom_kills(self._proc) > self._oom_kills
+            if killed is None
+            else killed,
+            limit=self._limits.memory if killed else None,
         )
         self._change(
             worker_pid=self.life.worker_pid or ending.worker_pid,
@@ -198,6 +246,8 @@ class Session:
         self._ended = True
         self.overlook()
         self._curve.stop()
+        if self._watch is not None:
+            self._watch.stop()
         if self._stacks is not None:
             self._stacks.close()
         self._change(ended_at=at, failure=verdict.failure, reason=verdict.reason)

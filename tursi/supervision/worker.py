@@ -19,6 +19,7 @@ from tursi.lifecycle.verdict import Intent, Verdict, not_spawned
 from tursi.model import (
     Dossier,
     FailureClass,
+    Limits,
     Loaded,
     LoadOrder,
     Phase,
@@ -27,6 +28,7 @@ from tursi.model import (
     WorkerStatus,
 )
 from tursi.supervision import procfs
+from tursi.supervision.containment import Encloser, Enclosure
 from tursi.supervision.deadlines import Deadlines
 from tursi.supervision.life import Exit, Launch, Life
 from tursi.supervision.link import Sink
@@ -54,6 +56,9 @@ class Observer(Protocol):
 
     def life(self, life: WorkerLife) -> None:
         """A row to insert or update."""
+
+    def warned(self, worker: Worker, kind: str, message: str) -> None:
+        """Something is not as it should be; ``kind`` is an event's, the message a sentence."""
 
     def crashed(self, dossier: Dossier) -> None:
         """A life has ended unasked; called after its last row, before its new phase."""
@@ -107,6 +112,8 @@ class Worker:
         random: Callable[[], float],
         now: Callable[[], float],
         observer: Observer,
+        limits: Limits = Limits(),  # noqa: B008 - a frozen value
+        encloser: Encloser | None = None,
         proc: Path = procfs.PROC,
     ) -> None:
         self.name = name
@@ -126,6 +133,9 @@ class Worker:
         self._reactor = reactor
         self._now = now
         self._observer = observer
+        self._limits = limits
+        self._encloser = encloser or Encloser()
+        self._enclosure: Enclosure | None = None
         self._proc = proc
         self._tally = Tally(settings, random)
         self._machine = lifecycle(self, settings, Deadlines(reactor, self._feed), self._tally)
@@ -158,6 +168,11 @@ class Worker:
     def asked(self) -> bool:
         """Whether it is ending because somebody wanted that."""
         return self._session is not None and self._session.asked
+
+    @property
+    def threads(self) -> int:
+        """Those that it computes with."""
+        return self._order.threads
 
     @property
     def in_flight(self) -> int:
@@ -250,6 +265,13 @@ class Worker:
         self._may_spawn = False
         self._lives += 1
         self.uuid = uuid4().hex
+        self._enclosure = self._encloser.enclose(
+            self.uuid,
+            self._limits,
+            model=self._order.folder,
+            command=self._command,
+            environment=self._environment,
+        )
         life_log = LifeLog(
             self._logs / f"{self.uuid}.log",
             clock=self._now,
@@ -276,9 +298,14 @@ class Worker:
             record=self._observer.life,
             progressed=self._progressed,
             relieved=lambda: self._notify("it takes requests again"),
+            warned=lambda kind, message: self._observer.warned(self, kind, message),
+            limits=self._limits,
+            enclosure=self._enclosure,
             proc=self._proc,
         )
-        return Launch(self.uuid, self._command, self._environment, life_log)
+        return Launch(
+            self.uuid, self._command, self._environment, life_log, self._enclosure.confinement
+        )
 
     def spawned(self, life: Life) -> None:
         """The keeper is there."""
@@ -307,7 +334,9 @@ class Worker:
 
     def _ended(self, verdict: Verdict) -> float | None:
         self._may_spawn = False
-        self._session = self._progress = None
+        if self._enclosure is not None:
+            self._enclosure.end()
+        self._session = self._progress = self._enclosure = None
         self._failure = verdict.failure
         self._feed(self._machine.exited, verdict)
         return self._wait if self.phase in _WAITS else None
