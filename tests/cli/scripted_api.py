@@ -127,10 +127,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         if reply.hold is not None:
             # A client that leaves ends the input.
-            self.connection.settimeout(10)
-            if not reply.hold.is_set() and self.connection.recv(1) == b"":
+            self.connection.settimeout(60)
+            if not reply.hold.is_set() and self._client_is_gone():
                 self.api.gone.set()
         self.close_connection = True
+
+    def _client_is_gone(self) -> bool:
+        try:
+            return self.connection.recv(1) == b""
+        except ConnectionError:
+            # It has left something unread.
+            return True
 
     do_GET = do_PUT = do_POST = do_DELETE = _any  # noqa: N815 - the names of http.server
 

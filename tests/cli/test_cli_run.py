@@ -241,7 +241,7 @@ def test_ctrl_c_on_a_terminal_stops_the_answer_and_not_the_chat(api: Api) -> Non
         expect(b"Once ")
         process.send_signal(signal.SIGINT)
         expect(b"Stopped.", interrupted=True)
-        assert api.gone.wait(10)
+        assert api.gone.wait(30)
         expect(b"> ")
         os.write(master, b"more\n")
         expect(b"tursi: It is too long.")
