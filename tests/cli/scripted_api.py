@@ -134,7 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _client_is_gone(self) -> bool:
         try:
-            return self.connection.recv(1) == b""
+            return bool(self.connection.recv(1) == b"")
         except ConnectionError:
             # It has left something unread.
             return True

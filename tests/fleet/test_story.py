@@ -120,12 +120,14 @@ def test_a_crash_and_the_next_try() -> None:
         "It held 2 requests then: a, b.",
         "That was failure 1 in a row; 5 lead to quarantine.",
         (
-            "Crash 7 has the evidence: it used up to 1.5 GiB of memory; `tursi crashes mini 7` shows "
+            "Crash 7 has the evidence: it used up to 1.5 GiB of memory; `tursi "
+            "crashes mini 7` shows "
             "its last lines and more."
         ),
         "A library crashed: another version, dtype or device may not.",
         (
-            "The next try is at 08:00:08 UTC, in 8 s; deploying it again with `tursi up` doesn't wait "
+            "The next try is at 08:00:08 UTC, in 8 s; deploying it again with "
+            "`tursi up` doesn't wait "
             "for that."
         ),
     )
@@ -165,8 +167,10 @@ def test_memory_against_its_limit_and_the_traceback() -> None:
             "out of memory: the kernel killed the worker."
         ),
         (
-            "Crash 7 has the evidence: its traceback ends with 'MemoryError: no more', it used up to "
-            "1.5 GiB of memory of the 2.0 GiB that it may use; `tursi crashes mini 7` shows its last "
+            "Crash 7 has the evidence: its traceback ends with 'MemoryError: no "
+            "more', it used up to "
+            "1.5 GiB of memory of the 2.0 GiB that it may use; `tursi crashes "
+            "mini 7` shows its last "
             "lines and more."
         ),
         "Free memory, allow it more, or deploy it with a smaller dtype or fewer replicas.",

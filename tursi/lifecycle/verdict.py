@@ -176,9 +176,7 @@ def too_much(limit: int, peak: int | None) -> str:
     return sentence if peak is None else f"{sentence} (peak {mebibytes(peak)})"
 
 
-def _signalled(
-    ending: Ending, number: int, *, out_of_memory: bool, limit: int | None
-) -> Verdict:
+def _signalled(ending: Ending, number: int, *, out_of_memory: bool, limit: int | None) -> Verdict:
     try:
         name = f"signal {number} ({signal.Signals(number).name})"
     except ValueError:
