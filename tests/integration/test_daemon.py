@@ -125,7 +125,7 @@ def test_kill_9_of_the_daemon_leaves_nothing_and_a_restart_brings_all_back(
     before = running.tree()
     assert len(before) >= 2
     running.kill()
-    until(lambda: not [one for one in before if one.is_running()], "every process is gone", 2)
+    until(lambda: not [one for one in before if one.is_running()], "every process is gone", 5)
     running.start()
     assert running.wait("echo")["ready"] == 2
     assert running.client.post("/v1/embeddings", json=BODY).status_code == 200

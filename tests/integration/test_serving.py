@@ -181,7 +181,7 @@ def test_kill_9_of_a_worker_then_of_the_daemon_under_load(
 
     tree = running.tree()
     running.kill()
-    until(lambda: not [one for one in tree if one.is_running()], "nothing is left", 2)
+    until(lambda: not [one for one in tree if one.is_running()], "nothing is left", 5)
     running.start()
     for name in ("minilm", "chat", "classifier", "filler"):
         running.wait(name)
