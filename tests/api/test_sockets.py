@@ -199,6 +199,37 @@ async def test_a_reader_that_stops_reading_loses_its_stream_and_nobody_elses() -
 
 
 @pytest_twisted.ensureDeferred
+async def test_a_large_answer_and_what_follows_come_whole_and_in_order() -> None:
+    async with serving() as server:
+        one = server.connect(
+            request("POST", "/v1/embeddings", BODY) * 2
+            + request("POST", "/v1/chat/completions", BODY)
+            + request("GET", "/health", headers={"Connection": "close"})
+        )
+        pieces = [bytes([letter]) * 20_000_000 for letter in b"ab"]
+        passages = server.fleet.passages
+        await until(lambda: passages)
+        passages[0].answer(pieces[0])
+        # It has to read, or it would get no more.
+        reading: Deferred[bytes] = deferToThread(drain, one)
+        await until(lambda: passages[1:])
+        passages[1].answer(pieces[1])
+        await until(lambda: passages[2:])
+        passages[2].sink.head(EVENTS)
+        for _ in range(100):
+            passages[2].sink.body(b"data: " + b"c" * 500 + b"\n\n")
+        passages[2].sink.end(End())
+        answer = await reading
+        assert answer.count(b"HTTP/1.1 200 OK") == 4
+        first, second, third, last = answer.split(b"HTTP/1.1 200 OK\r\n")[1:]
+        for piece, found in zip(pieces, (first, second), strict=True):
+            assert found.partition(b"\r\n\r\n")[2] == piece
+        assert third.count(b"c" * 500) == 100
+        assert third.endswith(b"0\r\n\r\n")
+        assert b'"status"' in last
+
+
+@pytest_twisted.ensureDeferred
 async def test_connections_over_the_limit_are_closed() -> None:
     async with serving(http=Http(max_connections=2)) as server:
         for _ in range(2):

@@ -153,7 +153,19 @@ class Channel(http.HTTPChannel):
             self._wait("headers", settings.header_seconds)
         else:
             self._wait("idle", settings.idle_seconds)
+        # Who doesn't read its answers gets no more of them: Twisted would answer
+        # all that has arrived, and read on.
+        self.paused = bool(self.persistent) and self._waitingForTransport
         super().requestDone(request)
+        if self.paused:
+            self._networkProducer.pauseProducing()
+
+    def resumeProducing(self) -> None:  # noqa: N802 - Twisted's name
+        """The client has read what was written."""
+        super().resumeProducing()
+        if self.paused:
+            self.paused = False
+            super().dataReceived(b"")
 
     # -- refusing ----------------------------------------------------------------------
 

@@ -15,7 +15,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
+from zope.interface import implementer
 
+from twisted.internet.interfaces import IPullProducer
+from twisted.internet.tcp import Connection
 from twisted.python.failure import Failure
 from twisted.web.http import NO_BODY_CODES, RESPONSES
 from twisted.web.http_headers import Headers
@@ -36,6 +39,8 @@ _UNUSUAL = frozenset(
     {b"expect", b"origin", b"sec-fetch-site", b"trailer", b"transfer-encoding", b"upgrade"}
 )
 _WHITESPACE = b" \t"
+_MAX_UNSENT = 65536
+"""Bytes that wait for the client before the writer is told to, as Twisted has it."""
 
 
 class HotChannel(Channel):
@@ -56,6 +61,14 @@ class HotChannel(Channel):
         self._head = _Head()
         self._parser = HttpRequestParser(self._head)
         self._pieces: list[bytes] = []
+        self._outlet: Outlet | None = None
+
+    def connectionMade(self) -> None:  # noqa: N802 - Twisted's name
+        """Begin."""
+        super().connectionMade()
+        # Not TLS, which is something else on top of this.
+        if isinstance(self.transport, Connection):
+            self._outlet = Outlet(self, self.transport)
 
     # -- receiving -----------------------------------------------------------------------
 
@@ -93,6 +106,9 @@ class HotChannel(Channel):
         end = data.find(b"\r\n\r\n", 0, _MAX_HEAD) + 4
         if end < 4 or not self._recognise(data if end == len(data) else data[:end]):
             self._hot = False
+            if self._outlet is not None:
+                self._outlet.close()
+                self._outlet = None
             super().dataReceived(data)
             return b""
         stop = end + self._left
@@ -168,6 +184,13 @@ class HotChannel(Channel):
 
     # -- answering -------------------------------------------------------------------------
 
+    def send(self, data: bytes) -> None:
+        """Send ``data``, at once if the socket takes it."""
+        if self._outlet is None:
+            self.transport.write(data)
+        else:
+            self._outlet.send(data)
+
     def done(self) -> None:
         """The request is answered; the next may be here already."""
         self.requests.clear()
@@ -191,6 +214,56 @@ class HotChannel(Channel):
             data = b"".join(self._dataBuffer)
             self._dataBuffer.clear()
             self._take_all(data)
+
+
+@implementer(IPullProducer)
+class Outlet:
+    """Sends without waiting a turn of the reactor for the socket to be writable.
+
+    As the transport's pull producer it is told when there is nothing unsent. Like the
+    transport it tells the channel to pause and to resume.
+    """
+
+    def __init__(self, channel: HotChannel, transport: Connection) -> None:
+        self._channel = channel
+        self._transport = transport
+        self._send = transport.getHandle().send
+        self._unsent = 0
+        self._paused = False
+        transport.unregisterProducer()
+        transport.registerProducer(self, False)
+
+    def send(self, data: bytes) -> None:
+        """Send ``data``, or leave it to the transport."""
+        if not self._unsent:
+            try:
+                sent = self._send(data)
+            except OSError:
+                # Full, or broken: the transport finds out which.
+                sent = 0
+            if sent == len(data):
+                return
+            data = data[sent:]
+        self._unsent += len(data)
+        self._transport.write(data)
+        if self._unsent > _MAX_UNSENT and not self._paused:
+            self._paused = True
+            self._channel.pauseProducing()
+
+    def resumeProducing(self) -> None:  # noqa: N802 - Twisted's name
+        """The transport has sent everything."""
+        self._unsent = 0
+        if self._paused:
+            self._paused = False
+            self._channel.resumeProducing()
+
+    def stopProducing(self) -> None:  # noqa: N802 - Twisted's name
+        """Nothing to do: ``connectionLost`` follows."""
+
+    def close(self) -> None:
+        """Give the transport back to the channel."""
+        self._transport.unregisterProducer()
+        self._transport.registerProducer(self._channel, True)
 
 
 class _Head:
@@ -309,7 +382,7 @@ class HotRequest:
                 len(body),
                 body,
             )
-        self._channel.transport.write(data)
+        self._channel.send(data)
         self._channel.done()
 
     def open_stream(self, status: int, headers: Mapping[str, str], exchange: Exchange) -> bool:
@@ -322,17 +395,13 @@ class HotRequest:
 
     def write(self, data: bytes) -> None:
         """Write some of a stream."""
-        # A chunk of nothing would be the end.
-        chunk = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
-        self._channel.transport.write(self._head + chunk)
+        self._channel.send(self._head + _chunk(data))
         self._head = b""
 
     def end_stream(self, rest: bytes) -> None:
         """Write the last bytes of a stream."""
-        if rest:
-            self.write(rest)
         self._channel.unregisterProducer()
-        self._channel.transport.write(self._head + b"0\r\n\r\n")
+        self._channel.send(b"%b%b0\r\n\r\n" % (self._head, _chunk(rest)))
         self._channel.done()
 
     def _start(self, status: int, fields: Mapping[str, str]) -> bytes:
@@ -343,6 +412,11 @@ class HotRequest:
         for name, value in fields.items():
             headers.setRawHeaders(name.encode("latin-1"), [value.encode("latin-1")])
         return b"%b%b\r\n" % (_status_line(status), _lines(headers))
+
+
+def _chunk(data: bytes) -> bytes:
+    # One without bytes would be the end.
+    return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
 @lru_cache(maxsize=64)
