@@ -89,7 +89,7 @@ class Encloser:
             self._groups.sweep()
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
-            self._temporary.mkdir(mode=0o700)
+            self._temporary.mkdir(mode=0o700, exist_ok=True)
 
     def enclose(
         self,
