@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,6 @@ from tursi.model import (
     Request,
     Story,
     WorkerLife,
-    WorkerStatus,
     check_replicas,
     deployment_name,
 )
@@ -301,10 +300,6 @@ class Fleet:
         """All of them, by name."""
         self._check_opened()
         return [member.status() for _, member in sorted(self._members.items())]
-
-    def worker_statuses(self, name: str) -> Sequence[WorkerStatus]:
-        """Its replicas as they are now."""
-        return self.deployment(name).workers
 
     async def generations(self, name: str) -> list[Generation]:
         """Its generations, oldest first."""
