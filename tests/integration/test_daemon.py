@@ -228,10 +228,14 @@ def test_a_changed_deployment_is_a_new_generation_and_no_request_is_lost(running
     ] == ("unchanged")
     assert running.deploy("echo", second)["generation"] == 2
     seen = set()
-    while running.status("echo")["ready"] != 1 or len(running.status("echo")["workers"]) != 1:
+
+    def switched() -> bool:
         seen.add(running.client.post("/v1/embeddings", json=BODY).status_code)
-    assert seen <= {200}
-    assert running.status("echo")["workers"][0]["generation"] == 2
+        now = running.status("echo")
+        return now["ready"] == 1 and [each["generation"] for each in now["workers"]] == [2]
+
+    until(switched, "only the second generation is there")
+    assert seen == {200}
 
 
 def test_a_new_generation_that_fails_leaves_the_old_one_serving(running: Daemon) -> None:
