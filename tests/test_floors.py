@@ -27,7 +27,7 @@ PURE = (*WORDS, "heartbeat", "config", "wire", "lifecycle", "plan", "schema", "f
 STATE = ("store", "supervision", "hub", "lock")
 SANS_IO = ("msgspec", "automat")
 NETWORK = ("twisted", "zope", *SANS_IO)
-DAEMON = (*PURE, *STATE, "fleet", "api", "listen", "service", "keeper", "sandbox")
+DAEMON = (*PURE, *STATE, "fleet", "api", "listen", "notify", "service", "keeper", "sandbox")
 
 FLOORS = {
     # 0: the words of the domain
@@ -48,6 +48,7 @@ FLOORS = {
     "store": Floor(PURE, NETWORK),
     "hub": Floor(PURE, NETWORK),
     "supervision": Floor(PURE, (*NETWORK, "psutil")),
+    "notify": Floor(PURE, NETWORK),
     # 3
     "fleet": Floor((*PURE, *STATE), NETWORK),
     # 4

@@ -29,6 +29,7 @@ from tursi.hub import Hub
 from tursi.listen import bind, check, unix
 from tursi.lock import StateLock
 from tursi.model import Folders, Host, Limits, LoadOrder
+from tursi.notify import Notifier, describe
 from tursi.plan import Key
 from tursi.store import Store
 from tursi.supervision import cgroup, leftovers
@@ -46,6 +47,8 @@ _EXIT_STATUS: Mapping[type[TursiError], int] = {
     ConfigurationError: 78,
     DatabaseError: 78,
 }
+_UPGRADE_SECONDS = 600.0
+_SAVE_SECONDS = 30.0
 _SOFTWARE = 70
 _UNAVAILABLE = 69
 
@@ -133,6 +136,7 @@ class Daemon(Service):
         )
         self._listeners = (unix(folders.socket), *configuration.http.listeners)
         self._ports: list[IListeningPort] = []
+        self._notifier = Notifier(reactor, environment)
 
     # -- start ---------------------------------------------------------------------
 
@@ -142,6 +146,7 @@ class Daemon(Service):
         try:
             self._begin()
         except TursiError as error:
+            self._notifier.status(error.message)
             if self._foreground:
                 # Raising would print a traceback; there is nothing to clean up.
                 sys.stderr.write(f"tursi: {error.message}\n")
@@ -156,6 +161,8 @@ class Daemon(Service):
         for folder in (self._folders.state, self._folders.runtime, self._folders.cache):
             _make_folder(folder)
         self._lock.acquire()
+        # An upgrade of a large database takes its time, and so does the look at it.
+        self._notifier.extend(_UPGRADE_SECONDS)
         store.prepare(self._folders.database)
         # Stale for certain: the lock is ours.
         self._folders.socket.unlink(missing_ok=True)
@@ -194,6 +201,7 @@ class Daemon(Service):
     async def _start(self) -> None:
         _tune_memory()
         self._store.start()
+        self._notifier.watch(self._store.ping)
         leftovers.become_subreaper()
         await self._clear_leftovers()
         await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), self._encloser.sweep)
@@ -205,6 +213,12 @@ class Daemon(Service):
             listeners=", ".join(listener.endpoint for listener in self._listeners),
         )
         log.info("workers are confined by {containment}", containment=str(self._encloser.level))
+        self._notifier.ready()
+        self._notifier.status(self._describe())
+        self._fleet.watch(None, lambda _: self._notifier.changed(self._describe))
+
+    def _describe(self) -> str:
+        return describe(self._fleet.deployments())
 
     async def _clear_leftovers(self) -> None:
         """Kill what an earlier daemon has left, and close the records of its workers."""
@@ -236,11 +250,17 @@ class Daemon(Service):
         return ensureDeferred(self._stop())
 
     async def _stop(self) -> None:
+        workers = self._configuration.workers
+        self._notifier.stopping()
+        self._notifier.extend(
+            workers.drain_seconds + workers.stop_seconds + workers.kill_seconds + _SAVE_SECONDS
+        )
         for port in self._ports:
             await maybeDeferred(port.stopListening)
         await self._fleet.close()
         await self._hub.stop()
         await self._monitor.stopService()
+        self._notifier.unwatch()
         await self._store.stop()
         self._folders.socket.unlink(missing_ok=True)
         self._lock.release()

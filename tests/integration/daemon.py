@@ -174,13 +174,15 @@ class Daemon:
 
 
 @contextmanager
-def daemon(*, scripted: bool = False, settings: str = "") -> Iterator[Daemon]:
+def daemon(
+    *, scripted: bool = False, settings: str = "", environment: Mapping[str, str] | None = None
+) -> Iterator[Daemon]:
     """A started daemon on an empty state folder; stopped and cleaned up at the end."""
     # Not pytest's tmp_path: a Unix socket's path has at most 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="tursi-"))
     running = Daemon(folder, scripted=scripted, settings=settings)
     try:
-        running.start()
+        running.start(environment)
         yield running
     finally:
         running.close()

@@ -82,6 +82,12 @@ class Store:
         self._stopped.chainDeferred(waiting)
         return waiting
 
+    def ping(self) -> Deferred[None]:
+        """A way through the thread that writes and back, whatever state the file is in."""
+        if self._writer is None or self._stopped is not None:
+            return fail(ShuttingDown())
+        return self._begin(self._writer, _nothing)
+
     def watch(self, callback: Callable[[Event], object]) -> Callable[[], None]:
         """Call ``callback`` with every event once it is stored, in order; returns the undoing."""
         self._watchers.append(callback)
@@ -221,6 +227,9 @@ class Store:
             return fail(ShuttingDown())
         if self._pending >= MAX_PENDING:
             return fail(DatabaseBusy(retry_after=5))
+        return self._begin(pool, interaction, *arguments)
+
+    def _begin(self, pool: Any, interaction: Callable[..., T], *arguments: Any) -> Deferred[T]:
         self._pending += 1
         running: Deferred[T] = pool.runInteraction(interaction, *arguments)
         # The caller may cancel its Deferred; the statement runs on all the same.
@@ -287,6 +296,10 @@ def _transaction(
             # here, in the pool's own thread, keeps the changes in their order.
             time.sleep(0.05)
     return interaction(txn, *arguments, **keywords)
+
+
+def _nothing(txn: Any) -> None:
+    txn.execute("SELECT 1")
 
 
 def _checkpoint(txn: Any) -> None:
