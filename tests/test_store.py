@@ -19,6 +19,7 @@ from tursi.errors import (
     DatabaseError,
     DatabaseFull,
     DeploymentNotFound,
+    GenerationNotFound,
     ShuttingDown,
     TursiError,
 )
@@ -166,6 +167,7 @@ def test_a_deleted_deployment_keeps_its_history(store: Store) -> None:
     [
         lambda store: store.set_desired("no", Desired.RUNNING, by="cli", at=1.0),
         lambda store: store.set_replicas("no", 1, by="cli", at=1.0),
+        lambda store: store.roll_back("no", None, by="cli", at=1.0),
         lambda store: store.delete("no", by="cli", at=1.0),
         lambda store: store.resolve("no", 1, Resolution("/m"), at=1.0),
         lambda store: store.generations("no"),
@@ -192,6 +194,40 @@ def test_a_resolution_is_appended_when_it_is_news(store: Store, path: Path) -> N
         assert other.execute("SELECT count(*) FROM resolutions").fetchone() == (3,)
         assert other.execute("SELECT count(*) FROM models").fetchone() == (2,)
     other.close()
+
+
+def test_the_way_back_is_a_new_generation_with_the_old_files(store: Store) -> None:
+    def back(number: int | None) -> tuple[Outcome, int, Request, Resolution | None]:
+        deployment, outcome = result(store.roll_back("e5", number, by="cli", at=9.0))
+        assert [deployment] == result(store.deployments())
+        generation = deployment.generation
+        return outcome, generation.number, generation.request, generation.resolution
+
+    other = replace(MINILM, dtype="float16")
+    first = Resolution("/cache/m/1", commit="1" * 40, files=("a",), size=3)
+    second = Resolution("/cache/m/2", commit="2" * 40, files=("a",), size=4)
+    result(store.save("e5", MINILM, 2, by="cli", at=1.0))
+    result(store.resolve("e5", 1, first, at=1.0))
+    with pytest.raises(GenerationNotFound, match="no way back"):
+        back(None)
+    result(store.save("e5", other, 2, by="cli", at=2.0))
+    assert back(None) == (Outcome.REPLACED, 3, MINILM, first)
+    # The branch has moved on meanwhile: the same request means other files.
+    result(store.resolve("e5", 3, second, at=3.0))
+    assert back(1) == (Outcome.REPLACED, 4, MINILM, first)
+    assert back(1) == (Outcome.UNCHANGED, 4, MINILM, first)
+    assert back(4) == (Outcome.UNCHANGED, 4, MINILM, first)
+    assert back(2) == (Outcome.REPLACED, 5, other, None)
+    assert back(None) == (Outcome.REPLACED, 6, MINILM, first)
+    with pytest.raises(GenerationNotFound, match="tursi history e5"):
+        back(99)
+    result(store.set_desired("e5", Desired.STOPPED, by="cli", at=5.0))
+    back(2)
+    (deployment,) = result(store.deployments())
+    assert (deployment.desired, deployment.replicas) == (Desired.RUNNING, 2)
+    told = [each for each in result(store.events("e5", 0, 100)) if each.kind == "rollback"]
+    assert told[0].message == f"cli rolls e5 back to generation 1: {MINILM.model}"
+    assert len(told) == 5
 
 
 # -- history ------------------------------------------------------------------------

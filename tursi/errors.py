@@ -126,6 +126,12 @@ class CrashNotFound(TursiError):
     code = "crash_not_found"
 
 
+class GenerationNotFound(TursiError):
+    """The deployment has no such generation; `tursi history NAME` lists those it has."""
+
+    code = "generation_not_found"
+
+
 class PoisonRequest(TursiError):
     """Two workers ended while they held this very request; it is refused for an hour."""
 

@@ -178,6 +178,12 @@ class FakeFleet:
         self.calls.append(("scale", name, replicas, by))
         return self.deployment(name)
 
+    async def roll_back(
+        self, name: str, number: int | None, by: str
+    ) -> tuple[DeploymentStatus, str]:
+        self.calls.append(("roll_back", name, number, by))
+        return self.deployment(name), "replaced"
+
     async def generations(self, name: str) -> list[Generation]:
         return [Generation(1, Request(self.deployment(name).model), 1_700_000_000.0, "uid 0")]
 

@@ -86,6 +86,18 @@ def test_scale_and_delete() -> None:
     ]
 
 
+def test_rollback() -> None:
+    house = House()
+    reply = house.ask("POST", "/deployments/small/rollback", {"generation": 2})
+    assert (reply.status, reply.json()["outcome"]) == (200, "replaced")
+    assert house.ask("POST", "/deployments/small/rollback", {}).status == 200
+    assert house.ask("POST", "/deployments/small/rollback", {"generation": 0}).status == 400
+    assert house.fleet.calls == [
+        ("roll_back", "small", 2, "127.0.0.1"),
+        ("roll_back", "small", None, "127.0.0.1"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("path", "expected"),
     [

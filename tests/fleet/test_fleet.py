@@ -326,6 +326,21 @@ def test_one_that_is_wanted_again_while_it_drains_waits_for_its_predecessor(
     assert bench.phase() is Phase.READY
 
 
+def test_going_back_brings_the_old_generation_up_beside_the_new(bench: Bench) -> None:
+    bench.deploy()
+    bench.found(folder="/models/a", commit="1" * 40)
+    bench.deploy(model="/models/b")
+    bench.found(folder="/models/b")
+    status, outcome = bench.do(bench.fleet.roll_back("a", None, "uid 0"))
+    assert (outcome, status.generation, status.model) == ("replaced", 3, "/models/a")
+    # Its files are known: nobody is asked again.
+    assert bench.hub.asked == []
+    assert [each.generation for each in bench.workers] == [1, 2, 3]
+    assert bench.workers[-1].order.folder == "/models/a"
+    with pytest.raises(DeploymentNotFound):
+        bench.do(bench.fleet.roll_back("none", None, "uid 0"))
+
+
 def test_stopping_and_starting(bench: Bench) -> None:
     bench.deploy()
     bench.found()

@@ -26,6 +26,7 @@ from tursi.api.messages import (
     LogsQuery,
     Minutes,
     NewDeploymentBody,
+    RollbackBody,
     ScaleBody,
     StatisticsQuery,
     Workers,
@@ -139,6 +140,11 @@ class DeploymentControl:
     async def scale(self, name: str, replicas: int, by: str) -> DeploymentStatus:
         """Run that many replicas of the deployment."""
         return await self._fleet.scale(name, replicas, by)
+
+    @endpoint("POST", "/deployments/<name>/rollback", body=RollbackBody, reply=Deployed, **_CONTROL)
+    async def roll_back(self, name: str, generation: int | None, by: str) -> Deployed:
+        """Go back to an earlier version of the deployment, with the files that it had."""
+        return Deployed(*await self._fleet.roll_back(name, generation, by))
 
     # -- history ------------------------------------------------------------------------
 

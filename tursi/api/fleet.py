@@ -112,6 +112,12 @@ class Fleet(Protocol):
         """Create or change a deployment; says which it was."""
         ...
 
+    async def roll_back(
+        self, name: str, number: int | None, by: str
+    ) -> tuple[DeploymentStatus, str]:
+        """Go back to an earlier generation; ``None``: the last other one."""
+        ...
+
     async def remove(self, name: str, by: str) -> DeploymentStatus:
         """Delete it; its workers drain in the background."""
         ...

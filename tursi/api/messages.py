@@ -73,6 +73,13 @@ class ScaleBody(_Body):
     replicas: Replicas
 
 
+class RollbackBody(_Body):
+    """Where to go back to."""
+
+    generation: Annotated[int, msgspec.Meta(ge=1, le=2**53)] | None = None
+    """Absent: the last one that asked for something else."""
+
+
 class LivesQuery(_Body):
     """Which worker lives to list."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from tursi.cli import chat, daemon, deployments, history, run
+from tursi.cli import apply, chat, daemon, deployments, generations, history, run
 from tursi.cli.connection import Connection, Exit
 from tursi.cli.terminal import note, tolerate
 from tursi.model import folders
@@ -41,6 +41,10 @@ for _command in (
     deployments.up,
     deployments.down,
     deployments.ps,
+    apply.apply,
+    generations.history,
+    generations.diff,
+    generations.rollback,
     history.logs,
     history.stats,
     history.events,

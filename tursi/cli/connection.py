@@ -47,6 +47,7 @@ _EXIT_BY_CODE: Mapping[str, Exit] = {
     "model_not_found": Exit.NOT_FOUND,
     "deployment_not_found": Exit.NOT_FOUND,
     "crash_not_found": Exit.NOT_FOUND,
+    "generation_not_found": Exit.NOT_FOUND,
     "deployment_unavailable": Exit.DEPLOYMENT_FAILED,
     "shutting_down": Exit.NO_DAEMON,
 }

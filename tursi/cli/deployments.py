@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -24,6 +25,24 @@ GONE_SECONDS = 90.0
 _POLL_SECONDS = 0.2
 _LIMITS = tuple(each.name for each in fields(Limits))
 
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def waiting(command: Command) -> Command:
+    """Options ``--no-wait`` and ``--timeout``, which go to ``await_ready``."""
+    for option in (
+        click.option(
+            "--timeout",
+            type=click.FloatRange(min=0),
+            default=READY_SECONDS,
+            show_default=True,
+            help="Seconds to wait until it is ready.",
+        ),
+        click.option("--no-wait", is_flag=True, help="Don't wait until it is ready."),
+    ):
+        command = option(command)
+    return command
+
 
 @click.command()
 @click.argument("model")
@@ -37,14 +56,7 @@ _LIMITS = tuple(each.name for each in fields(Limits))
 @click.option("--threads", type=click.IntRange(min=1), help="Threads to compute with.")
 @click.option("--files", type=click.IntRange(min=1), help="Most open files of each worker.")
 @click.option("--processes", type=click.IntRange(min=1), help="Most processes and threads.")
-@click.option("--no-wait", is_flag=True, help="Don't wait until it is ready.")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=0),
-    default=READY_SECONDS,
-    show_default=True,
-    help="Seconds to wait until it is ready.",
-)
+@waiting
 @as_json
 @click.pass_context
 def up(
@@ -74,13 +86,21 @@ def up(
         answer = connection.call("POST", "/deployments", body=asked).body
     else:
         answer = connection.call("PUT", path("deployments", _name(name)), body=asked).body
-    status, outcome = answer["deployment"], answer["outcome"]
-    ready = look(status).verdict is Verdict.READY
+    status = answer["deployment"]
     if not json:
-        line(_announcement(status, outcome, ready=ready))
-    if not (ready or no_wait):
+        ready = look(status).verdict is Verdict.READY
+        line(_announcement(status, answer["outcome"], ready=ready))
+    await_ready(context, answer, no_wait=no_wait, timeout=timeout, json=json)
+
+
+def await_ready(
+    context: click.Context, answer: dict[str, Any], *, no_wait: bool, timeout: float, json: bool
+) -> None:
+    """Wait until the deployment that ``answer`` tells of is ready, and say so."""
+    status = answer["deployment"]
+    if not (no_wait or look(status).verdict is Verdict.READY):
         try:
-            status = wait(connection, status, seconds=timeout, shown=display())
+            status = wait(context.obj, status, seconds=timeout, shown=display())
         except KeyboardInterrupt:
             note(
                 f"Not waiting any longer; {status['name']} goes on coming up. `tursi ps` shows "
@@ -90,7 +110,7 @@ def up(
         if not json:
             line(_ready(status))
     if json:
-        dump({"deployment": status, "outcome": outcome})
+        dump({"deployment": status, "outcome": answer["outcome"]})
 
 
 @click.command()
@@ -103,7 +123,7 @@ def down(connection: Connection, *, name: str, json: bool) -> None:
     status = connection.call("DELETE", place).body
     if json:
         dump(status)
-    if not _gone(connection, place):
+    if not await_gone(connection, place):
         raise Failure(
             f"{name} is removed, but its workers have not ended within {GONE_SECONDS:.0f} s.",
             Exit.TRY_LATER,
@@ -195,7 +215,8 @@ def _memory(status: dict[str, Any]) -> int | None:
     return sum(known) if known else None
 
 
-def _gone(connection: Connection, place: str) -> bool:
+def await_gone(connection: Connection, place: str) -> bool:
+    """Wait until there is no such deployment any more; false if that takes too long."""
     deadline = time.monotonic() + GONE_SECONDS
     while time.monotonic() < deadline:
         try:

@@ -28,6 +28,7 @@ STATUS: Mapping[str, int] = {
     errors.ModelNotFound.code: 404,
     errors.DeploymentNotFound.code: 404,
     errors.CrashNotFound.code: 404,
+    errors.GenerationNotFound.code: 404,
     errors.MethodNotAllowed.code: 405,
     errors.RequestTimeout.code: 408,
     errors.PayloadTooLarge.code: 413,

@@ -226,6 +226,19 @@ class Fleet:
             replicas = member.deployment.replicas if member and not member.leaving else 1
         check_replicas(replicas)
         deployment, outcome = await self._store.save(name, checked, replicas, by=by, at=self._now())
+        return self._changed(deployment, outcome)
+
+    async def roll_back(
+        self, name: str, number: int | None, by: str
+    ) -> tuple[DeploymentStatus, str]:
+        """Go back to an earlier generation, as a new one; ``None``: the last other one."""
+        self._check_open()
+        self._member(name)
+        deployment, outcome = await self._store.roll_back(name, number, by=by, at=self._now())
+        return self._changed(deployment, outcome)
+
+    def _changed(self, deployment: Deployment, outcome: Outcome) -> tuple[DeploymentStatus, str]:
+        """Act on what the store has made durable; says what came of it."""
         said = outcome.value
         member = self._adopt(deployment)
         if outcome in {Outcome.UNCHANGED, Outcome.STARTED} and self._convergence.retry(member):

@@ -7,7 +7,7 @@ from dataclasses import astuple, fields
 from enum import StrEnum
 from typing import Any
 
-from tursi.errors import DeploymentNotFound
+from tursi.errors import DeploymentNotFound, GenerationNotFound
 from tursi.model import Deployment, Desired, Event, Generation, Limits, Request, Resolution
 from tursi.store.events import record
 
@@ -83,25 +83,53 @@ def save(
             return before, Outcome.UNCHANGED, None
         _update(txn, name, Desired.RUNNING, replicas, at)
     if outcome in {Outcome.CREATED, Outcome.REPLACED}:
-        txn.execute(
-            "INSERT INTO generations"
-            " (deployment, number, model, task, device, dtype,"
-            " memory, cpu, threads, files, processes, created_at, created_by)"
-            " SELECT ?, coalesce(max(number), 0) + 1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
-            " FROM generations WHERE deployment = ?",
-            (
-                name,
-                request.model,
-                request.task,
-                request.device,
-                request.dtype,
-                *astuple(request.limits),
-                at,
-                by,
-                name,
-            ),
-        )
+        _append(txn, name, request, by=by, at=at)
     return _load(txn, name), outcome, record(txn, at, kind, message, deployment=name, cause=by)
+
+
+def roll_back(
+    txn: Any, name: str, number: int | None, *, by: str, at: float
+) -> tuple[Deployment, Outcome, Event | None]:
+    """Want again what generation ``number`` was, with the very files that it meant.
+
+    That is a new generation. ``None`` means the last one that asked for something else.
+    ``GenerationNotFound`` if there is none.
+    """
+    before = _load(txn, name)
+    present = before.generation
+    past = [each for each in generations(txn, name) if each.number != present.number]
+    if number is None:
+        wanted = next((each for each in reversed(past) if not _same(each, present)), None)
+        if wanted is None:
+            raise GenerationNotFound(f"{name} has never been anything else; there is no way back.")
+    else:
+        wanted = next((each for each in (*past, present) if each.number == number), None)
+        if wanted is None:
+            raise GenerationNotFound(
+                f"{name} has no generation {number}; `tursi history {name}` lists them."
+            )
+        if _same(wanted, present):
+            return before, Outcome.UNCHANGED, None
+    _append(txn, name, wanted.request, by=by, at=at)
+    _update(txn, name, Desired.RUNNING, before.replicas, at)
+    if wanted.resolution is not None:
+        after = _load(txn, name).generation.number
+        _mean(txn, name, after, wanted.resolution, at=at)
+    message = f"{by} rolls {name} back to generation {wanted.number}: {wanted.request.model}"
+    event = record(txn, at, "rollback", message, deployment=name, cause=by)
+    return _load(txn, name), Outcome.REPLACED, event
+
+
+def _same(one: Generation, other: Generation) -> bool:
+    """Whether they ask for the same and mean the same files, as far as that is known."""
+    if one.request != other.request:
+        return False
+    if one.resolution is None or other.resolution is None:
+        return True
+    return (one.resolution.folder, one.resolution.commit) == (
+        other.resolution.folder,
+        other.resolution.commit,
+    )
 
 
 def set_desired(txn: Any, name: str, desired: Desired, *, by: str, at: float) -> Change:
@@ -140,6 +168,36 @@ def resolve(txn: Any, name: str, number: int, found: Resolution, *, at: float) -
         raise _not_found(name)
     if _generation(row).resolution == found:
         return None
+    _mean(txn, name, number, found, at=at)
+    known = (found.commit, found.task, found.device, found.dtype)
+    message = f"{name} generation {number} is {', '.join((found.folder, *filter(None, known)))}"
+    return record(txn, at, "resolve", message, deployment=name)
+
+
+def _append(txn: Any, name: str, request: Request, *, by: str, at: float) -> None:
+    """Add a generation."""
+    txn.execute(
+        "INSERT INTO generations"
+        " (deployment, number, model, task, device, dtype,"
+        " memory, cpu, threads, files, processes, created_at, created_by)"
+        " SELECT ?, coalesce(max(number), 0) + 1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
+        " FROM generations WHERE deployment = ?",
+        (
+            name,
+            request.model,
+            request.task,
+            request.device,
+            request.dtype,
+            *astuple(request.limits),
+            at,
+            by,
+            name,
+        ),
+    )
+
+
+def _mean(txn: Any, name: str, number: int, found: Resolution, *, at: float) -> None:
+    """Add what a generation means."""
     model = (found.folder, found.commit, json.dumps(found.files), found.size)
     txn.execute(_MODEL, model)
     row = txn.fetchone()
@@ -154,9 +212,6 @@ def resolve(txn: Any, name: str, number: int, found: Resolution, *, at: float) -
         " VALUES (?, ?, ?, ?, ?, ?, ?)",
         (name, number, row[0], found.task, found.device, found.dtype, at),
     )
-    known = (found.commit, found.task, found.device, found.dtype)
-    message = f"{name} generation {number} is {', '.join((found.folder, *filter(None, known)))}"
-    return record(txn, at, "resolve", message, deployment=name)
 
 
 def _find(txn: Any, name: str) -> Deployment | None:

@@ -110,6 +110,16 @@ class Store:
         saved = self._write(deployments.save, name, request, replicas, by=by, at=at)
         return saved.addCallback(self._announced_last)
 
+    def roll_back(
+        self, name: str, number: int | None, *, by: str, at: float
+    ) -> Deferred[tuple[Deployment, Outcome]]:
+        """Want an earlier generation again, the last other one if ``None``.
+
+        ``DeploymentNotFound``, ``GenerationNotFound``.
+        """
+        saved = self._write(deployments.roll_back, name, number, by=by, at=at)
+        return saved.addCallback(self._announced_last)
+
     def set_desired(
         self, name: str, desired: Desired, *, by: str, at: float
     ) -> Deferred[Deployment]:

@@ -1,0 +1,178 @@
+"""``tursi history``, ``diff``, ``rollback`` and ``apply`` against scripted answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted_api import Api, Reply, deployment, refusal, scripted_api
+
+from tursi.cli.connection import Exit
+
+
+def generation(number: int, *, commit: str | None = None, **request: Any) -> dict[str, Any]:
+    limits = {"memory": None, "cpu": None, "threads": None, "files": None, "processes": None}
+    asked = {"model": "org/mini", "task": None, "device": "auto", "dtype": "auto"}
+    return {
+        "number": number,
+        "created_at": "2026-01-02T03:04:05Z",
+        "created_by": "uid 0",
+        "request": {**asked, "limits": limits, **request},
+        "resolution": commit and {"folder": "/cache", "commit": commit, "task": "fill-mask"},
+    }
+
+
+@pytest.fixture
+def api() -> Iterator[Api]:
+    with scripted_api() as running:
+        running.on(
+            "GET",
+            "/deployments/mini/generations",
+            {
+                "generations": [
+                    generation(1, commit="a" * 40),
+                    generation(2, dtype="float16", limits={"memory": 2**30}),
+                    generation(3, commit="b" * 40),
+                ]
+            },
+        )
+        yield running
+
+
+def test_history_shows_what_each_generation_was(api: Api) -> None:
+    result = api.tursi("history", "mini")
+    assert result.exit_code == Exit.OK, result.output
+    header, first, second, third = result.stdout.splitlines()
+    columns = ["GENERATION", "WHEN", "BY", "TASK", "DEVICE", "DTYPE", "COMMIT", "MODEL"]
+    assert header.split() == columns
+    assert first.split()[-5:] == ["fill-mask", "auto", "auto", "a" * 12, "org/mini"]
+    assert second.split()[-5:] == ["-", "auto", "float16", "-", "org/mini"]
+    assert third.startswith("3 ")
+    assert len(json.loads(api.tursi("history", "mini", "--json").stdout)["generations"]) == 3
+
+
+def test_diff_compares_the_last_two_unless_told(api: Api) -> None:
+    assert api.tursi("diff", "mini").stdout.splitlines() == [
+        "mini, generation 2 to 3:",
+        "  dtype: float16 -> auto",
+        f"  commit: not set -> {'b' * 40}",
+        "  folder: not set -> /cache",
+        "  limits.memory: 1073741824 -> not set",
+    ]
+    assert "  dtype: auto -> float16" in api.tursi("diff", "mini", "1", "2").stdout
+    assert json.loads(api.tursi("diff", "mini", "1", "--json").stdout) == {
+        "commit": {"from": "a" * 40, "to": "b" * 40}
+    }
+    assert "no difference" in api.tursi("diff", "mini", "2", "2").stdout
+    assert api.tursi("diff", "mini", "9").exit_code == Exit.NOT_FOUND
+    assert api.tursi("diff", "mini", "1", "2", "3").exit_code == Exit.USAGE
+    api.on("GET", "/deployments/mini/generations", {"generations": [generation(1)]})
+    assert api.tursi("diff", "mini").stdout == "mini has one generation only.\n"
+
+
+def test_rollback_waits_until_it_is_ready(api: Api) -> None:
+    back = deployment("queued", generation=4, workers=[])
+    api.on("POST", "/deployments/mini/rollback", {"deployment": back, "outcome": "replaced"})
+    served = deployment("ready", generation=4)
+    served["workers"][0]["generation"] = 4
+    api.on("GET", "/deployments/mini", served)
+    result = api.tursi("rollback", "mini", "2")
+    assert result.exit_code == Exit.OK, result.output
+    assert result.stdout.splitlines() == [
+        "mini: going back to org/mini, as generation 4.",
+        "mini is ready (feature-extraction, cpu, float32).",
+    ]
+    assert api.asked[0].body == {"generation": 2}
+    api.on("POST", "/deployments/mini/rollback", {"deployment": served, "outcome": "unchanged"})
+    assert "it already is that" in api.tursi("rollback", "mini").stdout
+    assert api.asked[-1].body == {}
+    api.on("POST", "/deployments/mini/rollback", refusal(404, "generation_not_found", "No."))
+    assert api.tursi("rollback", "mini").exit_code == Exit.NOT_FOUND
+
+
+FILE = """
+[deployments.mini]
+model = "org/mini"
+task = "fill-mask"
+replicas = 2
+limits = { memory = 536870912 }
+
+[deployments.fresh]
+model = "./weights"
+"""
+
+
+def test_apply_shows_and_does_the_difference(api: Api, tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    file = tmp_path / "deployments.toml"
+    file.write_text(FILE)
+    old = deployment(name="old")
+    api.on("GET", "/deployments", {"deployments": [deployment(), old]})
+    command = ("apply", "-f", str(file), "--prune")
+    shown = [
+        "change mini",
+        "  task: not set -> fill-mask",
+        "  replicas: 1 -> 2",
+        "  limits.memory: not set -> 536870912",
+        "create fresh",
+        f"  model: not set -> {tmp_path / 'weights'}",
+        "  device: not set -> auto",
+        "  dtype: not set -> auto",
+        "  replicas: not set -> 1",
+        "remove old",
+    ]
+    assert api.tursi(*command, "--dry-run").stdout.splitlines() == shown
+    assert {asked.method for asked in api.asked} == {"GET"}
+    for name in ("mini", "fresh"):
+        status = deployment(name=name)
+        api.on("PUT", f"/deployments/{name}", {"deployment": status, "outcome": "replaced"})
+    api.on("DELETE", "/deployments/old", Reply(old, 202))
+    result = api.tursi(*command)
+    assert result.exit_code == Exit.OK, result.output
+    assert result.stdout.splitlines() == [*shown, "Done."]
+    bodies = {asked.path: asked.body for asked in api.asked if asked.method == "PUT"}
+    assert bodies["/deployments/mini"]["limits"]["memory"] == 536870912
+    assert bodies["/deployments/mini"]["replicas"] == 2
+    assert bodies["/deployments/fresh"]["model"] == str(tmp_path / "weights")
+    [change, *_] = json.loads(api.tursi(*command, "--dry-run", "--json").stdout)["changes"]
+    assert change["fields"]["replicas"] == {"from": 1, "to": 2}
+
+
+def test_what_is_as_the_file_says_is_left_alone(api: Api, tmp_path: Path) -> None:
+    file = tmp_path / "deployments.toml"
+    # The task by its other name, and defaults left out.
+    file.write_text('[deployments.mini]\nmodel = "org/mini"\ntask = "embedding"\n')
+    known = {"generations": [generation(1, task="feature-extraction")]}
+    api.on("GET", "/deployments", {"deployments": [deployment()]})
+    api.on("GET", "/deployments/mini/generations", known)
+    assert api.tursi("apply", "-f", str(file)).stdout == "Nothing to do.\n"
+    api.on("GET", "/deployments", {"deployments": [deployment(desired="stopped")]})
+    assert "desired: stopped -> running" in api.tursi("apply", "-f", str(file), "--dry-run").stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[deployments.mini", "can't be read"),
+        ("[http]\n", "may only have tables [deployments.NAME], but has http"),
+        ("[deployments.mini]\n", "needs a model"),
+        ("[deployments.mini]\nmodel = 5\n", "needs a model"),
+        ('[deployments."../x"]\nmodel = "org/mini"\n', "name has 1 to 96"),
+        ('[deployments.mini]\nmodel = "../nowhere"\n', "There is no folder"),
+        ('[deployments.mini]\nmodel = "org/mini"\nreplica = 2\n', "keyword argument 'replica'"),
+        ('[deployments.mini]\nmodel = "org/mini"\ntask = "cooking"\n', "cooking"),
+        ('[deployments.mini]\nmodel = "org/mini"\nreplicas = 0\n', "1 to 64 replicas"),
+    ],
+)
+def test_a_file_that_is_wrong_changes_nothing(
+    api: Api, tmp_path: Path, text: str, said: str
+) -> None:
+    file = tmp_path / "deployments.toml"
+    file.write_text(text)
+    result = api.tursi("apply", "-f", str(file))
+    assert result.exit_code == Exit.USAGE, result.output
+    assert said in result.stderr.replace("\n", " ")
+    assert api.asked == []

@@ -1,0 +1,166 @@
+"""Deployments as a file has them: apply."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from tursi.cli.connection import Connection, Exit, Failure, path
+from tursi.cli.deployments import GONE_SECONDS, await_gone, reference, waiting
+from tursi.cli.generations import changes, flat, told
+from tursi.cli.options import as_json
+from tursi.cli.progress import display, wait
+from tursi.cli.terminal import dump, line
+from tursi.errors import InvalidRequest
+from tursi.model import Limits, Reference, Request, check_replicas, deployment_name
+
+
+class _Change(NamedTuple):
+    """What has to be done to one deployment."""
+
+    name: str
+    what: str
+    """create, change or remove."""
+    differences: list[tuple[str, object, object]]
+    body: dict[str, Any]
+
+    def shown(self) -> dict[str, Any]:
+        """The same as JSON has it."""
+        fields = {key: {"from": old, "to": new} for key, old, new in self.differences}
+        return {"name": self.name, "change": self.what, "fields": fields}
+
+
+@click.command()
+@click.option(
+    "-f",
+    "--file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    required=True,
+    help="The file: a table [deployments.NAME] for each, with the fields of `tursi up`.",
+)
+@click.option("--prune", is_flag=True, help="Remove deployments that the file doesn't have.")
+@click.option("--dry-run", is_flag=True, help="Only show what would change.")
+@waiting
+@as_json
+@click.pass_obj
+def apply(
+    connection: Connection,
+    *,
+    file: Path,
+    prune: bool,
+    dry_run: bool,
+    no_wait: bool,
+    timeout: float,
+    json: bool,
+) -> None:
+    """Bring the deployments to what a TOML file says, and show what that changes."""
+    plan = _plan(connection, _read(file), prune=prune)
+    if json:
+        dump({"changes": [change.shown() for change in plan]})
+    else:
+        for change in plan:
+            line(f"{change.what} {change.name}")
+            for text in told(change.differences):
+                line(text)
+        if not plan:
+            line("Nothing to do.")
+    if dry_run:
+        return
+    statuses = [_do(connection, change) for change in plan]
+    for change, status in zip(plan, statuses, strict=True):
+        if change.what == "remove":
+            _await_removal(connection, change.name)
+        elif not no_wait:
+            wait(connection, status, seconds=timeout, shown=display())
+    if plan and not json:
+        line("Done.")
+
+
+def _read(file: Path) -> dict[str, dict[str, Any]]:
+    try:
+        found = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise Failure(f"{file} can't be read: {error}", Exit.USAGE) from None
+    others = found.keys() - {"deployments"}
+    tables = found.get("deployments", {})
+    if others or not isinstance(tables, dict):
+        raise Failure(
+            f"{file} may only have tables [deployments.NAME], but has "
+            f"{', '.join(sorted(others)) or 'something else under that name'}.",
+            Exit.USAGE,
+        )
+    return {name: _wanted(file, name, table) for name, table in tables.items()}
+
+
+def _wanted(file: Path, name: str, table: Any) -> dict[str, Any]:
+    """The body to put, in the daemon's own normal form, so that it can be compared."""
+    try:
+        deployment_name(name)
+        if not isinstance(table, dict) or not isinstance(table.get("model"), str):
+            raise Failure(
+                f'{file}: [deployments.{name}] needs a model, such as model = "org/name".',
+                Exit.USAGE,
+            )
+        given = dict(table)
+        replicas = given.pop("replicas", 1)
+        check_replicas(replicas)
+        given["model"] = str(_reference(file, given["model"]))
+        given["limits"] = Limits(**given.get("limits", {}))
+        return {**asdict(Request(**given).checked()), "replicas": replicas}
+    except InvalidRequest as error:
+        raise Failure(f"{file}: [deployments.{name}]: {error.message}", Exit.USAGE) from None
+    except click.BadParameter as error:
+        raise Failure(f"{file}: [deployments.{name}]: {error.message}", Exit.USAGE) from None
+    except TypeError as error:
+        # Of a field that there isn't, or a value of a wrong type.
+        what = str(error).rpartition("__() got an ")[2]
+        raise Failure(f"{file}: [deployments.{name}]: {what}", Exit.USAGE) from None
+
+
+def _reference(file: Path, model: str) -> Reference:
+    # Relative to the file: that is where it was written.
+    beside = file.absolute().parent / Path(model).expanduser()
+    return reference(str(beside) if model.startswith((".", "~")) else model)
+
+
+def _plan(
+    connection: Connection, wanted: dict[str, dict[str, Any]], *, prune: bool
+) -> list[_Change]:
+    present = {each["name"]: each for each in connection.get("/deployments")["deployments"]}
+    plan = []
+    for name, body in wanted.items():
+        after = {"desired": "running", **flat(body)}
+        status = present.get(name)
+        if status is None:
+            plan.append(_Change(name, "create", changes({}, flat(body)), body))
+            continue
+        [*_, newest] = connection.get(path("deployments", name, "generations"))["generations"]
+        request = {**newest["request"], "replicas": status["replicas"]}
+        found = changes({"desired": status["desired"], **flat(request)}, after)
+        if found:
+            plan.append(_Change(name, "change", found, body))
+    if prune:
+        plan += [_Change(name, "remove", [], {}) for name in present if name not in wanted]
+    return plan
+
+
+def _do(connection: Connection, change: _Change) -> dict[str, Any]:
+    place = path("deployments", change.name)
+    status: dict[str, Any]
+    if change.what == "remove":
+        status = connection.call("DELETE", place).body
+    else:
+        status = connection.call("PUT", place, body=change.body).body["deployment"]
+    return status
+
+
+def _await_removal(connection: Connection, name: str) -> None:
+    if not await_gone(connection, path("deployments", name)):
+        raise Failure(
+            f"{name} is removed, but its workers have not ended within {GONE_SECONDS:.0f} s.",
+            Exit.TRY_LATER,
+        )

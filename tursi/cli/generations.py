@@ -1,0 +1,151 @@
+"""Versions of a deployment: history, diff, rollback."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+
+from tursi.cli.connection import Connection, Exit, Failure, path
+from tursi.cli.deployments import await_ready, waiting
+from tursi.cli.options import as_json
+from tursi.cli.terminal import dump, line, local_time, table
+
+
+@click.command()
+@click.argument("name")
+@as_json
+@click.pass_obj
+def history(connection: Connection, *, name: str, json: bool) -> None:
+    """List the generations of the deployment NAME: what it was, since when, by whom."""
+    answer = connection.get(path("deployments", name, "generations"))
+    if json:
+        dump(answer)
+        return
+    table(
+        ("GENERATION", "WHEN", "BY", "TASK", "DEVICE", "DTYPE", "COMMIT", "MODEL"),
+        [
+            (
+                each["number"],
+                local_time(each["created_at"]),
+                each["created_by"],
+                *(_meant(each, key) for key in ("task", "device", "dtype")),
+                (_meant(each, "commit") or "-")[:12],
+                each["request"]["model"],
+            )
+            for each in answer["generations"]
+        ],
+    )
+
+
+@click.command()
+@click.argument("name")
+@click.argument("generations", type=click.IntRange(min=1), nargs=-1, metavar="[FROM] [TO]")
+@as_json
+@click.pass_obj
+def diff(connection: Connection, *, name: str, generations: tuple[int, ...], json: bool) -> None:
+    """Show in what generation TO of NAME differs from generation FROM.
+
+    TO is the present one unless it is given, and FROM the one before that.
+    """
+    if len(generations) > 2:
+        raise click.UsageError("Two generations can be compared, not more.")
+    known = {
+        each["number"]: each
+        for each in connection.get(path("deployments", name, "generations"))["generations"]
+    }
+    later = generations[1] if len(generations) == 2 else max(known)
+    earlier = generations[0] if generations else later - 1
+    if earlier < 1:
+        line(f"{name} has one generation only.")
+        return
+    for number in (earlier, later):
+        if number not in known:
+            raise Failure(
+                f"{name} has no generation {number}; `tursi history {name}` lists them.",
+                Exit.NOT_FOUND,
+            )
+    found = changes(_flat(known[earlier]), _flat(known[later]))
+    if json:
+        dump({key: {"from": before, "to": after} for key, before, after in found})
+        return
+    line(f"{name}, generation {earlier} to {later}:")
+    for text in told(found) or ["  no difference"]:
+        line(text)
+
+
+@click.command()
+@click.argument("name")
+@click.argument("generation", type=click.IntRange(min=1), required=False)
+@waiting
+@as_json
+@click.pass_context
+def rollback(
+    context: click.Context,
+    /,
+    *,
+    name: str,
+    generation: int | None,
+    no_wait: bool,
+    timeout: float,
+    json: bool,
+) -> None:
+    """Go back to an earlier GENERATION of NAME, with the very files that it had.
+
+    Without GENERATION that is the last one that was something else. What serves
+    now goes on until the other is ready.
+    """
+    connection: Connection = context.obj
+    place = path("deployments", name, "rollback")
+    asked = {} if generation is None else {"generation": generation}
+    answer = connection.call("POST", place, body=asked).body
+    if not json:
+        status = answer["deployment"]
+        line(
+            f"{name}: nothing to do, it already is that (generation {status['generation']})."
+            if answer["outcome"] == "unchanged"
+            else f"{name}: going back to {status['model']}, as generation {status['generation']}."
+        )
+    await_ready(context, answer, no_wait=no_wait, timeout=timeout, json=json)
+
+
+def changes(
+    before: Mapping[str, Any], after: Mapping[str, Any]
+) -> list[tuple[str, object, object]]:
+    """Each key whose values differ, with both; ``None`` where it has none."""
+    keys = [*after, *(key for key in before if key not in after)]
+    return [
+        (key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)
+    ]
+
+
+def told(found: Sequence[tuple[str, object, object]]) -> list[str]:
+    """Changes as lines for people."""
+    return [f"  {key}: {_word(before)} -> {_word(after)}" for key, before, after in found]
+
+
+def flat(request: Mapping[str, Any]) -> dict[str, Any]:
+    """A deployment's request with its limits beside the rest, what isn't set left out."""
+    limits = {f"limits.{key}": value for key, value in (request.get("limits") or {}).items()}
+    rest = {key: value for key, value in request.items() if key != "limits"}
+    return {key: value for key, value in {**rest, **limits}.items() if value is not None}
+
+
+def _flat(generation: Mapping[str, Any]) -> dict[str, Any]:
+    known = generation.get("resolution") or {}
+    meant = {key: known.get(key) for key in ("commit", "folder", "size")}
+    return {
+        **flat(generation["request"]),
+        **{key: value for key, value in meant.items() if value is not None},
+    }
+
+
+def _meant(generation: Mapping[str, Any], key: str) -> Any:
+    """What it turned out to be, or else what was asked for."""
+    known = generation.get("resolution") or {}
+    return known.get(key) or generation["request"].get(key)
+
+
+def _word(value: object) -> str:
+    return "not set" if value is None else str(value)
