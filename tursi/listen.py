@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import os
 import socket
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,21 @@ _SOCKET_PATH_LIMIT = 107
 """Bytes in the path of a Unix socket on Linux (``sockaddr_un``, without its final NUL)."""
 
 
+_MAX_HANDED_OVER = 64
+
+
+class _HandedOver(Exception):
+    """Keeps an endpoint from closing the descriptor that it would listen on."""
+
+
 class _Recorder:
     """Stands in for the reactor to see where an endpoint would listen."""
 
     def __init__(self) -> None:
         self.host = ""
         self.port: int | None = None
+        self.descriptor: int | None = None
+        """The socket, where the service manager has handed it over."""
 
     def listenTCP(self, port: int, *_: object, interface: str = "", **__: object) -> None:  # noqa: N802 - Twisted's name
         self.host, self.port = interface, port
@@ -36,6 +47,29 @@ class _Recorder:
     def listenUNIX(self, *_: object, **__: object) -> None:  # noqa: N802 - the same
         pass
 
+    def adoptStreamPort(self, descriptor: int, family: int, _: object) -> None:  # noqa: N802 - the same
+        with socket.fromfd(descriptor, -1, -1) as one:
+            if one.family != family:
+                right = one.family.name.removeprefix("AF_")
+                raise ValueError(f"the socket is of the domain {right}")
+            if not one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                raise ValueError("the socket doesn't listen (its unit must say Accept=no)")
+            if family != socket.AF_UNIX:
+                self.host, self.port = one.getsockname()[:2]
+        self.descriptor = descriptor
+        raise _HandedOver
+
+
+def _look(endpoint: str) -> _Recorder:
+    """Where an endpoint would listen; raises whatever its parser does."""
+    recorder = _Recorder()
+    outcome: list[object] = []
+    serverFromString(recorder, endpoint).listen(None).addErrback(outcome.append)
+    for failure in outcome:
+        if isinstance(failure, Failure) and not failure.check(_HandedOver):
+            failure.raiseException()
+    return recorder
+
 
 def check(listener: Listener) -> None:
     """Refuse what isn't an endpoint, what would expose control, and a port that is taken.
@@ -43,9 +77,14 @@ def check(listener: Listener) -> None:
     Raises ``ConfigurationError`` or ``AddressInUse``; binds nothing for longer
     than the look takes.
     """
-    recorder = _Recorder()
     try:
-        serverFromString(recorder, listener.endpoint).listen(None)
+        recorder = _look(listener.endpoint)
+    except (KeyError, IndexError):
+        raise ConfigurationError(
+            f"http.listeners: systemd has handed over no socket for {listener.endpoint!r}; its "
+            "name is FileDescriptorName= of the .socket unit, and the service must be started by "
+            "systemd."
+        ) from None
     except Exception as error:  # noqa: BLE001 - endpoint parsers raise all kinds of errors
         raise ConfigurationError(
             f"http.listeners: {listener.endpoint!r} is not an endpoint: {error}"
@@ -57,6 +96,8 @@ def check(listener: Listener) -> None:
             f"http.listeners: {listener.endpoint!r} would offer control outside this machine; "
             "leave out the role 'control' or add 'interface=127.0.0.1'."
         )
+    if recorder.descriptor is not None:
+        return
     family = socket.AF_INET6 if ":" in recorder.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -80,18 +121,83 @@ def unix(path: Path) -> Listener:
     return Listener(endpoint=f"unix:{escaped}:mode=660:lockfile=0", roles=tuple(Role))
 
 
+def control(path: Path, others: Iterable[Listener]) -> Listener:
+    """The control socket: one that the service manager hands over for ``path``, else our own.
+
+    ``ConfigurationError`` if one of the ``others`` claims it, or the path is too long.
+    """
+    for endpoint, descriptor in _handed_over():
+        with socket.fromfd(descriptor, -1, -1) as one:
+            if one.family != socket.AF_UNIX or os.fsdecode(one.getsockname()) != str(path):
+                continue
+        for other in others:
+            if is_handed_over(other) and _look(other.endpoint).descriptor == descriptor:
+                raise ConfigurationError(
+                    f"http.listeners: {other.endpoint!r} is the control socket itself, which "
+                    "needs no entry; leave it out."
+                )
+        return Listener(endpoint=endpoint, roles=tuple(Role))
+    return unix(path)
+
+
+def is_handed_over(listener: Listener) -> bool:
+    """Whether its socket is the service manager's, which goes on listening without us."""
+    return listener.endpoint.startswith("systemd:")
+
+
+def unclaimed(listeners: Iterable[Listener]) -> list[str]:
+    """What the service manager has handed over and no listener uses; call before binding.
+
+    Nobody would answer there. No child inherits them.
+    """
+    claimed = {_look(each.endpoint).descriptor for each in listeners if is_handed_over(each)}
+    found = []
+    for endpoint, descriptor in _handed_over():
+        os.set_inheritable(descriptor, False)
+        if descriptor not in claimed:
+            with socket.fromfd(descriptor, -1, -1) as one:
+                found.append(f"{endpoint} ({one.getsockname()})")
+    return found
+
+
+def _handed_over() -> Iterator[tuple[str, int]]:
+    """An endpoint and the descriptor of each socket from the service manager."""
+    for index in range(_MAX_HANDED_OVER):
+        for domain in ("UNIX", "INET", "INET6"):
+            endpoint = f"systemd:domain={domain}:index={index}"
+            try:
+                found = _look(endpoint).descriptor
+            except IndexError:
+                return
+            except (ValueError, OSError):
+                continue
+            if found is not None:
+                yield endpoint, found
+
+
 def bind(reactor: Any, listener: Listener, factory: IProtocolFactory) -> IListeningPort:
     """Listen now; a failure is raised rather than left in a Deferred."""
     outcome: list[IListeningPort | Failure] = []
     serverFromString(reactor, listener.endpoint).listen(factory).addBoth(outcome.append)
     if not outcome:
         raise ConfigurationError(f"{listener.endpoint!r} doesn't listen at once.")
+    if is_handed_over(listener) and not isinstance(outcome[0], Failure):
+        _leave_it(outcome[0])
     if isinstance(outcome[0], Failure):
         error = outcome[0].value
         if isinstance(error, CannotListenError):
             raise _cannot_listen(listener.endpoint, error.socketError)
         raise ConfigurationError(f"{listener.endpoint!r} can't be used: {error}")
     return outcome[0]
+
+
+def _leave_it(port: Any) -> None:
+    """Have a Unix port leave its socket to the service manager, as TCP ports do."""
+    # Twisted would shut the socket down and remove its file, and no later
+    # start could serve it.
+    if hasattr(port, "_bindPath"):
+        port._shouldShutdown = False  # noqa: SLF001 - no other way
+        port._bindPath = b"\0"  # noqa: SLF001 - an abstract name has no file
 
 
 def _cannot_listen(endpoint: str, error: OSError) -> AddressInUse:

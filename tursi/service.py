@@ -26,7 +26,7 @@ from tursi.config import Configuration
 from tursi.errors import AlreadyRunning, ConfigurationError, DatabaseError, TursiError
 from tursi.fleet import Fleet
 from tursi.hub import Hub
-from tursi.listen import bind, check, unix
+from tursi.listen import bind, check, control, is_handed_over, unclaimed
 from tursi.lock import StateLock
 from tursi.model import Folders, Host, Limits, LoadOrder
 from tursi.notify import Notifier, describe
@@ -81,11 +81,11 @@ def preflight(configuration: Configuration, folders: Folders) -> None:
     The same is looked at again, authoritatively, in ``startService``: between
     the two, the world may change.
     """
-    unix(folders.socket)
     StateLock(folders.state).probe()
     store.inspect(folders.database)
     for listener in configuration.http.listeners:
         check(listener)
+    control(folders.socket, configuration.http.listeners)
 
 
 class Daemon(Service):
@@ -134,7 +134,8 @@ class Daemon(Service):
             now=time.time,
             host=_host(),
         )
-        self._listeners = (unix(folders.socket), *configuration.http.listeners)
+        others = configuration.http.listeners
+        self._listeners = (control(folders.socket, others), *others)
         self._ports: list[IListeningPort] = []
         self._notifier = Notifier(reactor, environment)
 
@@ -164,8 +165,7 @@ class Daemon(Service):
         # An upgrade of a large database takes its time, and so does the look at it.
         self._notifier.extend(_UPGRADE_SECONDS)
         store.prepare(self._folders.database)
-        # Stale for certain: the lock is ours.
-        self._folders.socket.unlink(missing_ok=True)
+        self._remove_socket()
         self._encloser = self._contain()
         info = api.Info(
             version=__version__,
@@ -175,6 +175,8 @@ class Daemon(Service):
             listeners=self._listeners,
             containment=self._encloser.level,
         )
+        for each in unclaimed(self._listeners):
+            log.warn("systemd has handed over {socket}, but no listener uses it", socket=each)
         front = api.Front(self._fleet, info, self._configuration, self._reactor)
         for listener in self._listeners:
             self._ports.append(bind(self._reactor, listener, front.site(listener.roles)))
@@ -262,8 +264,13 @@ class Daemon(Service):
         await self._monitor.stopService()
         self._notifier.unwatch()
         await self._store.stop()
-        self._folders.socket.unlink(missing_ok=True)
+        self._remove_socket()
         self._lock.release()
+
+    def _remove_socket(self) -> None:
+        # Stale for certain: the lock is ours. Unless it never was ours to remove.
+        if not is_handed_over(self._listeners[0]):
+            self._folders.socket.unlink(missing_ok=True)
 
     # -- children -----------------------------------------------------------------------
 

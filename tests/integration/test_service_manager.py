@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sqlite3
+import subprocess
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from daemon import Daemon, daemon, until
@@ -106,3 +110,132 @@ def test_the_watchdog_is_not_fed_while_the_database_thread_is_stuck(
     since = time.monotonic()
     until(lambda: manager.feeds(since) >= 2, "it is fed again")
     stuck.join(30)
+
+
+# -- sockets that are handed over ---------------------------------------------------
+
+
+HANDING_OVER = Path(__file__).with_name("handing_over.py")
+
+
+class Activated(Daemon):
+    """A daemon that is started with listening sockets, as systemd starts it."""
+
+    def __init__(self, folder: Path, *, scripted: bool) -> None:
+        self.sockets = {
+            "control": socket.socket(socket.AF_UNIX),
+            "ctl": socket.socket(socket.AF_UNIX),
+            "web": socket.socket(socket.AF_INET),
+            "spare": socket.socket(socket.AF_INET),
+        }
+        settings = (
+            "[[http.listeners]]\n"
+            'endpoint = "systemd:domain=UNIX:name=ctl"\n'
+            'roles = ["control"]\n'
+            "[[http.listeners]]\n"
+            'endpoint = "systemd:domain=INET:name=web"\n'
+            'roles = ["inference", "health"]\n'
+        )
+        super().__init__(folder, scripted=scripted, settings=settings)
+        self.runtime.mkdir(mode=0o750)
+        self.sockets["control"].bind(str(self.runtime / "control.sock"))
+        self.sockets["ctl"].bind(str(folder / "ctl"))
+        for name in ("web", "spare"):
+            self.sockets[name].bind(("127.0.0.1", 0))
+        for each in self.sockets.values():
+            each.listen()
+        self.inodes = {os.fstat(each.fileno()).st_ino for each in self.sockets.values()}
+
+    def arguments(self) -> list[str]:
+        pairs = ",".join(f"{name}={each.fileno()}" for name, each in self.sockets.items())
+        return [sys.executable, str(HANDING_OVER), pairs, *super().arguments()]
+
+    def start(self, environment: Mapping[str, str] | None = None) -> None:
+        """As systemd does: the program finds its descriptors from 3 on."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.arguments(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                env={**os.environ, **(environment or {})},
+                pass_fds=[each.fileno() for each in self.sockets.values()],
+            )
+
+    def wait_until_it_answers(self) -> None:
+        until(self._answers, "the daemon answers", 60)
+
+    def close(self) -> None:
+        super().close()
+        for each in self.sockets.values():
+            each.close()
+
+
+@pytest.fixture
+def activated(request: pytest.FixtureRequest) -> Iterator[Activated]:
+    with tempfile.TemporaryDirectory(prefix="tursi-") as folder:
+        one = Activated(Path(folder), scripted=getattr(request, "param", False))
+        yield one
+        one.close()
+
+
+@pytest.mark.parametrize("activated", [False, True], ids=["twistd", "scripted"], indirect=True)
+def test_sockets_of_systemd_are_served_and_stay_its_own(activated: Activated) -> None:
+    # Asked before anybody runs, answered by who comes.
+    early: list[int] = []
+    asking = threading.Thread(
+        target=lambda: early.append(activated.control.get("/status").status_code), daemon=True
+    )
+    asking.start()
+    activated.start()
+    asking.join(60)
+    assert early in ([200], [503]), activated.log.read_text()
+    activated.wait_until_it_answers()
+
+    listeners = activated.control.get("/status").json()["listeners"]
+    assert listeners[0]["endpoint"] == "systemd:domain=UNIX:index=0"
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(activated.folder / "ctl"))) as other:
+        assert other.get("http://localhost/deployments").status_code == 200
+        assert other.get("http://localhost/health").status_code == 403
+    port = activated.sockets["web"].getsockname()[1]
+    assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+    assert httpx.get(f"http://127.0.0.1:{port}/deployments").status_code == 403
+    assert activated.log.read_text().count("but no listener uses it") == 1
+
+    if activated.scripted:
+        activated.deploy("echo", activated.script(echo=True))
+        activated.wait("echo")
+        assert activated.process is not None
+        below = psutil.Process(activated.process.pid).children(recursive=True)
+        assert len(below) == 2
+        for process in below:
+            held = {str(each.readlink()) for each in Path(f"/proc/{process.pid}/fd").iterdir()}
+            assert not held & {f"socket:[{inode}]" for inode in activated.inodes}
+
+    activated.stop()
+    assert (activated.runtime / "control.sock").exists()
+    assert (activated.folder / "ctl").exists()
+    activated.start()
+    activated.wait_until_it_answers()
+    activated.stop()
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "said"),
+    [
+        ("systemd:domain=UNIX:name=nobody", "has handed over no socket"),
+        ("systemd:domain=UNIX:index=7", "has handed over no socket"),
+        ("systemd:domain=INET6:name=web", "the socket is of the domain INET"),
+        ("systemd:domain=UNIX:name=control", "is the control socket itself"),
+        ("systemd:domain=UNIX", "is not an endpoint"),
+    ],
+)
+def test_what_was_not_handed_over_is_said(activated: Activated, endpoint: str, said: str) -> None:
+    text = activated.configuration.read_text()
+    activated.configuration.write_text(text.replace("systemd:domain=UNIX:name=ctl", endpoint))
+    activated.start()
+    assert activated.process is not None
+    assert activated.process.wait(60) == 78
+    (line,) = activated.log.read_text().splitlines()
+    assert said in line
