@@ -33,7 +33,7 @@ class Fault:
 
     path: str
     """Regular expression, searched in the request's path."""
-    kind: Literal["status", "truncate", "stall", "slow", "garbage"] = "status"
+    kind: Literal["status", "truncate", "stall", "slow", "garbage", "corrupt"] = "status"
     status: int = 500
     headers: dict[str, str] = field(default_factory=dict)
     method: str = ""
@@ -234,6 +234,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault is None:
             self.wfile.write(body)
+            return
+        if fault.kind == "corrupt":
+            self.wfile.write(body[:-1] + bytes([body[-1] ^ 1]))
             return
         half = len(body) // 2
         self.wfile.write(body[:half])

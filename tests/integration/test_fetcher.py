@@ -403,28 +403,89 @@ def test_a_file_of_another_size_than_listed_is_no_model(
 ) -> None:
     tiny.sizes["vocab.txt"] = 5
     sentence = fetch().sentence("fetch_failed", 70)
-    assert "vocab.txt of someone/tiny arrived with 6 bytes where the hub lists 5" in sentence
+    assert "vocab.txt of someone/tiny arrived twice with 6 bytes where the hub lists 5" in sentence
     assert fetch(HF_HUB_OFFLINE="1").failed is not None, "it isn't published"
     tiny.sizes.clear()
     assert fetch().resolution.files == WANTED
 
 
-def test_a_killed_fetcher_leaves_nothing_that_the_next_does_not_mend(
+@pytest.mark.parametrize("name", ["model.safetensors", "vocab.txt"], ids=["large", "small"])
+def test_wrong_bytes_are_seen_and_fetched_again(
+    fetch: Fetcher, tiny: Snapshot, hub: StandInHub, name: str
+) -> None:
+    place = rf"/(content|resolve)/.*(?<!_Dense)/{re.escape(name)}$"
+    hub.faults.append(Fault(place, "corrupt", method="GET", times=1))
+    got = fetch().resolution
+    assert Path(got.folder, name).read_bytes() == tiny.data(name)
+
+
+def test_bytes_that_stay_wrong_are_no_model(
     fetch: Fetcher, tiny: Snapshot, hub: StandInHub
 ) -> None:
-    hub.faults.append(Fault(MAIN, "stall", times=1))
+    hub.faults.append(Fault(MAIN, "corrupt", method="GET"))
+    sentence = fetch().sentence("fetch_failed", 70)
+    assert "model.safetensors of someone/tiny arrived twice with other content" in sentence
+    assert fetch(HF_HUB_OFFLINE="1").failed is not None, "it isn't published"
+    hub.faults.clear()
+    assert fetch().resolution.files == WANTED
+
+
+def test_a_commit_is_asked_for_until_it_has_been_verified(
+    fetch: Fetcher, tiny: Snapshot, hub: StandInHub
+) -> None:
+    first = fetch(MODEL, tiny.commit).resolution
+    asked = len(hub.seen)
+    assert fetch(MODEL, tiny.commit).resolution == first
+    assert len(hub.seen) == asked
+    # As a kill before the verification, or whoever filled this cache, would leave it.
+    (fetch.cache / "models--someone--tiny/refs" / tiny.commit).unlink()
+    weights = Path(first.folder, "model.safetensors").resolve()
+    weights.write_bytes(bytes(len(weights.read_bytes())))
+    assert fetch(MODEL, tiny.commit).resolution == first
+    assert weights.read_bytes() == tiny.data("model.safetensors")
+
+
+def test_what_a_killed_fetcher_got_is_not_fetched_again(
+    fetch: Fetcher, tiny: Snapshot, hub: StandInHub
+) -> None:
+    write(tiny.folder, **{"model.safetensors": safetensors(3_000_000)})
+    hub.faults.append(Fault(MAIN, "stall", method="GET", times=1))
     process, ours = fetch.start(MODEL, "", {})
     blobs = fetch.cache / "models--someone--tiny/blobs"
     with process, ours:
         deadline = time.monotonic() + 20
-        while not any(re.search(MAIN, seen.path) for seen in hub.seen):
+        while not any(part.stat().st_size > 1_000_000 for part in blobs.glob("*.incomplete")):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-    assert list(blobs.glob("*.incomplete"))
     assert fetch(HF_HUB_OFFLINE="1").failed is not None
-    assert fetch().resolution.files == WANTED
+    run = fetch()
+    assert run.resolution.files == WANTED
+    assert Path(run.resolution.folder, "model.safetensors").read_bytes() == tiny.data(
+        "model.safetensors"
+    )
+    [rest] = [seen.range for seen in hub.seen if seen.range and re.search(MAIN, seen.path)]
+    assert int(rest.removeprefix("bytes=").removesuffix("-")) > 1_000_000
     assert not list(blobs.glob("*.incomplete"))
+    last = run.progress[-1]
+    assert last.done == last.total == run.resolution.size
+    assert all(each.done is None or each.done <= last.done for each in run.progress)
+
+
+def test_what_had_arrived_before_the_network_failed_is_kept(
+    fetch: Fetcher, tiny: Snapshot, hub: StandInHub
+) -> None:
+    write(tiny.folder, **{"model.safetensors": safetensors(3_000_000)})
+    hub.faults.append(Fault(MAIN, "truncate", method="GET", times=1))
+    hub.faults.append(Fault(MAIN, method="GET", status=503, times=20))
+    assert fetch().failed is not None
+    hub.faults.clear()
+    hub.seen.clear()
+    assert fetch().resolution.files == WANTED
+    ranges = [
+        seen.range for seen in hub.seen if re.search(MAIN, seen.path) and seen.method == "GET"
+    ]
+    assert all(ranges), "with a range, not from the start"
 
 
 def test_a_cache_that_cannot_be_written(fetch: Fetcher, tiny: Snapshot) -> None:

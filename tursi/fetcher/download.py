@@ -10,14 +10,15 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub import HfApi, constants, file_download, hf_hub_download
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 from tursi.errors import DiskFull, FetchError, HubUnreachable, TokenRefused
 from tursi.fetcher.failures import explain, offline, temporary
 from tursi.fetcher.meter import Meter, bar
+from tursi.fetcher.partial import resuming
 from tursi.fetcher.selection import INDEX, select
-from tursi.fetcher.snapshot import Shelf, is_commit
+from tursi.fetcher.snapshot import Listed, Shelf, is_commit
 from tursi.model import Progress, Resolution
 
 _ASK_SECONDS = 30.0
@@ -27,6 +28,7 @@ _MAX_INDEX = 64 * 1024 * 1024
 # huggingface_hub hands on what arrived only once a whole chunk is there, and its
 # 10 MiB would look like a stall on a slow line.
 constants.DOWNLOAD_CHUNK_SIZE = 512 * 1024
+_http_get = file_download.http_get
 
 
 class Download:
@@ -52,7 +54,10 @@ class Download:
         """Download what is missing; ``FetchError`` with the sentence for the user."""
         self._tell(Progress("resolve"))
         cached = self._shelf.cached(self._revision)
-        if cached is not None and (is_commit(self._revision) or constants.HF_HUB_OFFLINE):
+        if cached is not None and (
+            constants.HF_HUB_OFFLINE
+            or (is_commit(self._revision) and self._shelf.is_verified(str(self._revision)))
+        ):
             return cached
         if constants.HF_HUB_OFFLINE:
             raise offline(self._repository, self._revision)
@@ -104,7 +109,9 @@ class Download:
             return Path(self._get(commit, name)).read_bytes()
 
         self._cache.mkdir(parents=True, exist_ok=True)
-        with self._shelf.in_use():
+        with self._shelf.in_use() as alone:
+            if alone:
+                file_download.http_get = resuming(_http_get)
             chosen = select(self._repository, listed, read)
             sizes = {name: listed[name].size or 0 for name in chosen.names}
             missing = [n for n in chosen.names if not (self._shelf.snapshot(commit) / n).exists()]
@@ -113,10 +120,25 @@ class Download:
             meter.add(sum(size for name, size in sizes.items() if name not in missing))
             for files in (chosen.first, chosen.weights):
                 self._get_all(commit, files, bar(meter))
-            resolution = self._shelf.verify(commit, sizes)
+            # Also what was there already: a kill may have come before it was verified.
+            self._verify(commit, [_listed(listed[name]) for name in chosen.names], meter)
             self._shelf.remember(self._revision, commit)
         meter.finish()
-        return resolution
+        return self._shelf.resolution(commit, sizes)
+
+    def _verify(self, commit: str, files: list[Listed], meter: Meter) -> None:
+        """See that what has arrived is what the hub lists; what isn't gets one more try."""
+        wrong = self._shelf.damaged(commit, files)
+        if not wrong:
+            return
+        meter.add(-sum(file.size for file in files if file.name in wrong))
+        self._get_all(commit, wrong, bar(meter))
+        wrong = self._shelf.damaged(commit, [file for file in files if file.name in wrong])
+        for name, difference in wrong.items():
+            raise FetchError(
+                f"{name} of {self._repository} arrived twice with {difference}; "
+                "it was removed, try again later."
+            )
 
     def _check_space(self, files: Iterable[RepoSibling]) -> None:
         needed = 0
@@ -149,6 +171,12 @@ class Download:
             cache_dir=self._cache,
             tqdm_class=tqdm_class,
         )
+
+
+def _listed(file: RepoSibling) -> Listed:
+    return Listed(
+        file.rfilename, file.size or 0, file.lfs.sha256 if file.lfs else None, file.blob_id
+    )
 
 
 def _no_hub() -> HubUnreachable:

@@ -53,6 +53,8 @@ def bar(meter: Meter) -> type[Any]:
 
         def __init__(self, **settings: Any) -> None:
             self.n = int(settings.get("initial") or 0)
+            # What had arrived before the download was broken off.
+            meter.add(self.n)
             self.total = settings.get("total")
 
         def __enter__(self) -> Self:

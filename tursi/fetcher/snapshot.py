@@ -4,22 +4,58 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from tursi.errors import FetchError, SafetensorsMissing
+from tursi.fetcher.partial import SUFFIX
 from tursi.fetcher.selection import select
 from tursi.model import Resolution
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAX_NAMES = 10_000
+_CHUNK = 1 << 20
+_KEEP_SECONDS = 7 * 86400
+"""So long the part of a file that has arrived waits for the rest."""
 
 
 def is_commit(revision: str | None) -> bool:
     """Whether ``revision`` is a whole commit hash, which never changes its meaning."""
     return revision is not None and _COMMIT.fullmatch(revision) is not None
+
+
+class Listed(NamedTuple):
+    """A file as the hub lists it; the hashes are hexadecimal, where it gives them."""
+
+    name: str
+    size: int
+    sha256: str | None
+    """Of the content, for large files."""
+    blob: str | None
+    """Git's hash of the others."""
+
+    def differs(self, path: Path) -> str | None:
+        """In what the file at ``path`` isn't this one."""
+        found = path.stat().st_size
+        if found != self.size:
+            return f"{found} bytes where the hub lists {self.size}"
+        # What git hashes begins with the length.
+        digest, wanted = (
+            (hashlib.sha256(), self.sha256)
+            if self.sha256
+            else (hashlib.sha1(b"blob %d\0" % found, usedforsecurity=False), self.blob)
+        )
+        if wanted is None:
+            return None
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+        return None if digest.hexdigest() == wanted else "other content than the hub lists"
 
 
 class Shelf:
@@ -40,11 +76,20 @@ class Shelf:
         """Whether this content is here already, for any revision."""
         return (self._folder / "blobs" / name).exists()
 
+    def is_verified(self, commit: str) -> bool:
+        """Whether its files were once seen to be what the hub lists."""
+        return (self._folder / "refs" / commit).exists()
+
     def remember(self, revision: str | None, commit: str) -> None:
-        """Note what ``revision`` means, for a time without a hub."""
-        if is_commit(revision):
-            return
-        path = self._folder / "refs" / (revision or "main")
+        """Note that ``commit`` is verified, and what ``revision`` means for a time without a hub.
+
+        huggingface_hub makes nothing of a reference that has a commit's name.
+        """
+        self._refer(commit, commit)
+        self._refer(revision or "main", commit)
+
+    def _refer(self, name: str, commit: str) -> None:
+        path = self._folder / "refs" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f"{path.name}.{os.getpid()}")
         new.write_text(commit, encoding="ascii")
@@ -69,51 +114,54 @@ class Shelf:
         size = sum(present[name] for name in chosen.names)
         return Resolution(folder=str(folder), commit=commit, files=chosen.names, size=size)
 
-    def verify(self, commit: str, sizes: dict[str, int]) -> Resolution:
-        """The snapshot of ``commit``, having seen that each file is there and whole.
+    def damaged(self, commit: str, files: Iterable[Listed]) -> dict[str, str]:
+        """Which of ``files`` did not arrive as the hub lists them, and what is wrong.
 
-        A file of another size than the hub's listing says is removed, so that
-        the next attempt downloads it again.
+        They are removed, so that the next attempt downloads them again. Raises
+        ``FetchError`` where a file leads out of the cache.
         """
         folder = self.snapshot(commit)
         inside = self._cache.resolve()
-        for name, size in sizes.items():
-            path = folder / name
+        wrong: dict[str, str] = {}
+        for file in files:
+            path = folder / file.name
             target = path.resolve()
             if not target.is_relative_to(inside):
-                raise FetchError(f"{name} of {self._repository} leads out of the cache.")
+                raise FetchError(f"{file.name} of {self._repository} leads out of the cache.")
             if not target.is_file():
-                raise SafetensorsMissing(f"{name} of {self._repository} was not downloaded.")
-            if (found := target.stat().st_size) != size:
+                raise SafetensorsMissing(f"{file.name} of {self._repository} was not downloaded.")
+            found = file.differs(target)
+            if found is not None:
+                wrong[file.name] = found
                 path.unlink()
                 target.unlink(missing_ok=True)
-                raise FetchError(
-                    f"{name} of {self._repository} arrived with {found} bytes where the hub "
-                    f"lists {size}; it was removed, try again."
-                )
-        return Resolution(
-            folder=str(folder), commit=commit, files=tuple(sorted(sizes)), size=sum(sizes.values())
-        )
+        return wrong
+
+    def resolution(self, commit: str, sizes: dict[str, int]) -> Resolution:
+        """The snapshot of ``commit`` with these files."""
+        folder, files = str(self.snapshot(commit)), tuple(sorted(sizes))
+        return Resolution(folder=folder, commit=commit, files=files, size=sum(sizes.values()))
 
     @contextlib.contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Hold the repository while downloading into it.
+    def in_use(self) -> Iterator[bool]:
+        """Hold the repository while downloading into it; whether nobody else does.
 
-        Who is alone there first removes what killed downloads have left:
-        huggingface_hub gives each attempt a file of its own and never comes
-        back to it.
+        Who is alone there first removes what killed downloads have left long ago.
         """
         self._lock.parent.mkdir(parents=True, exist_ok=True)
         with self._lock.open("a") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                pass
-            else:
-                for leftover in (self._folder / "blobs").glob("*.incomplete"):
+                # Whoever is alone there holds it until the end, so this ends too.
+                fcntl.flock(lock, fcntl.LOCK_SH)
+                yield False
+                return
+            oldest = time.time() - _KEEP_SECONDS
+            for leftover in (self._folder / "blobs").glob(f"*{SUFFIX}"):
+                if leftover.stat().st_mtime < oldest:
                     leftover.unlink(missing_ok=True)
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            yield
+            yield True
 
 
 def _files(folder: Path) -> Iterator[tuple[str, int]]:
