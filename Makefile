@@ -1,5 +1,6 @@
 # make run    set everything up, serve a small model and show what it answers
 # make test   set everything up and run the tests
+# make chaos  attack a daemon under load for CHAOS_SECONDS, and check its promises
 # make lint, make types, make bench, make docs, make clean
 #
 # Needs Python 3.11 or newer (make run PYTHON=python3.12 names another one).
@@ -7,12 +8,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 STATE ?= .run
+CHAOS_SECONDS ?= 60
 
 BIN := $(VENV)/bin
 # Constrained, so that no package can bring in another version of a pinned one.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: run test lint types bench docs clean
+.PHONY: run test chaos lint types bench docs clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -21,6 +23,10 @@ run: $(VENV)/.installed $(STATE)/model/.installed
 
 test: $(VENV)/.installed-test $(STATE)/model/.installed
 	$(BIN)/python -m pytest $(TESTS)
+
+# CHAOS_SEED=7 repeats a run as far as processes and clocks allow.
+chaos: $(VENV)/.installed-test
+	$(BIN)/python tests/chaos/run.py --seconds $(CHAOS_SECONDS) $(CHAOS_SEED:%=--seed %)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

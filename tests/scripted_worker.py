@@ -35,6 +35,10 @@ from tursi.model import Loaded, LoadOrder, Progress, Usage
 from tursi.wire import Kind
 
 DATA = 3
+OBEYED = ("flood", "hang-gil", "hang-nogil", "exit-3", "exit-0", "garbage", "close", "fork")
+"""What ``--obey`` does at SIGRTMIN, SIGRTMIN + 1 and so on."""
+FLOOD = 16 * 2**20
+"""Bytes, where nobody says how many."""
 STEP = 0.2
 """Seconds between two PROGRESS frames."""
 
@@ -58,6 +62,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--fork", type=int, default=0, help="that many processes that escape")
     one.add_argument("--flood", type=int, default=0, help="bytes to write to stdout and stderr")
     one.add_argument("--leak", type=int, default=0, help="bytes to keep at every request")
+    one.add_argument("--say", action="store_true", help="write the folder's file `say` to stderr")
+    one.add_argument("--announce", type=int, default=0, help="a frame of that many bytes")
+    one.add_argument("--obey", action="store_true", help="misbehave at real-time signals: OBEYED")
     one.add_argument("--ignore-term", action="store_true")
     one.add_argument("--echo", action="store_true", help="answer with the request's own body")
     one.add_argument("--attempt", action="store_true", help="do what a request's body says")
@@ -144,6 +151,11 @@ class ScriptedWorker:
         self.pulse.beat_every(order.beat_seconds)
         self.read_options(Path(order.folder))
         self.terminable()
+        if self.options.obey:
+            for number, what in enumerate(OBEYED):
+                signal.signal(signal.SIGRTMIN + number, lambda *_, what=what: self.obey(what))
+        if self.options.say:
+            threading.Thread(target=say, args=(Path(order.folder),), daemon=True).start()
         for _ in range(self.options.fork):
             escape()
         if self.options.flood:
@@ -248,6 +260,8 @@ class ScriptedWorker:
             os.kill(os.getpid(), options.signal)
         if options.garbage:
             self.send(b"HTTP/1.1 200 OK\r\n\r\n" * 4)
+        if options.announce:
+            self.send(options.announce.to_bytes(4, "big") + b"\0" * 9)
         if options.close:
             self.data.close()
             time.sleep(3600)
@@ -261,6 +275,17 @@ class ScriptedWorker:
             self.hung = True
             hang = hang_blocked if options.hang == "nogil" else hang_computing
             threading.Thread(target=self.compute, args=(hang,), daemon=True).start()
+
+    def obey(self, what: str) -> None:
+        what, _, how = what.partition("-")
+        if what == "flood":
+            threading.Thread(target=flood, args=(FLOOD,), daemon=True).start()
+        elif what == "fork":
+            escape()
+        else:
+            wish: dict[str, Any] = {"exit": int(how)} if what == "exit" else {what: how or True}
+            vars(self.options).update(wish)
+            self.misbehave()
 
     def compute(self, hang: Callable[[], None]) -> None:
         self.pulse.watch()
@@ -333,6 +358,12 @@ def hang_blocked() -> None:
 def hang_computing() -> None:
     # It lets go of the interpreter.
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+
+
+def say(folder: Path) -> None:
+    data = memoryview((folder / "say").read_bytes())
+    while data:
+        data = data[os.write(2, data) :]
 
 
 def flood(count: int) -> None:

@@ -46,8 +46,12 @@ def free_port() -> int:
 class Daemon:
     """One state folder and the daemon that runs on it, now and after restarts."""
 
-    def __init__(self, folder: Path, *, scripted: bool, settings: str = "") -> None:
+    def __init__(
+        self, folder: Path, *, scripted: bool, settings: str = "", program: Path = SCRIPTED
+    ) -> None:
+        """``program`` is what is run where workers are scripted."""
         self.folder = folder
+        self.program = program
         self.state = folder / "state"
         self.runtime = folder / "run"
         self.port = free_port()
@@ -77,7 +81,7 @@ class Daemon:
             "--runtime", str(self.runtime),
         ]  # fmt: skip
         if self.scripted:
-            return [sys.executable, str(SCRIPTED), *options[1:]]
+            return [sys.executable, str(self.program), *options[1:]]
         return [str(TWISTD), "-n", "--pidfile=", *options]
 
     def start(self, environment: Mapping[str, str] | None = None) -> None:

@@ -1,0 +1,161 @@
+"""Who uses the daemon during a chaos run: clients that ask, and somebody who changes things."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import random
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import httpx
+from checker import Ask, Change, Outcome, Wanted
+
+ASK_SECONDS = 50.0
+"""After which a client gives up; no answer takes as long."""
+PAUSE_SECONDS = 0.05
+
+
+class Client(threading.Thread):
+    """Asks one deployment, one request after the other, each with a body of its own."""
+
+    def __init__(
+        self, port: int, deployment: str, number: int, tell: Callable[[Ask], None]
+    ) -> None:
+        super().__init__(name=f"client {number} of {deployment}", daemon=True)
+        self._port = port
+        self._deployment = deployment
+        self._number = number
+        self._tell = tell
+        self._ending = threading.Event()
+        self._connection: http.client.HTTPConnection | None = None
+
+    def end(self) -> None:
+        """Ask no more after the present request."""
+        self._ending.set()
+
+    def run(self) -> None:
+        serial = 0
+        while not self._ending.wait(PAUSE_SECONDS):
+            serial += 1
+            began = time.monotonic()
+            status, note, right = self._ask(f"{self._deployment} {self._number} {serial}")
+            self._tell(Ask(self._deployment, began, time.monotonic(), status, note, right))
+        self._close()
+
+    def _ask(self, text: str) -> tuple[int, str, bool]:
+        body = json.dumps({"model": self._deployment, "input": text})
+        try:
+            if self._connection is None:
+                self._connection = http.client.HTTPConnection(
+                    "127.0.0.1", self._port, timeout=ASK_SECONDS
+                )
+            self._connection.request(
+                "POST",
+                "/v1/embeddings",
+                body,
+                {"content-type": "application/json", "x-request-id": text.replace(" ", "-")},
+            )
+            answer = self._connection.getresponse()
+            data = answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            self._close()
+            return 0, type(error).__name__, True
+        if answer.status == 200:
+            return 200, "", data == body.encode()
+        with suppress(ValueError, KeyError, TypeError):
+            return answer.status, str(json.loads(data)["error"]["code"]), True
+        return answer.status, repr(data[:100]), True
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What may be changed to what."""
+
+    deployments: tuple[str, ...]
+    models: tuple[str, ...]
+    replicas: tuple[int, ...] = (1, 2)
+
+
+class Changer(threading.Thread):
+    """Changes deployments at random, and reads what has become of them."""
+
+    def __init__(
+        self,
+        control: httpx.Client,
+        choice: Choice,
+        chance: random.Random,
+        tell: Callable[[Change], None],
+        pause: float,
+    ) -> None:
+        super().__init__(name="changer", daemon=True)
+        self._control = control
+        self._choice = choice
+        self._chance = chance
+        self._tell = tell
+        self._pause = pause
+        self._ending = threading.Event()
+        self._doubtful: set[str] = set()
+
+    def end(self) -> None:
+        """Change nothing any more."""
+        self._ending.set()
+
+    def run(self) -> None:
+        while not self._ending.wait(self._pause * (0.5 + self._chance.random())):
+            if self._doubtful:
+                name = min(self._doubtful)
+                seen = self.read(name)
+                # One that has been deleted may still be seen as it drains, but not in doubt.
+                if seen is not None:
+                    self._doubtful.discard(name)
+                    self._tell(seen)
+                continue
+            self._change(self._chance.choice(self._choice.deployments))
+
+    def read(self, name: str) -> Change | None:
+        """What is wanted of it; ``None`` while nobody can tell."""
+        try:
+            answer = self._control.get(f"/deployments/{name}")
+        except httpx.HTTPError:
+            return None
+        if answer.status_code == 404:
+            return Change(name, "read", Outcome.ACKNOWLEDGED)
+        if answer.status_code != 200:
+            return None
+        found = answer.json()
+        wanted = Wanted(found["model"], found["replicas"], found["desired"] == "running")
+        return Change(name, "read", Outcome.ACKNOWLEDGED, seen=wanted)
+
+    def _change(self, name: str) -> None:
+        action = self._chance.choices(("put", "scale", "stop", "start", "delete"), (6, 3, 2, 3, 1))[
+            0
+        ]
+        model = self._chance.choice(self._choice.models) if action == "put" else ""
+        replicas = self._chance.choice(self._choice.replicas) if action in {"put", "scale"} else 0
+        path = f"/deployments/{name}"
+        try:
+            if action == "put":
+                answer = self._control.put(path, json={"model": model, "replicas": replicas})
+            elif action == "delete":
+                answer = self._control.delete(path)
+            elif action == "scale":
+                answer = self._control.post(f"{path}/scale", json={"replicas": replicas})
+            else:
+                answer = self._control.post(f"{path}/{action}")
+            status = answer.status_code
+        except httpx.HTTPError:
+            status = 0
+        known = {404: Outcome.NOT_FOUND} | dict.fromkeys((200, 201, 202), Outcome.ACKNOWLEDGED)
+        outcome = known.get(status, Outcome.UNKNOWN)
+        self._tell(Change(name, action, outcome, model, replicas))
+        if outcome is Outcome.UNKNOWN:
+            self._doubtful.add(name)

@@ -1,0 +1,229 @@
+"""Who does harm during a chaos run."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+from checker import Fault, Window
+from clock_daemon import set_clock
+from daemon import Daemon
+from scripted_worker import OBEYED
+
+DEATHS_PER_MINUTE = 18
+"""At 21 the daemon rightly stops starting anything for a minute."""
+HANGS = 2
+"""Of each replica: at the third it is quarantined."""
+FOUND_SECONDS = 12.0
+"""Until a hung worker has been found, examined and killed, on a busy machine."""
+KILLED_SECONDS = 1.0
+GONE_SECONDS = 5.0
+"""Until nothing is left of a killed daemon; the keeper's own test has the tight bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One way to do harm to a worker."""
+
+    name: str
+    weight: int
+    number: int
+    """Of the signal."""
+    deadly: bool = True
+    hangs: bool = False
+    keeper: bool = False
+    """Whether the keeper gets it."""
+
+
+def obeyed(what: str) -> int:
+    """The signal at which a worker does that."""
+    return int(signal.SIGRTMIN) + OBEYED.index(what)
+
+
+KINDS = (
+    Kind("kill -9 of a worker", 5, signal.SIGKILL),
+    Kind("crash", 1, signal.SIGSEGV),
+    Kind("kill -9 of a keeper", 4, signal.SIGKILL, keeper=True),
+    Kind("worker stopped", 2, signal.SIGSTOP, hangs=True),
+    Kind("hang with the lock", 1, obeyed("hang-gil"), hangs=True),
+    Kind("hang without the lock", 1, obeyed("hang-nogil"), hangs=True),
+    Kind("exit 3", 2, obeyed("exit-3")),
+    Kind("exit 0", 1, obeyed("exit-0")),
+    Kind("garbage", 1, obeyed("garbage")),
+    Kind("closed socket", 1, obeyed("close")),
+    Kind("flood", 3, obeyed("flood"), deadly=False),
+    Kind("escapee", 2, obeyed("fork"), deadly=False),
+)
+DAEMON_KINDS = (("kill -9 of the daemon", 3), ("daemon stopped", 1), ("clock", 2))
+JUMPS = (-3600.0, 3600.0, 0.0, -7.0, 86400.0)
+
+
+class Nemesis(threading.Thread):
+    """Does harm at random, until ``end``; ``heal`` undoes what is still done."""
+
+    def __init__(
+        self,
+        running: Daemon,
+        hit: tuple[str, ...],
+        clock: Path,
+        chance: random.Random,
+        *,
+        pause: float,
+        kill_daemon_at: float,
+        spare_daemon_after: float,
+        tell_fault: Callable[[Fault], None],
+        tell_window: Callable[[Window], None],
+        tell_violation: Callable[[str], None],
+    ) -> None:
+        """The daemon is killed ``kill_daemon_at`` seconds from now and whenever chance wants.
+
+        After ``spare_daemon_after`` seconds it isn't any more.
+        """
+        super().__init__(name="nemesis", daemon=True)
+        self._running = running
+        self._hit = hit
+        self._clock = clock
+        self._chance = chance
+        self._pause = pause
+        self._kill_at = time.monotonic() + kill_daemon_at
+        self._spare_after = time.monotonic() + spare_daemon_after
+        self._tell_fault = tell_fault
+        self._tell_window = tell_window
+        self._tell_violation = tell_violation
+        self._ending = threading.Event()
+        self._deaths: list[float] = []
+        self._hangs: dict[tuple[str, int], int] = {}
+        self.daemons = 1
+        """How many there have been."""
+        self.alive = threading.Event()
+        """Whether the daemon is up."""
+        self.alive.set()
+        self.gone_seconds: list[float] = []
+        """How long it took until nothing was left of each killed daemon."""
+
+    def end(self) -> None:
+        """Do no more harm."""
+        self._ending.set()
+
+    def run(self) -> None:
+        while not self._ending.wait(self._pause * (0.5 + self._chance.random())):
+            try:
+                if time.monotonic() > self._kill_at:
+                    self._kill_at = math.inf
+                    self._kill_daemon()
+                elif self._chance.random() < 0.25:
+                    self._hit_daemon()
+                else:
+                    self._hit_worker()
+            except (httpx.HTTPError, psutil.Error, AssertionError) as error:
+                self._tell_violation(f"the nemesis failed: {error!r}")
+
+    # -- workers
+
+    def _hit_worker(self) -> None:
+        name = self._chance.choice(self._hit)
+        kind = self._chance.choices(KINDS, [each.weight for each in KINDS])[0]
+        workers = [
+            worker
+            for worker in self._running.status(name)["workers"]
+            if worker["phase"] == "ready" and worker["pid"]
+        ]
+        if not workers:
+            return
+        worker = self._chance.choice(workers)
+        replica = (name, worker["replica"])
+        now = time.monotonic()
+        self._deaths = [at for at in self._deaths if now - at < 60]
+        if kind.deadly and len(self._deaths) >= DEATHS_PER_MINUTE:
+            return
+        if kind.hangs and self._hangs.get(replica, 0) >= HANGS:
+            return
+        pid = worker["pid"]
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if kind.keeper:
+                pid = psutil.Process(pid).ppid()
+            os.kill(pid, kind.number)
+        if kind.deadly:
+            self._deaths.append(now)
+        if kind.hangs:
+            self._hangs[replica] = self._hangs.get(replica, 0) + 1
+        lasts = FOUND_SECONDS if kind.hangs or kind.name == "closed socket" else KILLED_SECONDS
+        self._tell_fault(Fault(kind.name, name, now, now + lasts, kind.deadly))
+
+    # -- the daemon
+
+    def _hit_daemon(self) -> None:
+        (kind,) = self._chance.choices(
+            [name for name, _ in DAEMON_KINDS], [weight for _, weight in DAEMON_KINDS]
+        )
+        now = time.monotonic()
+        process = self._running.process
+        assert process is not None
+        if kind == "clock":
+            set_clock(self._clock, self._chance.choice(JUMPS))
+        elif kind == "daemon stopped":
+            process.send_signal(signal.SIGSTOP)
+            self._ending.wait(0.3 + 2 * self._chance.random())
+            process.send_signal(signal.SIGCONT)
+        elif now < self._spare_after:
+            self._kill_daemon()
+            return
+        else:
+            return
+        self._tell_fault(Fault(kind, "", now, time.monotonic(), deadly=False))
+
+    def _kill_daemon(self) -> None:
+        tree = [each for each in self._running.tree() if each.pid != self._pid()]
+        self.alive.clear()
+        killed = time.monotonic()
+        self._running.kill()
+        # Sometimes the next one begins while the keepers are still clearing.
+        if self._chance.random() < 0.5:
+            self._wait_gone(tree, killed)
+            self.gone_seconds.append(time.monotonic() - killed)
+        self._running.start(self.environment())
+        self.daemons += 1
+        while self._running.control.get("/deployments").status_code != 200:
+            time.sleep(0.02)
+        self._tell_window(Window(killed, time.monotonic()))
+        self._tell_fault(Fault("kill -9 of the daemon", "", killed, time.monotonic(), deadly=False))
+        self.alive.set()
+        self._deaths.clear()
+        self._wait_gone(tree, killed)
+
+    def _wait_gone(self, tree: list[psutil.Process], killed: float) -> None:
+        while left := [each for each in tree if lives(each)]:
+            if time.monotonic() - killed > GONE_SECONDS:
+                self._tell_violation(f"{left} outlive their daemon by {GONE_SECONDS} s")
+                return
+            time.sleep(0.005)
+
+    def _pid(self) -> int:
+        assert self._running.process is not None
+        return self._running.process.pid
+
+    def environment(self) -> dict[str, str]:
+        """What the daemon needs to have a clock that can be set."""
+        return {"TURSI_TEST_CLOCK": str(self._clock)}
+
+    def heal(self) -> None:
+        """Undo whatever doesn't pass by itself."""
+        set_clock(self._clock, 0.0)
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether it is there and no zombie."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

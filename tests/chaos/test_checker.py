@@ -1,0 +1,136 @@
+"""The checker of chaos runs finds what it is there for, and blames nobody else."""
+
+from __future__ import annotations
+
+import pytest
+from checker import (
+    Ask,
+    Change,
+    Fault,
+    History,
+    Judgement,
+    Outcome,
+    Role,
+    Sample,
+    Wanted,
+    Window,
+    flat,
+    judge,
+    lost_changes,
+    slope,
+    table,
+    violations,
+)
+
+OK, NOT_FOUND, UNKNOWN = Outcome.ACKNOWLEDGED, Outcome.NOT_FOUND, Outcome.UNKNOWN
+
+
+def put(model: str, replicas: int = 1, outcome: Outcome = OK) -> Change:
+    return Change("one", "put", outcome, model, replicas)
+
+
+def scale(replicas: int, outcome: Outcome = OK) -> Change:
+    return Change("one", "scale", outcome, replicas=replicas)
+
+
+def other(action: str, outcome: Outcome = OK) -> Change:
+    return Change("one", action, outcome)
+
+
+def read(seen: Wanted | None) -> Change:
+    return Change("one", "read", OK, seen=seen)
+
+
+@pytest.mark.parametrize(
+    ("changes", "lost"),
+    [
+        ([put("a"), read(Wanted("a", 1, running=True))], 0),
+        ([put("a"), read(None)], 1),
+        ([put("a"), scale(2), other("stop"), read(Wanted("a", 2, running=False))], 0),
+        ([put("a"), scale(2), other("stop"), read(Wanted("a", 2, running=True))], 1),
+        ([put("a"), other("delete"), read(Wanted("a", 1, running=True))], 1),
+        # What wasn't acknowledged may have been made, or not.
+        ([put("a"), scale(2, UNKNOWN), read(Wanted("a", 1, running=True))], 0),
+        ([put("a"), scale(2, UNKNOWN), read(Wanted("a", 2, running=True))], 0),
+        ([put("a"), scale(2, UNKNOWN), read(Wanted("a", 3, running=True))], 1),
+        # But not both in turn.
+        ([put("a"), scale(2, UNKNOWN), read(Wanted("a", 2, running=True)), scale(1, UNKNOWN),
+          read(Wanted("a", 2, running=True)), read(Wanted("a", 1, running=True))], 1),
+        # An answer tells as much as a read does.
+        ([put("a"), other("delete", UNKNOWN), other("stop", NOT_FOUND), read(None)], 0),
+        ([put("a"), other("delete", UNKNOWN), other("stop"),
+          read(Wanted("a", 1, running=False))], 0),
+        ([put("a"), other("start", NOT_FOUND)], 1),
+        ([other("delete", NOT_FOUND), read(None)], 0),
+    ],
+)  # fmt: skip
+def test_changes_that_were_acknowledged_are_there(changes: list[Change], lost: int) -> None:
+    assert len(lost_changes(changes)) == lost
+
+
+KILL = Fault("kill", "one", at=10.0, until=11.0)
+AGAIN = Fault("kill", "one", at=12.0, until=13.0)
+FLOOD = Fault("flood", "one", at=12.0, until=13.0, deadly=False)
+ANSWERED, EXCUSED, LOST = Judgement.ANSWERED, Judgement.EXCUSED, Judgement.LOST
+
+
+@pytest.mark.parametrize(
+    ("ask", "role", "faults", "windows", "fate"),
+    [
+        (Ask("one", 9, 10, 200), Role.CALM, [], [], ANSWERED),
+        (Ask("one", 9, 10, 200, right=False), Role.CALM, [], [], LOST),
+        (Ask("one", 9, 10, 503), Role.CALM, [], [], LOST),
+        (Ask("one", 9, 10, 0), Role.CALM, [], [Window(9.5, 12)], EXCUSED),
+        (Ask("one", 9, 10, 0), Role.CALM, [], [Window(10.5, 12)], LOST),
+        # One death costs nobody an answer, two may.
+        (Ask("one", 9, 13, 502), Role.HIT, [KILL], [], LOST),
+        (Ask("one", 9, 13, 502), Role.HIT, [KILL, FLOOD], [], LOST),
+        (Ask("one", 9, 13, 502), Role.HIT, [KILL, AGAIN], [], EXCUSED),
+        (Ask("one", 9, 13, 503), Role.HIT, [KILL, AGAIN], [], LOST),
+        (Ask("one", 9, 11, 502), Role.HIT, [KILL, AGAIN], [], LOST),
+        (Ask("one", 9, 10, 404), Role.CHURN, [], [], EXCUSED),
+        (Ask("one", 9, 10, 503, "internal_error"), Role.CHURN, [], [], LOST),
+        (Ask("one", 9, 10, 500), Role.CHURN, [], [], LOST),
+        (Ask("one", 9, 10, 0), Role.CHURN, [], [], LOST),
+    ],
+)
+def test_who_asks_gets_an_answer(
+    ask: Ask, role: Role, faults: list[Fault], windows: list[Window], fate: Judgement
+) -> None:
+    assert judge(ask, role, faults, windows) is fate
+
+
+def samples(daemon: int, seconds: int, *, descriptors: float = 0, rss: float = 0) -> list[Sample]:
+    return [
+        Sample(daemon, at, 100 + int(descriptors * at), 10**8 + int(rss * at))
+        for at in range(seconds)
+    ]
+
+
+def test_what_grows_is_found_in_the_daemon_that_lived_longest() -> None:
+    assert slope([(0.0, 1.0), (60.0, 3.0)]).per_minute == pytest.approx(2.0)
+    assert flat([])[2] == []
+    assert flat(samples(1, 100))[2] == []
+    assert flat(samples(1, 20, descriptors=5) + samples(2, 100))[2] == []
+    (found,) = flat(samples(1, 100, descriptors=1))[2]
+    assert found == "descriptors grow by 60.0 a minute"
+    (found,) = flat(samples(1, 100, rss=2**20))[2]
+    assert found == "RSS grows by 60.0 MiB a minute"
+    # A few seconds say nothing.
+    assert flat(samples(1, 20, rss=2**20))[2] == []
+
+
+def test_all_of_it_is_told() -> None:
+    history = History({"one": Role.HIT, "two": Role.CALM}, {"one": 2, "two": 1})
+    history.asks = [Ask("one", 9, 11, 502, "worker_lost"), Ask("two", 9, 10, 200)]
+    history.faults = [KILL]
+    history.changes = [put("a"), read(None)]
+    history.violations = ["an orphan"]
+    found = violations(history)
+    assert len(found) == 3
+    assert found[0] == "an orphan"
+    assert "one (hit): a request of 2.00 s got 502 worker_lost [kill -1.00 s before]" in found[1]
+    assert "read found None" in found[2]
+    text = "\n".join(table(history))
+    assert "1 x kill" in text
+    assert "1 acknowledged, 0 not found, 0 unknown; 1 reads; 1 lost" in text
