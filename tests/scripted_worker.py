@@ -367,9 +367,9 @@ def say(folder: Path) -> None:
 
 
 def flood(count: int) -> None:
-    line = b"x" * 99 + b"\n"
-    for number in range(count // len(line)):
-        os.write(1 + number % 2, line)
+    lines = 100 * (b"x" * 99 + b"\n")
+    for number in range(max(count // len(lines), 1)):
+        os.write(1 + number % 2, lines)
 
 
 if __name__ == "__main__":

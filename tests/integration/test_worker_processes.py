@@ -277,6 +277,13 @@ FATES: dict[str, tuple[list[str], dict[str, Any], Phase, FailureClass, str]] = {
         FailureClass.PROTOCOL,
         "the worker broke the protocol: a frame announces 1213486160 bytes",
     ),
+    "frame-of-2-gigabytes": (
+        [f"--announce={2**31}"],
+        {},
+        Phase.BACKOFF,
+        FailureClass.PROTOCOL,
+        "the worker broke the protocol: a frame announces 2147483648 bytes",
+    ),
     "closes-its-socket": (
         ["--close"],
         {"stop_seconds": 0.3},
