@@ -28,7 +28,9 @@ class Ask:
     note: str = ""
     """The error's code, or what went wrong."""
     right: bool = True
-    """Whether an answer of 200 was the one to this very request."""
+    """Whether an answer of 200 was the one to this very request, and whole."""
+    stream: bool = False
+    """Whether it came in pieces: what has begun can't be sent again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +169,10 @@ class Judgement(Enum):
 
 def judge(ask: Ask, role: Role, faults: Sequence[Fault], windows: Sequence[Window]) -> Judgement:
     """Whether the client got what it may expect; ``faults`` are those of its deployment."""
-    if ask.status == 200:
-        return Judgement.ANSWERED if ask.right else Judgement.LOST
+    if ask.status == 200 and ask.right:
+        return Judgement.ANSWERED
+    if ask.status == 200 and not (ask.stream and ask.note):
+        return Judgement.LOST
     if any(window.meets(ask) for window in windows):
         return Judgement.EXCUSED
     if role is Role.CHURN:
@@ -178,8 +182,9 @@ def judge(ask: Ask, role: Role, faults: Sequence[Fault], windows: Sequence[Windo
     deaths = sum(
         fault.deadly and fault.at <= ask.ended and fault.until >= ask.began for fault in faults
     )
-    # A request is sent once more after the first death.
-    if role is Role.HIT and deaths >= 2 and ask.status == 502:
+    # A request is sent once more after the first death, unless the answer has begun.
+    needed = 1 if ask.stream else 2
+    if role is Role.HIT and deaths >= needed and ask.status == 502:
         return Judgement.EXCUSED
     return Judgement.LOST
 

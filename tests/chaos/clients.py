@@ -17,10 +17,15 @@ from checker import Ask, Change, Outcome, Wanted
 ASK_SECONDS = 50.0
 """After which a client gives up; no answer takes as long."""
 PAUSE_SECONDS = 0.05
+PIECES = 20
+"""Of an answer that comes in pieces."""
 
 
 class Client(threading.Thread):
     """Asks one deployment, one request after the other, each with a body of its own."""
+
+    route = "/v1/embeddings"
+    stream = False
 
     def __init__(
         self, port: int, deployment: str, number: int, tell: Callable[[Ask], None]
@@ -43,11 +48,16 @@ class Client(threading.Thread):
             serial += 1
             began = time.monotonic()
             status, note, right = self._ask(f"{self._deployment} {self._number} {serial}")
-            self._tell(Ask(self._deployment, began, time.monotonic(), status, note, right))
+            self._tell(
+                Ask(
+                    self._deployment, began, time.monotonic(), status, note, right,
+                    stream=self.stream,
+                )
+            )  # fmt: skip
         self._close()
 
     def _ask(self, text: str) -> tuple[int, str, bool]:
-        body = json.dumps({"model": self._deployment, "input": text})
+        body = json.dumps(self._body(text))
         try:
             if self._connection is None:
                 self._connection = http.client.HTTPConnection(
@@ -55,25 +65,51 @@ class Client(threading.Thread):
                 )
             self._connection.request(
                 "POST",
-                "/v1/embeddings",
+                self.route,
                 body,
                 {"content-type": "application/json", "x-request-id": text.replace(" ", "-")},
             )
             answer = self._connection.getresponse()
             data = answer.read()
+        except http.client.IncompleteRead:
+            self._close()
+            return 200, "incomplete", False
         except (OSError, http.client.HTTPException) as error:
             self._close()
             return 0, type(error).__name__, True
         if answer.status == 200:
-            return 200, "", data == body.encode()
+            return self._judge(body, data)
         with suppress(ValueError, KeyError, TypeError):
             return answer.status, str(json.loads(data)["error"]["code"]), True
         return answer.status, repr(data[:100]), True
+
+    def _body(self, text: str) -> dict[str, object]:
+        return {"model": self._deployment, "input": text}
+
+    def _judge(self, body: str, data: bytes) -> tuple[int, str, bool]:
+        return 200, "", data == body.encode()
 
     def _close(self) -> None:
         if self._connection is not None:
             self._connection.close()
         self._connection = None
+
+
+class StreamClient(Client):
+    """Asks for answers in pieces."""
+
+    route = "/v1/completions"
+    stream = True
+
+    def _body(self, text: str) -> dict[str, object]:
+        return {"model": self._deployment, "prompt": text, "stream": True}
+
+    def _judge(self, body: str, data: bytes) -> tuple[int, str, bool]:
+        if b'"code":"worker_lost"' in data:
+            return 502, "worker_lost", True
+        whole = b"".join(b"data: %d\n\n" % number for number in range(PIECES))
+        right = data.startswith(whole)
+        return 200, "" if right else f"cut: {data[-60:]!r}", right
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,10 +61,16 @@ KINDS = (
     Kind("exit 0", 1, obeyed("exit-0")),
     Kind("garbage", 1, obeyed("garbage")),
     Kind("closed socket", 1, obeyed("close")),
+    Kind("keeper stopped", 1, signal.SIGSTOP, deadly=False, keeper=True),
     Kind("flood", 3, obeyed("flood"), deadly=False),
     Kind("escapee", 2, obeyed("fork"), deadly=False),
 )
-DAEMON_KINDS = (("kill -9 of the daemon", 3), ("daemon stopped", 1), ("clock", 2))
+DAEMON_KINDS = (
+    ("kill -9 of the daemon", 3),
+    ("restart of the daemon", 1),
+    ("daemon stopped", 1),
+    ("clock", 2),
+)
 JUMPS = (-3600.0, 3600.0, 0.0, -7.0, 86400.0)
 
 
@@ -103,6 +109,8 @@ class Nemesis(threading.Thread):
         self._ending = threading.Event()
         self._deaths: list[float] = []
         self._hangs: dict[tuple[str, int], int] = {}
+        self._stopped: list[psutil.Process] = []
+        """Keepers that have been stopped."""
         self.daemons = 1
         """How many there have been."""
         self.alive = threading.Event()
@@ -120,7 +128,7 @@ class Nemesis(threading.Thread):
             try:
                 if time.monotonic() > self._kill_at:
                     self._kill_at = math.inf
-                    self._kill_daemon()
+                    self._replace_daemon()
                 elif self._chance.random() < 0.25:
                     self._hit_daemon()
                 else:
@@ -153,6 +161,8 @@ class Nemesis(threading.Thread):
             if kind.keeper:
                 pid = psutil.Process(pid).ppid()
             os.kill(pid, kind.number)
+        if kind.name == "keeper stopped":
+            self._stopped.append(psutil.Process(pid))
         if kind.deadly:
             self._deaths.append(now)
         if kind.hangs:
@@ -176,34 +186,46 @@ class Nemesis(threading.Thread):
             self._ending.wait(0.3 + 2 * self._chance.random())
             process.send_signal(signal.SIGCONT)
         elif now < self._spare_after:
-            self._kill_daemon()
+            self._replace_daemon(graceful=kind == "restart of the daemon")
             return
         else:
             return
         self._tell_fault(Fault(kind, "", now, time.monotonic(), deadly=False))
 
-    def _kill_daemon(self) -> None:
+    def _replace_daemon(self, *, graceful: bool = False) -> None:
         tree = [each for each in self._running.tree() if each.pid != self._pid()]
         self.alive.clear()
-        killed = time.monotonic()
-        self._running.kill()
-        # Sometimes the next one begins while the keepers are still clearing.
-        if self._chance.random() < 0.5:
-            self._wait_gone(tree, killed)
-            self.gone_seconds.append(time.monotonic() - killed)
+        ended = time.monotonic()
+        if graceful:
+            status = self._running.stop()
+            if status != 0:
+                self._tell_violation(f"the daemon ended with {status} at SIGTERM")
+        else:
+            self._running.kill()
+            # A stopped keeper clears nothing: that is left to the next daemon.
+            if not any(map(lives, self._stopped)) and self._chance.random() < 0.5:
+                self._wait_gone(tree, ended)
+                self.gone_seconds.append(time.monotonic() - ended)
+        if self._chance.random() < 0.3:
+            # One that doesn't come up either.
+            self._running.launch(self.environment())
+            self._ending.wait(1.5 * self._chance.random())
+            self._running.kill()
         self._running.start(self.environment())
         self.daemons += 1
         while self._running.control.get("/deployments").status_code != 200:
             time.sleep(0.02)
-        self._tell_window(Window(killed, time.monotonic()))
-        self._tell_fault(Fault("kill -9 of the daemon", "", killed, time.monotonic(), deadly=False))
+        kind = "restart of the daemon" if graceful else "kill -9 of the daemon"
+        self._tell_window(Window(ended, time.monotonic()))
+        self._tell_fault(Fault(kind, "", ended, time.monotonic(), deadly=False))
         self.alive.set()
         self._deaths.clear()
-        self._wait_gone(tree, killed)
+        self._stopped.clear()
+        self._wait_gone(tree, time.monotonic())
 
-    def _wait_gone(self, tree: list[psutil.Process], killed: float) -> None:
+    def _wait_gone(self, tree: list[psutil.Process], since: float) -> None:
         while left := [each for each in tree if lives(each)]:
-            if time.monotonic() - killed > GONE_SECONDS:
+            if time.monotonic() - since > GONE_SECONDS:
                 self._tell_violation(f"{left} outlive their daemon by {GONE_SECONDS} s")
                 return
             time.sleep(0.005)

@@ -35,7 +35,7 @@ from checker import (  # noqa: E402 - after the path
     table,
     violations,
 )
-from clients import Changer, Choice, Client  # noqa: E402 - the same
+from clients import PIECES, Changer, Choice, Client, StreamClient  # noqa: E402 - the same
 from clock_daemon import set_clock  # noqa: E402 - the same
 from daemon import Daemon, until  # noqa: E402 - the same
 from nemesis import Nemesis, lives  # noqa: E402 - the same
@@ -59,6 +59,7 @@ load_wait_seconds = 40.0
 """
 CALM = {"calm": 1, "calm-pair": 2}
 HIT = {"solo-a": 1, "solo-b": 1, "pair-a": 2, "pair-b": 2}
+STREAMS = {"streams": 2}
 CHURN = ("churn-a", "churn-b", "churn-c")
 CLIENTS = 2
 """Of each deployment."""
@@ -81,10 +82,10 @@ class Run:
         self.history = History(
             {
                 **dict.fromkeys(CALM, Role.CALM),
-                **dict.fromkeys(HIT, Role.HIT),
+                **dict.fromkeys(HIT | STREAMS, Role.HIT),
                 **dict.fromkeys(CHURN, Role.CHURN),
             },
-            CALM | HIT,
+            CALM | HIT | STREAMS,
         )
         self.clock = folder / "clock"
         set_clock(self.clock, 0.0)
@@ -92,7 +93,7 @@ class Run:
         self.running = Daemon(folder, scripted=True, settings=SETTINGS, program=program)
         self.nemesis = Nemesis(
             self.running,
-            tuple(HIT),
+            (*HIT, *STREAMS),
             self.clock,
             random.Random(self.chance.random()),
             pause=pause,
@@ -132,14 +133,19 @@ class Run:
         for name, replicas in HIT.items():
             model = self.running.script(name, echo=True, delay=0.1, fork=1, obey=True)
             self.running.deploy(name, model, replicas=replicas)
-        for name in (*CALM, *HIT):
+        for name, replicas in STREAMS.items():
+            model = self.running.script(name, stream=PIECES, interval=0.02, obey=True)
+            self.running.deploy(name, model, replicas=replicas)
+        for name in (*CALM, *HIT, *STREAMS):
             self.running.wait(name)
         return self.used()
 
     def attack(self) -> None:
         """Clients, changes and harm, for as long as it shall take."""
         clients = [
-            Client(self.running.port, name, number, self.history.asks.append)
+            (StreamClient if name in STREAMS else Client)(
+                self.running.port, name, number, self.history.asks.append
+            )
             for name in self.history.roles
             for number in range(CLIENTS)
         ]
@@ -186,7 +192,7 @@ class Run:
         """Everything must come back by itself, and nothing else be left."""
         self.nemesis.heal()
         began = time.monotonic()
-        for name in (*CALM, *HIT):
+        for name in (*CALM, *HIT, *STREAMS):
             self.expect(lambda name=name: self.running.wait(name, seconds=HEAL_SECONDS))
         healed = time.monotonic() - began
         for name in CHURN:

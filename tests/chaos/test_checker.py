@@ -88,6 +88,18 @@ ANSWERED, EXCUSED, LOST = Judgement.ANSWERED, Judgement.EXCUSED, Judgement.LOST
         (Ask("one", 9, 13, 502), Role.HIT, [KILL, AGAIN], [], EXCUSED),
         (Ask("one", 9, 13, 503), Role.HIT, [KILL, AGAIN], [], LOST),
         (Ask("one", 9, 11, 502), Role.HIT, [KILL, AGAIN], [], LOST),
+        (Ask("one", 9, 13, 502, stream=True), Role.HIT, [KILL], [], EXCUSED),
+        (Ask("one", 9, 13, 502, stream=True), Role.HIT, [FLOOD], [], LOST),
+        # An answer that stops in its midst and tells of no error.
+        (Ask("one", 9, 13, 200, "cut", right=False, stream=True), Role.HIT, [KILL], [], LOST),
+        (
+            Ask("one", 9, 13, 200, "cut", right=False, stream=True),
+            Role.CALM,
+            [],
+            [Window(10, 11)],
+            EXCUSED,
+        ),
+        (Ask("one", 9, 13, 200, right=False), Role.CALM, [], [Window(10, 11)], LOST),
         (Ask("one", 9, 10, 404), Role.CHURN, [], [], EXCUSED),
         (Ask("one", 9, 10, 503, "internal_error"), Role.CHURN, [], [], LOST),
         (Ask("one", 9, 10, 500), Role.CHURN, [], [], LOST),

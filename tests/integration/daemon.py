@@ -86,6 +86,11 @@ class Daemon:
 
     def start(self, environment: Mapping[str, str] | None = None) -> None:
         """Start it and wait until it answers."""
+        self.launch(environment)
+        until(self._answers, "the daemon answers", 30)
+
+    def launch(self, environment: Mapping[str, str] | None = None) -> None:
+        """Start it, and don't wait."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.arguments(),
@@ -95,7 +100,6 @@ class Daemon:
                 cwd=self.folder,
                 env={**os.environ, **(environment or {})},
             )
-        until(self._answers, "the daemon answers", 30)
 
     def _answers(self) -> bool:
         assert self.process is not None
