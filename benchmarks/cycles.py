@@ -13,10 +13,10 @@ from twisted.internet import reactor as _reactor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "integration"))
 
-from small_daemon import ProgramChild  # noqa: E402 - found by the line above
+from small_daemon import ProgramChild
 
-from tursi.supervision.leftovers import become_subreaper  # noqa: E402 - the same
-from tursi.supervision.monitor import WorkerMonitor  # noqa: E402 - the same
+from tursi.supervision.leftovers import become_subreaper
+from tursi.supervision.monitor import WorkerMonitor
 
 reactor: Any = _reactor
 

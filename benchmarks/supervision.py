@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,27 +86,29 @@ def main() -> None:
 
 
 def rest(running: Sequence[Supervisor], seconds: float) -> None:
-    """Processor time and memory of each while nothing happens."""
+    """Processor time (of a core) and memory of each while nothing happens.
+
+    Helpers are Tursi's keepers, whose processor time counts as the daemon's. What
+    the heartbeats take is in the time of a worker, which beats under all three.
+    """
     time.sleep(seconds / 5)
-    groups = [
-        ([one.process], one.helpers(), one.workers()) for one in running
-    ]
+    groups = [([one.process], one.helpers(), one.workers()) for one in running]
     before = [[processor(group) for group in groups_] for groups_ in groups]
     began = time.monotonic()
     time.sleep(seconds)
     elapsed = time.monotonic() - began
     after = [[processor(group) for group in groups_] for groups_ in groups]
-    head = ("", "% of a core", "of helpers", "of a worker", "RSS", "PSS", "RSS+PSS of a helper")
-    row(*head[:6], "helper RSS", "helper PSS")
-    for one, earlier, later, (_, helpers, workers) in zip(running, before, after, groups, strict=True):
+    row("", "CPU, %", "of a worker, %", "RSS, MB", "PSS, MB", "of a helper: RSS", "PSS")
+    for one, earlier, later, (_, helpers, workers) in zip(
+        running, before, after, groups, strict=True
+    ):
         used = [100 * (b - a) / elapsed for a, b in zip(earlier, later, strict=True)]
-        daemon, each = memory([one.process]), memory(helpers)
+        sizes = (*memory([one.process]), *memory(helpers))
         row(
             one.name,
-            f"{used[0]:.2f}",
-            f"{used[1]:.2f}",
+            f"{used[0] + used[1]:.3f}",
             f"{used[2] / len(workers):.3f}",
-            *(f"{size / 1e6:.1f} MB" for size in (*daemon, *each)),
+            *(f"{size / 1e6:.1f}" for size in sizes),
         )
 
 
@@ -137,8 +140,7 @@ def deaths(running: Sequence[Supervisor], count: int) -> None:
             found[one.name].append(one.kill(number))
         loads["ours"].append(load_alone())
         loads["peers"].append(load_of_peer())
-    row("", "noticed", "client told", "back, of it", "load", "delay decided", "overhead")
-    ours = [1e3 * death.noticed for death in found["tursi"]]
+    row("", "noticed", "client told", "ready again", "delay of it", "load of it", "overhead")
     for name, ends in found.items():
         load = statistics.median(loads["ours" if name == "tursi" else "peers"])
         told = [1e3 * death.told for death in ends if death.told is not None]
@@ -147,13 +149,16 @@ def deaths(running: Sequence[Supervisor], count: int) -> None:
             spread([1e3 * death.noticed for death in ends]),
             spread(told) if told else "",
             spread([1e3 * death.ready for death in ends]),
-            f"{1e3 * load:.0f}",
             spread([1e3 * death.delay for death in ends]),
+            f"{1e3 * load:.0f}",
             spread([1e3 * (death.ready - death.delay - load) for death in ends]),
         )
-        if name != "tursi":
-            noticed = statistics.median(1e3 * death.noticed for death in ends)
-            print(f"  tursi / {name}: noticed {statistics.median(ours) / noticed:.3g}")
+    for name in list(found)[1:]:
+        noticed, back = (
+            statistics.median(f(a) / f(b) for a, b in zip(found["tursi"], found[name], strict=True))
+            for f in (attrgetter("noticed"), attrgetter("ready"))
+        )
+        print(f"tursi / {name}: noticed {noticed:.3g}, ready again {back:.3g}")
 
 
 def load_alone() -> float:
@@ -179,7 +184,10 @@ def load_alone() -> float:
 
 def load_of_peer() -> float:
     """The same of the peers' worker."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stamps:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stamps,
+    ):
         stamps.bind(f"{folder}/stamps")
         stamps.settimeout(60)
         began = time.monotonic()
@@ -263,11 +271,13 @@ def _text(path: Path) -> str:
 
 def spread(values: Sequence[float]) -> str:
     """Median, least and greatest."""
-    return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
+    median, least, most = statistics.median(values), min(values), max(values)
+    digits = 0 if median >= 100 else 1 if median >= 10 else 2
+    return f"{median:.{digits}f} ({least:.{digits}f}-{most:.{digits}f})"
 
 
 def row(name: str, *cells: str) -> None:
-    print(f"{name:14}" + "".join(f"{cell:>22}" for cell in cells))
+    print(f"{name:14}" + "".join(f"{cell:>19}" for cell in cells))
 
 
 if __name__ == "__main__":

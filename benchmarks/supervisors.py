@@ -1,7 +1,8 @@
 """The supervisors that ``supervision.py`` compares, each with the same worker.
 
-The peers' workers tell when they are ready by themselves, and each supervisor tells
-by its own record when it has noticed an end.
+When an end was noticed is told by each supervisor's own record: Tursi's events,
+supervisord's log (both to the millisecond), a line of the loop's. When a worker was
+ready again is told by Tursi's events, and by the peers' workers themselves.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class Tursi:
         self._follower.start()
 
     def helpers(self) -> list[psutil.Process]:
-        return self.process.children()
+        return list(self.process.children())
 
     def workers(self) -> list[psutil.Process]:
         return [worker for keeper in self.helpers() for worker in keeper.children()]
@@ -102,7 +103,9 @@ class Tursi:
         waiting = until(lambda: self._waiting(name), f"{name} waits for its next try", DEADLINE)
         until(lambda: self._since(name, last).get("worker.ready"), f"{name} is ready", DEADLINE)
         found = self._since(name, last)
-        told = [at for at, event in self._told if event["id"] > last and event["deployment"] == name]
+        told = [
+            at for at, event in self._told if event["id"] > last and event["deployment"] == name
+        ]
         return Death(
             noticed=min(found.values()) - killed,
             ready=found["worker.ready"] - killed,
@@ -179,7 +182,7 @@ class _Peer:
         return []
 
     def workers(self) -> list[psutil.Process]:
-        return self.process.children()
+        return list(self.process.children())
 
     def kill(self, number: int) -> Death:
         pid = self.pids[number]
@@ -218,7 +221,7 @@ class Supervisord(_Peer):
         text = (self._folder / "supervisord.log").read_text()
         started = re.search(rf"spawned: '(\S+)' with pid {pid}\n", text)
         assert started is not None
-        ended = re.compile(rf"^(\S+ \S+),(\d+) \w+ exited: {started[1]} ", re.M)
+        ended = re.compile(rf"^(\S+ \S+),(\d+) \w+ exited: {started[1]} ", re.MULTILINE)
         found = ended.search(text, started.end())
         if found is None:
             return None
@@ -258,7 +261,16 @@ class Plain(_Peer):
 def plain_command(folder: Path, program: tuple[str, ...], count: int, delay: float) -> list[str]:
     """The command line of the loop for so many copies of a program."""
     loop = str(HERE / "peers" / "plain_restart.py")
-    return [sys.executable, "-I", "-S", loop, str(folder / "restarts"), str(count), str(delay), *program]
+    return [
+        sys.executable,
+        "-I",
+        "-S",
+        loop,
+        str(folder / "restarts"),
+        str(count),
+        str(delay),
+        *program,
+    ]
 
 
 @contextmanager

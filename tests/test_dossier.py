@@ -24,9 +24,8 @@ def lives(world: World, rss_pages: int = 5) -> None:
     """The kernel lists the worker."""
     folder = world.proc / "101"
     folder.mkdir(exist_ok=True)
-    (folder / "statm").write_text(f"9 {rss_pages} 1 1 0 1 0\n")
-    ticks = " ".join(["0"] * 10 + ["100", "50"] + ["0"] * 9)
-    (folder / "stat").write_text(f"101 (a) b) S {ticks}\n")
+    fields = " ".join(["0"] * 10 + ["100", "50"] + ["0"] * 8 + [str(rss_pages)])
+    (folder / "stat").write_text(f"101 (a) b) S {fields}\n")
 
 
 def write(world: World, data: bytes) -> None:

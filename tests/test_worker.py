@@ -477,8 +477,7 @@ def test_status_reads_what_the_process_uses(world: World) -> None:
     assert world.worker.status().rss is None
     process = world.proc / "101"
     process.mkdir()
-    (process / "statm").write_text("1000 25 1 1 0 1 0\n")
-    fields = " ".join(["S", *["0"] * 10, "150", "50", *["0"] * 30])
+    fields = " ".join(["S", *["0"] * 10, "150", "50", *["0"] * 8, "25", *["0"] * 20])
     (process / "stat").write_text(f"101 (a ) b) {fields}\n")
     status = world.worker.status()
     assert status.rss == 25 * 4096
@@ -605,8 +604,7 @@ def use(world: World, *megabytes: int) -> None:
     for pid, size in zip(pids, megabytes, strict=True):
         folder = world.proc / str(pid)
         folder.mkdir(exist_ok=True)
-        (folder / "statm").write_text(f"9 {size * 256} 1 1 0 1 0\n")
-        (folder / "stat").write_text(f"{pid} (python) S " + "1 " * 40)
+        (folder / "stat").write_text(f"{pid} (python) S {'1 ' * 20}{size * 256} {'1 ' * 20}")
         (folder / "smaps_rollup").write_text(f"Rss: {size * 1024} kB\nPss: {size * 256} kB\n")
     world.reactor.advance(1)
 

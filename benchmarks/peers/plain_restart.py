@@ -13,13 +13,14 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 
 def main(restarts: str, count: int, seconds: float, command: list[str]) -> None:
     ended = {signal.SIGCHLD}
     signal.pthread_sigmask(signal.SIG_BLOCK, ended)
     due = [0.0] * count
-    with open(restarts, "a", buffering=1) as file:
+    with Path(restarts).open("a", buffering=1) as file:
         while True:
             while due and due[0] <= time.monotonic():
                 heapq.heappop(due)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from tursi.heartbeat import Beat
 from tursi.lifecycle.inputs import Clock, Timer
 from tursi.lifecycle.liveness import Finding, Liveness
+from tursi.supervision import ticks
 
 
 def suspended() -> float:
@@ -58,8 +59,9 @@ class Probe:
             self._judge()
 
     def _look(self) -> None:
-        self._timer = self._clock.callLater(self.liveness.period, self._look)
-        if self.liveness.asks(self._clock.seconds()):
+        now = self._clock.seconds()
+        self._timer = self._clock.callLater(ticks.until(now, self.liveness.period), self._look)
+        if self.liveness.asks(now):
             self._send()
         self._judge()
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 PROC = Path("/proc")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _TICKS = os.sysconf("SC_CLK_TCK")
+_BLOCK = 65536
 
 
 class Usage(NamedTuple):
@@ -23,11 +24,9 @@ class Usage(NamedTuple):
 def usage(pid: int, proc: Path = PROC) -> Usage | None:
     """What the process uses now; ``None`` if it is gone."""
     try:
-        pages = (proc / str(pid) / "statm").read_text(encoding="ascii").split()[1]
-        stat = (proc / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
         # The second field, the name, may hold blanks and parentheses.
-        fields = stat.rpartition(")")[2].split()
-        return Usage(int(pages) * _PAGE, (int(fields[11]) + int(fields[12])) / _TICKS)
+        fields = _read(f"{proc}/{pid}/stat").rpartition(b")")[2].split()
+        return Usage(int(fields[21]) * _PAGE, (int(fields[11]) + int(fields[12])) / _TICKS)
     except (OSError, IndexError, ValueError):
         return None
 
@@ -75,7 +74,19 @@ def _share(pid: int, proc: Path) -> int:
 def oom_kills(proc: Path = PROC) -> int:
     """How many processes the kernel has killed for want of memory since it runs."""
     try:
-        lines = (proc / "vmstat").read_text(encoding="ascii").splitlines()
+        _, found, rest = (b"\n" + _read(f"{proc}/vmstat")).partition(b"\noom_kill ")
     except OSError:
         return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+    return int(rest.split(maxsplit=1)[0]) if found else 0
+
+
+def _read(path: str) -> bytes:
+    """A small file of the kernel's, in a fraction of the time that ``pathlib`` takes."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        read = b""
+        while more := os.read(descriptor, _BLOCK):
+            read += more
+        return read
+    finally:
+        os.close(descriptor)

@@ -333,7 +333,8 @@ class Session:
 
     def idle(self) -> None:
         """A request has ended."""
-        if not self.link.in_flight:
+        # Asked first: this happens after every request, and the machine takes a while.
+        if self.phase is Phase.DRAINING and not self.link.in_flight:
             self._tell(self._machine.drained, "nothing is in flight")
 
     def relieved(self) -> None:
@@ -352,6 +353,8 @@ class Session:
         return self.link.page.read() if self.link.page else None
 
     def _found(self, finding: Finding) -> None:
+        if finding.health is Health.WELL and self.phase is Phase.READY:
+            return  # which is no news to the machine
         given = {
             Health.WELL: self._machine.answered,
             Health.SUSPECT: self._machine.missed,

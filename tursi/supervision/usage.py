@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from tursi.lifecycle.inputs import Clock, Timer
 from tursi.model import Sample
+from tursi.supervision import ticks
 from tursi.supervision.procfs import Usage
 
 MAX_SAMPLES = 120
@@ -50,7 +51,7 @@ class Curve:
             if len(self._samples) > MAX_SAMPLES:
                 del self._samples[1 : MAX_SAMPLES // 2 : 2]
         seconds = SERVING_SECONDS if self._serves() else LOADING_SECONDS
-        self._timer = self._clock.callLater(seconds, self.start)
+        self._timer = self._clock.callLater(ticks.until(self._clock.seconds(), seconds), self.start)
 
     def stop(self) -> None:
         """Take no more."""

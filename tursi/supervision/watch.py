@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tursi.lifecycle.inputs import Clock, Timer
+from tursi.supervision import ticks
 
 SECONDS = 1.0
 """Between two looks."""
@@ -50,7 +51,7 @@ class MemoryWatch:
             self.stop()
             self._over(used)
             return
-        self._timer = self._clock.callLater(SECONDS, self.start)
+        self._timer = self._clock.callLater(ticks.until(self._clock.seconds(), SECONDS), self.start)
         if used > self.soft and not self._told:
             self._told = True
             self._near(used)
