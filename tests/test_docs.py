@@ -149,7 +149,7 @@ def test_the_readme_names_its_examples() -> None:
 def test_shell_examples_are_sound(document: Path) -> None:
     for code in examples(document, "bash"):
         subprocess.run(["bash", "-n"], input=code, text=True, check=True, timeout=30)
-        for name, options in re.findall(r"^tursi (\w+)(.*)", code, re.MULTILINE):
+        for name, options in re.findall(r"^tursi ([\w-]+)(.*)", code, re.MULTILINE):
             command = main.commands[name]
             known = {each for option in command.params for each in option.opts}
             assert set(re.findall(r"--[\w-]+", options)) <= known

@@ -109,6 +109,23 @@ def test_the_command_is_installed(python: Path) -> None:
     assert "up" in run(python.with_name("tursi"), "--help", folder=python.parent)
 
 
+def test_it_brings_the_files_of_every_service_manager(wheel: Path, python: Path) -> None:
+    inside = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("tursi/etc/")}
+    folders = ("default", "init.d", "logrotate.d", "systemd", "sysusers.d", "tmpfiles.d")
+    ours = {file for each in folders for file in (ROOT / "etc" / each).rglob("*") if file.is_file()}
+    expected = {f"tursi/{file.relative_to(ROOT)}" for file in ours}
+    assert inside == expected | {"tursi/etc/tursi.toml", "tursi/etc/operations.rst"}
+    program = (
+        "import os, sys; os.environ['DESTDIR'] = sys.argv.pop(1); import tursi.cli as c; c.main()"
+    )
+    root = python.parent / "root"
+    run(python, "-I", "-c", program, root, "install-service", folder=python.parent)
+    unit = (root / "etc/systemd/system/tursi.service").read_text()
+    assert f"ExecStart={python.parent}/twistd " in unit
+    page = Path(unit.partition("Documentation=file://")[2].partition("\n")[0])
+    assert page.read_text() == (ROOT / "docs/operations.rst").read_text()
+
+
 def test_each_dependency_has_its_pin() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))

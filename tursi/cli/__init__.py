@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from tursi.cli import apply, chat, daemon, deployments, generations, history, run
+from tursi.cli import apply, chat, daemon, deployments, generations, history, install, run
 from tursi.cli.connection import Connection, Exit
 from tursi.cli.terminal import note, tolerate
 from tursi.model import folders
@@ -52,6 +52,7 @@ for _command in (
     history.why,
     run.run,
     chat.chat,
+    install.install_service,
     daemon.status,
     daemon.version,
 ):
