@@ -22,7 +22,7 @@ class Floor(NamedTuple):
     others: tuple[str, ...] = ()
 
 
-WORDS = ("errors", "model", "tasks")
+WORDS = ("errors", "model", "tasks", "folder")
 PURE = (*WORDS, "heartbeat", "config", "wire", "lifecycle", "plan", "schema", "faces")
 STATE = ("store", "supervision", "hub", "lock")
 SANS_IO = ("msgspec", "automat")
@@ -36,6 +36,7 @@ FLOORS = {
     "model": Floor(("errors",)),
     "tasks": Floor(("errors", "model")),
     "heartbeat": Floor(),
+    "folder": Floor(("errors",)),
     # 1: pure thought
     "config": Floor(WORDS, SANS_IO),
     "wire": Floor(WORDS, SANS_IO),

@@ -231,7 +231,7 @@ class TaskUnsuitable(LoadError):
 
 
 class ModelRefused(LoadError):
-    """The model needs code or pickle files, which Tursi doesn't run."""
+    """The model needs code or pickle files, which Tursi runs only where that is asked for."""
 
     code = "model_refused"
     exit_status = 77
@@ -316,6 +316,13 @@ class DiskFull(FetchError):
 
     code = "disk_full"
     exit_status = 74
+
+
+class RepositoryRefused(FetchError):
+    """The repository has pickle files only, which Tursi loads only where that is asked for."""
+
+    code = "repository_refused"
+    exit_status = 77
 
 
 class SafetensorsMissing(FetchError):

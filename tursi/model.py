@@ -247,6 +247,16 @@ def _unmet(name: str, why: str) -> InvalidRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Trust:
+    """What a model may bring besides data; whoever allows it trusts the model's author."""
+
+    allow_pickle: bool = False
+    """Weights in pickle files, read by torch's restricted unpickler."""
+    trust_remote_code: bool = False
+    """Python code from the model's own files."""
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """What a user asks of a deployment; equal requests need no new generation."""
 
@@ -255,6 +265,13 @@ class Request:
     device: str = "auto"
     dtype: str = "auto"
     limits: Limits = Limits()
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def trust(self) -> Trust:
+        """What the model may bring besides data."""
+        return Trust(self.allow_pickle, self.trust_remote_code)
 
     def checked(self, host: Host = Host()) -> Request:
         """The same in normal form; ``InvalidRequest`` names the field that is wrong."""
@@ -275,6 +292,8 @@ class Request:
             device=self.device,
             dtype=self.dtype,
             limits=self.limits,
+            allow_pickle=self.allow_pickle,
+            trust_remote_code=self.trust_remote_code,
         )
 
 
@@ -483,6 +502,10 @@ class DeploymentStatus:
     workers: tuple[WorkerStatus, ...] = ()
     limits: Limits = Limits()
     """Of each worker, as asked for."""
+    allow_pickle: bool = False
+    """Whether weights in pickle files may be loaded."""
+    trust_remote_code: bool = False
+    """Whether Python code from the model's own files may run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -625,6 +648,8 @@ class LoadOrder:
     max_sequences: int = 16
     beat_seconds: float = 1.0
     """Between two heartbeats."""
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,11 +70,16 @@ class DeploymentControl:
         dtype: str | None,
         replicas: int | None,
         limits: LimitsBody | None,
+        allow_pickle: bool | None,
+        trust_remote_code: bool | None,
         by: str,
     ) -> Deployed | Status[Deployed]:
         """Deploy a model, or change its deployment, under its own or a given name."""
         chosen = name if name is not None else Reference.parse(model).short_name
-        return await self.put(chosen, model, task, device, dtype, replicas, limits, by)
+        return await self.put(
+            chosen, model, task, device, dtype, replicas, limits, allow_pickle, trust_remote_code,
+            by,
+        )  # fmt: skip
 
     @endpoint(
         "PUT", "/deployments/<name>", body=DeploymentBody, reply=Deployed, statuses=(200, 201),
@@ -89,6 +94,8 @@ class DeploymentControl:
         dtype: str | None,
         replicas: int | None,
         limits: LimitsBody | None,
+        allow_pickle: bool | None,
+        trust_remote_code: bool | None,
         by: str,
     ) -> Deployed | Status[Deployed]:
         """Create the deployment, or change it; the answer comes once that is durable."""
@@ -98,6 +105,8 @@ class DeploymentControl:
             device=device or "auto",
             dtype=dtype or "auto",
             limits=limits.value() if limits else Limits(),
+            allow_pickle=bool(allow_pickle),
+            trust_remote_code=bool(trust_remote_code),
         )
         deployment, outcome = await self._fleet.deploy(
             name, request, replicas or self._replicas(name), by

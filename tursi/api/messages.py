@@ -59,6 +59,10 @@ class DeploymentBody(_Body):
     replicas: Replicas | None = None
     """Absent: as many as there are, or one."""
     limits: LimitsBody | None = None
+    allow_pickle: bool | None = None
+    """Load weights from pickle files, where the model has no others."""
+    trust_remote_code: bool | None = None
+    """Run Python code from the model's own files, with all that the worker may do."""
 
 
 class NewDeploymentBody(DeploymentBody):

@@ -41,7 +41,8 @@ class Models:
         """Tell what the model is."""
         status = self._find(model)
         return ModelInfo(
-            model_id=status.model,
+            # A folder is nobody's business but the operator's.
+            model_id=status.name if status.model.startswith("/") else status.model,
             model_sha=status.commit,
             model_dtype=status.dtype,
             task=status.task,

@@ -56,6 +56,8 @@ def waiting(command: Command) -> Command:
 @click.option("--threads", type=click.IntRange(min=1), help="Threads to compute with.")
 @click.option("--files", type=click.IntRange(min=1), help="Most open files of each worker.")
 @click.option("--processes", type=click.IntRange(min=1), help="Most processes and threads.")
+@click.option("--allow-pickle", is_flag=True, help="Load pickle weights: they can run code.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that is in the model.")
 @waiting
 @as_json
 @click.pass_context
@@ -77,7 +79,7 @@ def up(
     same again does nothing.
     """
     connection: Connection = context.obj
-    given = {key: value for key, value in options.items() if value is not None}
+    given = {key: value for key, value in options.items() if value not in {None, False}}
     limits = {key: given.pop(key) for key in _LIMITS if key in given}
     asked: dict[str, Any] = {"model": str(reference(model)), **given}
     if limits:
@@ -90,6 +92,8 @@ def up(
     if not json:
         ready = look(status).verdict is Verdict.READY
         line(_announcement(status, answer["outcome"], ready=ready))
+        for warning in _risks(status):
+            note(warning)
     await_ready(context, answer, no_wait=no_wait, timeout=timeout, json=json)
 
 
@@ -188,6 +192,22 @@ def _name(text: str) -> str:
         return deployment_name(text)
     except InvalidRequest as error:
         raise click.BadParameter(error.message, param_hint="--name") from None
+
+
+def _risks(status: dict[str, Any]) -> list[str]:
+    """What whoever allowed it should know."""
+    name, found = status["name"], []
+    if status.get("allow_pickle"):
+        found.append(
+            f"{name} may load pickle files, which can run code on this machine within the "
+            "worker's confinement."
+        )
+    if status.get("trust_remote_code"):
+        found.append(
+            f"{name} may run Python code from the model's own files within the worker's "
+            "confinement; deploy it only if you trust its author."
+        )
+    return found
 
 
 def _announcement(status: dict[str, Any], outcome: str, *, ready: bool) -> str:

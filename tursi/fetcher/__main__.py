@@ -14,14 +14,18 @@ import msgspec
 from tursi import wire
 from tursi.errors import FetchError
 from tursi.fetcher.download import Download
-from tursi.model import Progress
+from tursi.model import Progress, Trust
 
 _DATA_SOCKET = 3
 
 
 def main(arguments: list[str]) -> int:
-    """Download ``REPOSITORY REVISION CACHE`` (an empty revision is the default branch)."""
-    repository, revision, cache = arguments
+    """Download ``REPOSITORY REVISION CACHE [--allow-pickle] [--trust-remote-code]``.
+
+    An empty revision is the default branch.
+    """
+    repository, revision, cache, *options = arguments
+    trust = Trust("--allow-pickle" in options, "--trust-remote-code" in options)
     channel = socket.socket(fileno=_DATA_SOCKET)
     channel.set_inheritable(False)
     lock = threading.Lock()
@@ -34,7 +38,7 @@ def main(arguments: list[str]) -> int:
         say(wire.Kind.PROGRESS, progress)
 
     try:
-        resolution = Download(repository, revision or None, Path(cache), tell).run()
+        resolution = Download(repository, revision or None, Path(cache), tell, trust).run()
     except FetchError as error:
         say(wire.Kind.FAILED, wire.LastWords(error.code, error.message))
         return error.exit_status

@@ -17,9 +17,9 @@ from tursi.errors import DiskFull, FetchError, HubUnreachable, TokenRefused
 from tursi.fetcher.failures import explain, offline, temporary
 from tursi.fetcher.meter import Meter, bar
 from tursi.fetcher.partial import resuming
-from tursi.fetcher.selection import INDEX, select
+from tursi.fetcher.selection import select
 from tursi.fetcher.snapshot import Listed, Shelf, is_commit
-from tursi.model import Progress, Resolution
+from tursi.model import Progress, Resolution, Trust
 
 _ASK_SECONDS = 30.0
 _FILES_AT_ONCE = 4
@@ -34,7 +34,8 @@ _http_get = file_download.http_get
 class Download:
     """Brings ``repository`` at ``revision`` into ``cache``.
 
-    ``tell`` hears the progress, from any thread.
+    ``tell`` hears the progress, from any thread; ``trust`` says what files may
+    come besides data.
     """
 
     def __init__(
@@ -43,11 +44,13 @@ class Download:
         revision: str | None,
         cache: Path,
         tell: Callable[[Progress], None],
+        trust: Trust = Trust(),  # noqa: B008 - a frozen value
     ) -> None:
         self._repository = repository
         self._revision = revision
         self._cache = cache
-        self._shelf = Shelf(cache, repository)
+        self._shelf = Shelf(cache, repository, trust)
+        self._trust = trust
         self._tell = tell
 
     def run(self) -> Resolution:
@@ -105,14 +108,14 @@ class Download:
 
         def read(name: str) -> bytes:
             if (listed[name].size or 0) > _MAX_INDEX:
-                raise FetchError(f"{INDEX} of {self._repository} is larger than any index.")
+                raise FetchError(f"{name} of {self._repository} is larger than any index.")
             return Path(self._get(commit, name)).read_bytes()
 
         self._cache.mkdir(parents=True, exist_ok=True)
         with self._shelf.in_use() as alone:
             if alone:
                 file_download.http_get = resuming(_http_get)
-            chosen = select(self._repository, listed, read)
+            chosen = select(self._repository, listed, read, self._trust)
             sizes = {name: listed[name].size or 0 for name in chosen.names}
             missing = [n for n in chosen.names if not (self._shelf.snapshot(commit) / n).exists()]
             self._check_space(listed[name] for name in missing)

@@ -8,14 +8,18 @@ from typing import NamedTuple
 
 import msgspec
 
-from tursi.errors import FetchError, SafetensorsMissing
+from tursi.errors import FetchError, RepositoryRefused, SafetensorsMissing
+from tursi.model import Trust
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_PICKLED = "pytorch_model.bin"
+_PICKLED_INDEX = "pytorch_model.bin.index.json"
 
 # A name is a path of ours as soon as it is downloaded: plain segments only.
 _SAFE_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*/){0,3}[A-Za-z0-9_][A-Za-z0-9_.-]*")
 # sentence-transformers keeps a folder per module, numbered in order.
+_CODE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\.py")
 _MODULE = re.compile(r"[0-9]+_[A-Za-z][A-Za-z0-9_]*")
 _CONFIGURATION = frozenset(
     {
@@ -57,7 +61,7 @@ _CONFIGURATION = frozenset(
         "sentence_xlnet_config.json",
     }
 )
-_PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npz", ".npy")
 _OTHER_FORMATS = {".gguf": "GGUF", ".onnx": "ONNX", ".h5": "TensorFlow", ".msgpack": "Flax"}
 _CONVERT = "https://huggingface.co/spaces/safetensors/convert"
 
@@ -81,19 +85,31 @@ class _Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
-def select(model: str, names: Collection[str], read: Callable[[str], bytes]) -> Selection:
+def select(
+    model: str,
+    names: Collection[str],
+    read: Callable[[str], bytes],
+    trust: Trust = Trust(),  # noqa: B008 - a frozen value
+) -> Selection:
     """Choose from the ``names`` that the repository ``model`` lists.
 
     ``read`` gives the content of a listed file (only an index of shards is
-    read). Raises ``SafetensorsMissing`` or ``FetchError`` with a sentence that
-    says what the repository lacks.
+    read). ``trust`` allows Python code, and pickle files where there is nothing
+    better. Raises ``SafetensorsMissing``, ``RepositoryRefused`` or ``FetchError`` with
+    a sentence that says what the repository lacks.
     """
     names = {name for name in names if _SAFE_NAME.fullmatch(name)}
     first: list[str] = []
     main: tuple[str, ...] = ()
     for folder in ("", *_modules(names)):
         first += _configuration(folder, names)
+        if trust.trust_remote_code:
+            first += [n for n in names if n.startswith(folder) and _CODE.fullmatch(n, len(folder))]
         weights = _weights(model, folder, names, read)
+        if not weights and trust.allow_pickle:
+            weights = _weights(model, folder, names, read, _PICKLED, _PICKLED_INDEX)
+            if folder + _PICKLED_INDEX in names:
+                first.append(folder + _PICKLED_INDEX)
         if not weights:
             if folder + "config.json" in names and (
                 folder == "" or any(n.startswith(folder) and n.endswith(_PICKLE) for n in names)
@@ -132,11 +148,16 @@ def _configuration(folder: str, names: Collection[str]) -> list[str]:
 
 
 def _weights(
-    model: str, folder: str, names: Collection[str], read: Callable[[str], bytes]
+    model: str,
+    folder: str,
+    names: Collection[str],
+    read: Callable[[str], bytes],
+    single: str = WEIGHTS,
+    many: str = INDEX,
 ) -> tuple[str, ...]:
-    if folder + WEIGHTS in names:
-        return (folder + WEIGHTS,)
-    index = folder + INDEX
+    if folder + single in names:
+        return (folder + single,)
+    index = folder + many
     if index not in names:
         return ()
     try:
@@ -145,21 +166,21 @@ def _weights(
         raise SafetensorsMissing(f"{index} of {model} can't be read: {error}.") from error
     files = tuple(sorted({folder + shard for shard in shards}))
     for file in files:
-        if file not in names or not file.endswith(".safetensors"):
+        if file not in names or not file.endswith(single[single.rindex(".") :]):
             raise SafetensorsMissing(
                 f"{index} of {model} names {file[:200]!r}, which isn't among its files."
             )
     return files
 
 
-def _no_safetensors(model: str, folder: str, names: Collection[str]) -> SafetensorsMissing:
+def _no_safetensors(model: str, folder: str, names: Collection[str]) -> FetchError:
     here = sorted(name for name in names if name.startswith(folder))
     pickles = [name for name in here if name.endswith(_PICKLE)]
     if pickles:
-        return SafetensorsMissing(
-            f"{model} has its weights only as pickle ({pickles[0]}), which Tursi doesn't load "
-            f"because it can run code; choose a revision with {folder}{WEIGHTS}, or have it "
-            f"converted at {_CONVERT}."
+        return RepositoryRefused(
+            f"{model} has its weights only as pickle ({pickles[0]}), which can run code when it is "
+            f"loaded: choose a revision with {folder}{WEIGHTS}, have it converted at {_CONVERT}, "
+            "or, if you trust its author, allow it by --allow-pickle."
         )
     for suffix, format_name in _OTHER_FORMATS.items():
         if any(name.endswith(suffix) for name in here):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from tursi.errors import FetchError, SafetensorsMissing
 from tursi.fetcher.partial import SUFFIX
 from tursi.fetcher.selection import select
-from tursi.model import Resolution
+from tursi.model import Resolution, Trust
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAX_NAMES = 10_000
@@ -61,9 +61,15 @@ class Listed(NamedTuple):
 class Shelf:
     """Where the cache keeps all revisions of one repository."""
 
-    def __init__(self, cache: Path, repository: str) -> None:
+    def __init__(
+        self,
+        cache: Path,
+        repository: str,
+        trust: Trust = Trust(),  # noqa: B008 - a frozen value
+    ) -> None:
         name = "models--" + repository.replace("/", "--")
         self._repository = repository
+        self._trust = trust
         self._cache = cache
         self._folder = cache / name
         self._lock = cache / ".locks" / name / "fetcher.lock"
@@ -108,7 +114,9 @@ class Shelf:
         folder = self.snapshot(commit)
         try:
             present = dict(_files(folder))
-            chosen = select(self._repository, present, lambda name: (folder / name).read_bytes())
+            chosen = select(
+                self._repository, present, lambda name: (folder / name).read_bytes(), self._trust
+            )
         except (FetchError, OSError):
             return None
         size = sum(present[name] for name in chosen.names)

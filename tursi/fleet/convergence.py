@@ -186,6 +186,8 @@ class Convergence:
             max_sequences=self._settings.max_sequences,
             # Several beats between two observations, whatever is configured.
             beat_seconds=self._settings.beat_seconds / 5,
+            allow_pickle=request.allow_pickle,
+            trust_remote_code=request.trust_remote_code,
         )
         # A name of its own for each, because the one before may still be dying.
         self._serial += 1
@@ -222,13 +224,14 @@ class Convergence:
             fetch = member.fetch = Fetch(generation)
         elif fetch.running is not None or fetch.error is not None:
             return
-        reference = Reference.parse(member.deployment.generation.request.model)
+        request = member.deployment.generation.request
+        reference = Reference.parse(request.model)
 
         def advanced(progress: Progress) -> None:
             fetch.progress = progress
 
         # Held before its callbacks are added: they may run at once.
-        fetch.running = running = self._hub.resolve(reference, advanced)
+        fetch.running = running = self._hub.resolve(reference, advanced, request.trust)
         running.addCallbacks(
             lambda resolution: self._resolved(member, fetch, resolution),
             lambda failure: self._unresolved(member, fetch, failure),

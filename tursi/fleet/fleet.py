@@ -402,15 +402,18 @@ class Fleet:
                 status.name,
                 status.desired is Desired.STOPPED
                 or status.phase not in {Phase.FAILED, Phase.QUARANTINED, Phase.WEDGED},
-                f"{status.phase.value}, {status.ready} of {status.replicas} ready"
-                + (f": {status.reason}" if status.reason else ""),
+                member.health(),
             )
-            for status in self.deployments()
+            for member, status in self._statuses()
         ]
         trouble = self._convergence.governor.trouble
         if trouble is not None:
             parts.append(Part("starts", healthy=False, message=trouble))
         return "healthy" if all(part.healthy for part in parts) else "degraded", parts
+
+    def _statuses(self) -> list[tuple[Member, DeploymentStatus]]:
+        self._check_opened()
+        return [(member, member.status()) for _, member in sorted(self._members.items())]
 
     def _member(self, name: str) -> Member:
         self._check_opened()

@@ -8,7 +8,9 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall
 
 from tursi.errors import DeploymentUnavailable, TursiError
+from tursi.fleet.discretion import discreet
 from tursi.fleet.queue import RequestQueue
+from tursi.lifecycle.verdict import failure_class
 from tursi.model import (
     Crash,
     Deployment,
@@ -123,11 +125,14 @@ class Member:
         if self.fetch is not None and self.fetch.error is not None:
             if self.fetch.retry_at is not None:
                 return None
-            return DeploymentUnavailable(f"{name} can't be served: {self.fetch.error.message}")
+            return DeploymentUnavailable(
+                f"{name} can't be served: {self._discreet(self.fetch.error.message)}"
+            )
         status = self._worst()
         if status is None:
             return None
-        message = f"{name} is {status.phase.value}: {status.reason or 'no reason is known'}"
+        reason = self._discreet(status.reason or "no reason is known")
+        message = f"{name} is {status.phase.value}: {reason}"
         if self.crash is None:
             return DeploymentUnavailable(message)
         number = self.crash.id
@@ -141,7 +146,9 @@ class Member:
         progress = status.progress
         if progress is None:
             waiting = status.reason if status.phase is Phase.BACKOFF else None
-            return f"{status.phase.value}: {waiting}" if waiting else status.phase.value
+            if waiting is None:
+                return status.phase.value
+            return f"{status.phase.value}: {self._discreet(waiting)}"
         if progress.done is None or not progress.total:
             return progress.stage
         return f"{progress.stage}, {100 * progress.done / progress.total:.0f} %"
@@ -176,6 +183,7 @@ class Member:
             progress, next_try_at = self.fetch.progress, self.fetch.retry_at
             if self.fetch.error is not None:
                 reason = self.fetch.error.message
+                failure = failure_class(self.fetch.error)
                 phase = Phase.FAILED if next_try_at is None else Phase.BACKOFF
         if phase is not Phase.READY and reason and serving:
             reason = f"{reason} Generation {serving[0].generation} keeps serving."
@@ -207,7 +215,20 @@ class Member:
             in_flight=sum(status.in_flight for status in workers),
             workers=workers,
             limits=generation.request.limits,
+            allow_pickle=generation.request.allow_pickle,
+            trust_remote_code=generation.request.trust_remote_code,
         )
+
+    def health(self) -> str:
+        """How it is, in a clause that anybody may read."""
+        status = self.status()
+        text = f"{status.phase.value}, {status.ready} of {status.replicas} ready"
+        return f"{text}: {self._discreet(status.reason)}" if status.reason else text
+
+    def _discreet(self, text: str) -> str:
+        generation = self.deployment.generation
+        known = generation.resolution.folder if generation.resolution else None
+        return discreet(text, generation.request.model, known)
 
     def _worst(self) -> WorkerStatus | None:
         """The status that explains why nothing is coming."""

@@ -19,6 +19,7 @@ from tursi.errors import (
     TursiError,
     WorkerLost,
 )
+from tursi.fleet.discretion import discreet
 from tursi.fleet.passage import Clock, Passage, Replica, Work
 from tursi.fleet.poison import Suspects, digest
 from tursi.model import Crash, Phase
@@ -238,7 +239,11 @@ class RequestQueue:
 
     def _still_loading(self) -> ModelLoading:
         crash = self._crash()
-        after = f"; its worker ended before: {crash.reason}, crash {crash.id}" if crash else ""
+        after = (
+            f"; its worker ended before: {discreet(crash.reason)}, crash {crash.id}"
+            if crash
+            else ""
+        )
         return ModelLoading(
             f"The model is not ready yet ({self._stage()}{after}); try again shortly.",
             retry_after=5,
@@ -316,7 +321,7 @@ class RequestQueue:
         message = f"The worker of {self._name} ended while it held this request"
         if crash is not None:
             message += (
-                f": {crash.reason} (crash {crash.id}, "
+                f": {discreet(crash.reason)} (crash {crash.id}, "
                 f"`tursi crashes {self._name} {crash.id}` has the evidence)"
             )
         suspicion = self._suspects.of(passage.digest) if passage.digest else None

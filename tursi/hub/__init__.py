@@ -18,7 +18,7 @@ from tursi import config
 from tursi.errors import ModelFilesMissing, ShuttingDown
 from tursi.hub import disk
 from tursi.hub.fetch import Fetch, Running, Spawn
-from tursi.model import CatalogueEntry, Progress, Reference, Resolution
+from tursi.model import CatalogueEntry, Progress, Reference, Resolution, Trust
 
 __all__ = ["Hub", "Running", "Spawn"]
 
@@ -52,28 +52,32 @@ class Hub:
         self._spawn = spawn
         self._reactor = reactor
         self._slots = DeferredSemaphore(_MAX_FETCHES)
-        self._fetches: dict[Reference, Fetch] = {}
+        self._fetches: dict[tuple[Reference, Trust], Fetch] = {}
         # Those too that nobody waits for any more, until their process is gone.
         self._unfinished: set[Fetch] = set()
         self._stopped = False
 
     def resolve(
-        self, reference: Reference, progress: Callable[[Progress], None]
+        self,
+        reference: Reference,
+        progress: Callable[[Progress], None],
+        trust: Trust = Trust(),  # noqa: B008 - a frozen value
     ) -> Deferred[Resolution]:
         """The folder with the model's files, downloaded first where need be.
 
-        Who waits for the same reference shares one download, which is cancelled
-        with the last Deferred of its waiters. Fails with a ``LoadError`` about a
-        folder, a ``FetchError`` about the hub, or ``ShuttingDown``.
+        ``trust`` says what files it may have besides data. Who waits for the same
+        files shares one download, which is cancelled with the last Deferred of its
+        waiters. Fails with a ``LoadError`` about a folder, a ``FetchError`` about the
+        hub, or ``ShuttingDown``.
         """
         if self._stopped:
             return fail(ShuttingDown())
         if reference.folder is not None:
-            return self._in_thread(disk.look, Path(reference.folder))
-        fetch = self._fetches.get(reference)
+            return self._in_thread(partial(disk.look, trust=trust), Path(reference.folder))
+        fetch = self._fetches.get((reference, trust))
         if fetch is not None and not fetch.closed:
             return fetch.wait(progress)
-        fetch = self._new(reference)
+        fetch = self._new(reference, trust)
         # In this order: a fetcher that can't be started fails at once.
         waiting = fetch.wait(progress)
         fetch.start()
@@ -104,25 +108,29 @@ class Hub:
         found = deferToThreadPool(self._reactor, self._reactor.getThreadPool(), function, path)
         return found.addTimeout(_DISK_SECONDS, self._reactor).addErrback(slow)
 
-    def _new(self, reference: Reference) -> Fetch:
+    def _new(self, reference: Reference, trust: Trust) -> Fetch:
         repository = reference.repository or ""
-        arguments = (*_COMMAND, repository, reference.revision or "", str(self._cache))
+        arguments = [*_COMMAND, repository, reference.revision or "", str(self._cache)]
+        if trust.allow_pickle:
+            arguments.append("--allow-pickle")
+        if trust.trust_remote_code:
+            arguments.append("--trust-remote-code")
         # It names a log file too.
         name = "fetch-" + re.sub(r"[^A-Za-z0-9._-]+", "--", str(reference))[:200]
         fetch = Fetch(
             str(reference),
-            lambda receive: self._spawn(name, arguments, self._environment, receive),
+            lambda receive: self._spawn(name, tuple(arguments), self._environment, receive),
             slots=self._slots,
             stall_seconds=self._stall_seconds,
             reactor=self._reactor,
         )
-        self._fetches[reference] = fetch
+        self._fetches[reference, trust] = fetch
         self._unfinished.add(fetch)
 
         def ended() -> None:
             self._unfinished.discard(fetch)
-            if self._fetches.get(reference) is fetch:
-                del self._fetches[reference]
+            if self._fetches.get((reference, trust)) is fetch:
+                del self._fetches[reference, trust]
 
         fetch.at_end(ended)
         return fetch

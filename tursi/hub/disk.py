@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 from tursi.errors import ModelFilesMissing, ModelRefused
-from tursi.model import CatalogueEntry, Resolution
+from tursi.folder import PICKLES, files
+from tursi.model import CatalogueEntry, Resolution, Trust
 
-_MAX_FILES = 10_000
 _MAX_SNAPSHOTS = 10_000
-_PICKLE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _LFS_POINTER = b"version https://git-lfs"
 
 
-def look(folder: Path) -> Resolution:
-    """What there is to load in ``folder``, used in place.
+def look(folder: Path, trust: Trust = Trust()) -> Resolution:  # noqa: B008 - a frozen value
+    """What there is to load in ``folder``, used in place; ``trust`` may allow pickle files.
 
     Raises ``ModelFilesMissing`` or ``ModelRefused`` with what it lacks. Whether
     the files are sound is for the worker to find out.
@@ -27,12 +25,13 @@ def look(folder: Path) -> Resolution:
             raise ModelFilesMissing(f"There is no folder {folder}.")
         if not folder.is_dir():
             raise ModelFilesMissing(f"{folder} is no folder; name the folder that has config.json.")
-        sizes = dict(_files(folder, depth=2))
+        sizes = dict(files(folder, depth=2))
+        endings = (".json", ".safetensors", *(PICKLES if trust.allow_pickle else ()))
         for name in sizes:
-            if name.endswith((".json", ".safetensors")) and not os.access(folder / name, os.R_OK):
+            if name.endswith(endings) and not os.access(folder / name, os.R_OK):
                 raise ModelFilesMissing(f"{folder / name} can't be read by the daemon's user.")
         weights = sorted(name for name in sizes if name.endswith(".safetensors"))
-        _check(folder, sizes, weights)
+        _check(folder, sizes, weights, trust)
         for name in weights:
             with (folder / name).open("rb") as file:
                 if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
@@ -44,22 +43,25 @@ def look(folder: Path) -> Resolution:
         raise ModelFilesMissing(
             f"The folder can't be read by the daemon's user: {error}."
         ) from None
-    files = tuple(sorted(name for name in sizes if name.endswith((".json", ".safetensors"))))
-    return Resolution(folder=str(folder), files=files, size=sum(sizes[name] for name in files))
+    names = tuple(sorted(name for name in sizes if name.endswith(endings)))
+    return Resolution(folder=str(folder), files=names, size=sum(sizes[name] for name in names))
 
 
-def _check(folder: Path, sizes: dict[str, int], weights: list[str]) -> None:
+def _check(folder: Path, sizes: dict[str, int], weights: list[str], trust: Trust) -> None:
     if "config.json" not in sizes and "modules.json" not in sizes:
         raise ModelFilesMissing(
             f"{folder} has neither config.json nor modules.json, so it is no model folder."
         )
     if weights:
         return
-    pickles = sorted(name for name in sizes if name.endswith(_PICKLE))
+    pickles = sorted(name for name in sizes if name.endswith(PICKLES))
+    if pickles and trust.allow_pickle:
+        return
     if pickles:
         raise ModelRefused(
-            f"{folder} has its weights only as pickle ({pickles[0]}), which Tursi doesn't load "
-            "because it can run code; save it again with transformers' save_pretrained()."
+            f"{folder} has its weights only as pickle ({pickles[0]}), which can run code when it "
+            "is loaded: save the model again with transformers' save_pretrained(), or, if you "
+            "trust its author, allow it by --allow-pickle."
         )
     raise ModelFilesMissing(f"{folder} has no weights (model.safetensors).")
 
@@ -69,9 +71,9 @@ def catalogue(cache: Path) -> list[CatalogueEntry]:
     entries = []
     for snapshot in islice(cache.glob("models--*/snapshots/*"), _MAX_SNAPSHOTS):
         try:
-            sizes = dict(_files(snapshot, depth=3))
-        except OSError:
-            continue  # removed meanwhile
+            sizes = dict(files(snapshot, depth=3))
+        except (OSError, ModelRefused):
+            continue  # removed meanwhile, or not made by us
         if any(name.endswith(".safetensors") for name in sizes):
             repository = snapshot.parent.parent.name.removeprefix("models--").replace("--", "/")
             entries.append(
@@ -83,18 +85,3 @@ def catalogue(cache: Path) -> list[CatalogueEntry]:
                 )
             )
     return sorted(entries, key=lambda entry: (entry.name, entry.commit or ""))
-
-
-def _files(folder: Path, depth: int) -> Iterator[tuple[str, int]]:
-    """Names relative to ``folder`` and sizes of the files down to ``depth`` levels."""
-    left = _MAX_FILES
-    waiting = [(folder, "", depth)]
-    while waiting:
-        current, prefix, levels = waiting.pop()
-        with os.scandir(current) as entries:
-            for entry in islice(entries, left):
-                left -= 1
-                if entry.is_file():
-                    yield prefix + entry.name, entry.stat().st_size
-                elif levels > 1 and entry.is_dir(follow_symlinks=False):
-                    waiting.append((Path(entry.path), f"{prefix}{entry.name}/", levels - 1))

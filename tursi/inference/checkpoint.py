@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from safetensors import SafetensorError, safe_open
 from transformers.models.auto import modeling_auto
 
 from tursi.errors import (
@@ -25,10 +24,21 @@ from tursi.errors import (
     TaskUnsuitable,
     WeightsCorrupt,
 )
-from tursi.model import Task
+from tursi.folder import PICKLES, START, disguise, files
+from tursi.inference.settings import check_settings
+from tursi.inference.weights import check_pickled, check_weights
+from tursi.model import Task, Trust
 
 _JSON_LIMIT = 32 * 1024 * 1024
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_READ = (".json", ".jinja", ".txt", ".model", ".spm", ".codes", ".vocab", ".tiktoken")
+"""Endings of the files besides weights that are opened for a model."""
+_REMOTE: Mapping[str, Task] = {
+    "AutoModelForSequenceClassification": Task.TEXT_CLASSIFICATION,
+    "AutoModelForMaskedLM": Task.FILL_MASK,
+    "AutoModelForCausalLM": Task.TEXT_GENERATION,
+    "AutoModel": Task.FEATURE_EXTRACTION,
+}
+"""What code of a model's own says that it is for; heads before bare models."""
 _MAPPINGS: Mapping[Task, tuple[str, ...]] = {
     Task.TEXT_CLASSIFICATION: ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",),
     Task.FILL_MASK: ("MODEL_FOR_MASKED_LM_MAPPING_NAMES",),
@@ -39,12 +49,15 @@ _MAPPINGS: Mapping[Task, tuple[str, ...]] = {
 
 
 class Checkpoint:
-    """The files of one model."""
+    """The files of one model, and what it may bring besides data."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, trust: Trust = Trust()) -> None:  # noqa: B008 - a frozen value
         if not folder.is_dir():
             raise ModelFilesMissing(f"There is no model folder {folder}.")
         self.root = folder
+        self.trust = trust
+        # First of all: not even a configuration is read through a link to elsewhere.
+        self._names = _listed(folder)
         self.modules: list[dict[str, Any]] = self._modules()
         """What sentence-transformers' ``modules.json`` lists; empty if there is none."""
         path = self.modules[0].get("path", "") if self.modules else ""
@@ -66,11 +79,26 @@ class Checkpoint:
         architectures = self.config.get("architectures") or [None]
         return architectures[0] if isinstance(architectures, list) else None
 
+    @cached_property
+    def remote(self) -> dict[str, Any]:
+        """What the model's own code has for transformers' automatic classes, if it may run."""
+        auto_map = self.config.get("auto_map") if self.trust.trust_remote_code else None
+        return auto_map if isinstance(auto_map, dict) else {}
+
+    @cached_property
+    def pickled(self) -> bool:
+        """Whether the weights are in pickle files, and may be."""
+        return any(path.suffix != ".safetensors" for path in self._weight_files(self.folder))
+
     def check(self) -> None:
         """Raise the ``LoadError`` that says why this can't be loaded, if it can't."""
+        self._check_content()
         self._check_architecture()
         for path in self._weight_files(self.folder):
-            check_weights(path)
+            if path.suffix == ".safetensors":
+                check_weights(path)
+            else:
+                check_pickled(path)
 
     def task(self, wanted: str | None) -> Task:
         """What to do with the model: the user's word, else what its own files say."""
@@ -112,6 +140,9 @@ class Checkpoint:
         return task if task in {natural, Task.FEATURE_EXTRACTION} else None
 
     def _natural_task(self) -> Task | None:
+        for auto_class, task in _REMOTE.items():
+            if auto_class in self.remote:
+                return task
         name = self.architecture
         if name is None:
             return None
@@ -130,7 +161,7 @@ class Checkpoint:
         if not isinstance(modules, list) or not modules:
             return []
         if not all(isinstance(entry, dict) for entry in modules):
-            raise WeightsCorrupt(f"{self.root / 'modules.json'} isn't a list of modules.")
+            raise WeightsCorrupt("modules.json isn't a list of modules.")
         kind = str(modules[0].get("type", "")).rpartition(".")[2]
         if kind != "Transformer":
             raise ArchitectureUnsupported(
@@ -144,75 +175,94 @@ class Checkpoint:
         config = _read_json(path)
         if config is None:
             raise ModelFilesMissing(
-                f"{self.folder} has no config.json; a model's folder needs config.json, its "
+                "The model has no config.json; a model's folder needs config.json, its "
                 "tokenizer and *.safetensors weights."
             )
         if not isinstance(config, dict):
-            raise WeightsCorrupt(f"{path} isn't a JSON object.")
+            raise WeightsCorrupt(f"{path.name} isn't a JSON object.")
         return config
+
+    def _check_content(self) -> None:
+        """Refuse what isn't what its name says, and settings that make libraries run code."""
+        name = self.architecture
+        known = name if name is not None and hasattr(transformers, name) else None
+        for file in self._names:
+            path = self.root / file
+            if path.suffix not in _READ:
+                continue
+            what = disguise(_read(path, START))
+            if what is not None:
+                raise ModelRefused(f"{file} isn't what its name says but {what}; remove it.")
+            if self.trust.trust_remote_code or path.suffix != ".json" or "config" not in path.name:
+                continue
+            check_settings(file, _read_json(path), known)
 
     def _check_architecture(self) -> None:
         kind = self.config.get("model_type")
         name = self.architecture
-        known = kind in transformers.CONFIG_MAPPING and (
-            name is None or hasattr(transformers, name)
-        )
-        if known:
+        if self.remote or (
+            kind in transformers.CONFIG_MAPPING and (name is None or hasattr(transformers, name))
+        ):
             return
-        if self.config.get("auto_map"):
-            raise ModelRefused(
-                f"The model {name or kind!r} needs Python code from its own folder (auto_map), "
-                "which Tursi doesn't run."
-            )
         raise ArchitectureUnsupported(
             f"The installed transformers {transformers.__version__} doesn't know the "
             f"architecture {name or kind!r}; a newer transformers may."
         )
 
     def _weight_files(self, folder: Path) -> list[Path]:
-        single = folder / "model.safetensors"
+        found = self._weights(folder, "model.safetensors")
+        if found:
+            return found
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        if not pickles:
+            raise ModelFilesMissing("The model's folder has no weights (model.safetensors).")
+        if not self.trust.allow_pickle:
+            raise ModelRefused(
+                f"The model has its weights only as {pickles[0]}, a pickle file, which can run "
+                "code when it is loaded: convert it to safetensors, or, if you trust its author, "
+                "allow it by --allow-pickle."
+            )
+        found = self._weights(folder, "pytorch_model.bin")
+        if not found:
+            raise ModelFilesMissing(
+                f"transformers doesn't load weights from {pickles[0]}, only from pytorch_model.bin."
+            )
+        return found
+
+    def _weights(self, folder: Path, name: str) -> list[Path]:
+        """The file of this name, or those that its index names; empty if there is neither."""
+        single = folder / name
         if single.is_file():
             return [single]
-        index = _read_json(folder / "model.safetensors.index.json")
-        if index is not None:
-            shards = index.get("weight_map") if isinstance(index, dict) else None
-            if not isinstance(shards, dict) or not shards:
-                raise WeightsCorrupt("model.safetensors.index.json has no weight_map.")
-            paths = [folder / _inside(str(name)) for name in sorted(set(shards.values()))]
-            missing = [path.name for path in paths if not path.is_file()]
-            if missing:
-                raise ModelFilesMissing(
-                    f"{len(missing)} of {len(paths)} weight files are missing in {folder}, "
-                    f"the first is {missing[0]}."
-                )
-            return paths
-        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-        if pickles:
+        index = _read_json(folder / f"{name}.index.json")
+        if index is None:
+            return []
+        shards = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(shards, dict) or not shards:
+            raise WeightsCorrupt(f"{name}.index.json has no weight_map.")
+        paths = [folder / _inside(str(shard)) for shard in sorted(set(shards.values()))]
+        # transformers chooses how to read each by its ending.
+        other = [path.name for path in paths if path.suffix != single.suffix]
+        if other:
             raise ModelRefused(
-                f"{folder} has its weights only as {pickles[0]}, a pickle file that could run "
-                "code when it is loaded; convert it to safetensors."
+                f"{name}.index.json names {other[0]!r}, which isn't a file of {single.suffix[1:]}."
             )
-        raise ModelFilesMissing(f"{folder} has no weights (model.safetensors).")
-
-
-def check_weights(path: Path) -> None:
-    """Raise ``WeightsCorrupt`` unless the header of a safetensors file fits the file."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(64)
-        if start.startswith(b"version https://git-lfs"):
+        missing = [path.name for path in paths if not path.is_file()]
+        if missing:
             raise ModelFilesMissing(
-                f"{path.name} is only a Git LFS pointer; fetch the real file with 'git lfs pull'."
+                f"{len(missing)} of {len(paths)} weight files are missing in the model's folder, "
+                f"the first is {missing[0]}."
             )
-        with safe_open(path, framework="numpy") as weights:
-            if not weights.keys():
-                raise WeightsCorrupt(f"{path.name} holds no weights.")
-    except SafetensorError as error:
-        raise WeightsCorrupt(
-            f"{path.name} is damaged ({error}); replace it with a fresh copy."
-        ) from None
+        return paths
+
+
+def _listed(folder: Path) -> tuple[str, ...]:
+    try:
+        return tuple(sorted(name for name, _ in files(folder, depth=3)))
     except OSError as error:
-        raise ModelFilesMissing(f"{path} can't be read: {error.strerror or error}.") from None
+        raise ModelFilesMissing(
+            f"The model's folder can't be read: {error.strerror or error}."
+        ) from None
 
 
 def _names(mapping: str) -> set[str]:
@@ -228,18 +278,22 @@ def _inside(path: str) -> str:
     return path
 
 
-def _read_json(path: Path) -> Any:
-    """The value in the file, ``None`` if there is no file."""
+def _read(path: Path, limit: int) -> bytes:
     try:
         with path.open("rb") as file:
-            data = file.read(_JSON_LIMIT + 1)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+            return file.read(limit)
     except OSError as error:
-        raise ModelFilesMissing(f"{path} can't be read: {error.strerror or error}.") from None
+        raise ModelFilesMissing(f"{path.name} can't be read: {error.strerror or error}.") from None
+
+
+def _read_json(path: Path) -> Any:
+    """The value in the file, ``None`` if there is no file."""
+    if not path.is_file():
+        return None
+    data = _read(path, _JSON_LIMIT + 1)
     if len(data) > _JSON_LIMIT:
-        raise WeightsCorrupt(f"{path} is far too large.")
+        raise WeightsCorrupt(f"{path.name} is far too large.")
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise WeightsCorrupt(f"{path} isn't valid JSON: {error}.") from None
+        raise WeightsCorrupt(f"{path.name} isn't valid JSON: {error}.") from None

@@ -25,7 +25,7 @@ from tursi.inference.pooling import read_head
 from tursi.inference.pretrained import out_of_memory, read_config, read_model, read_tokenizer
 from tursi.inference.scheduler import Engine
 from tursi.inference.tokens import Tokenizer, Tokens, sane_limit
-from tursi.model import Loaded, LoadOrder, Progress, Task
+from tursi.model import Loaded, LoadOrder, Progress, Task, Trust
 
 _DEFAULT_CONTEXT = 4096
 """Of a decoder whose files name no limit."""
@@ -64,7 +64,7 @@ def _load(
     began = clock()
     torch.set_num_threads(order.threads)
     progress(Progress("load"))
-    checkpoint = Checkpoint(Path(order.folder))
+    checkpoint = Checkpoint(Path(order.folder), Trust(order.allow_pickle, order.trust_remote_code))
     device = choose_device(order.device)
     dtype = choose_dtype(order.dtype)
     checkpoint.check()

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from tursi.errors import ArchitectureUnsupported, ModelFilesMissing, WeightsCorrupt
-from tursi.inference.checkpoint import Checkpoint, check_weights
+from tursi.inference.checkpoint import Checkpoint
+from tursi.inference.weights import check_weights
 
 _OLD_KEYS = {
     "pooling_mode_cls_token": "cls",
@@ -106,12 +107,12 @@ def _dense(
     config = checkpoint.json(f"{path}/config.json")
     file = checkpoint.root / path / "model.safetensors"
     if not file.is_file():
-        raise ModelFilesMissing(f"{file} is missing; the model's dense layer needs it.")
+        raise ModelFilesMissing(f"{path}/{file.name} is missing; the model's dense layer needs it.")
     check_weights(file)
     weights = load_file(file, device=str(device))
     weight, bias = weights.get("linear.weight"), weights.get("linear.bias")
     if weight is None or weight.dim() != 2:
-        raise WeightsCorrupt(f"{file} has no weights of a dense layer.")
+        raise WeightsCorrupt(f"{path}/{file.name} has no weights of a dense layer.")
     name = str(config.get("activation_function", "Tanh")).rpartition(".")[2]
     activation = _ACTIVATIONS.get(name)
     if activation is None:

@@ -20,7 +20,6 @@ from tursi.errors import (
 from tursi.inference.checkpoint import Checkpoint
 from tursi.model import Progress, Task
 
-_LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 _AUTO_CLASSES: Mapping[Task, str] = {
     Task.TEXT_CLASSIFICATION: "AutoModelForSequenceClassification",
     Task.FILL_MASK: "AutoModelForMaskedLM",
@@ -52,19 +51,17 @@ def read_config(checkpoint: Checkpoint) -> Any:
     """The configuration object."""
     return _read(
         "configuration",
-        lambda: transformers.AutoConfig.from_pretrained(checkpoint.folder, **_LOCAL),
+        lambda: transformers.AutoConfig.from_pretrained(checkpoint.folder, **_local(checkpoint)),
     )
 
 
 def read_tokenizer(checkpoint: Checkpoint) -> Any:
     """The tokenizer."""
     if not any((checkpoint.folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise ModelFilesMissing(
-            f"{checkpoint.folder} has no tokenizer (tokenizer.json or vocabulary files)."
-        )
+        raise ModelFilesMissing("The model has no tokenizer (tokenizer.json or vocabulary files).")
     return _read(
         "tokenizer",
-        lambda: transformers.AutoTokenizer.from_pretrained(checkpoint.folder, **_LOCAL),
+        lambda: transformers.AutoTokenizer.from_pretrained(checkpoint.folder, **_local(checkpoint)),
     )
 
 
@@ -84,7 +81,7 @@ def read_model(
     else:
         name = "AutoModel"
     auto_class = getattr(transformers, name)
-    if type(config) not in auto_class._model_mapping:  # noqa: SLF001 - the list behind the public class
+    if name not in checkpoint.remote and type(config) not in auto_class._model_mapping:  # noqa: SLF001 - the list behind the public class
         raise TaskUnsuitable(
             f"The model can't do {task.value}: transformers has no such head for "
             f"{config.model_type!r}."
@@ -96,11 +93,12 @@ def read_model(
                 checkpoint.folder,
                 config=config,
                 dtype=dtype,
-                use_safetensors=True,
+                use_safetensors=not checkpoint.pickled,
+                weights_only=True,
                 output_loading_info=True,
                 # Not to ignore them: they are in the report, which names them.
                 ignore_mismatched_sizes=True,
-                **_LOCAL,
+                **_local(checkpoint),
             ),
         )
     mismatched = report["mismatched_keys"]
@@ -112,6 +110,14 @@ def read_model(
         )
     _check_keys(model, task, report["missing_keys"])
     return model
+
+
+def _local(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What keeps transformers from the network, and from code that nobody allowed."""
+    return {
+        "local_files_only": True,
+        "trust_remote_code": checkpoint.trust.trust_remote_code,
+    }
 
 
 def _read(what: str, action: Callable[[], Any]) -> Any:
@@ -130,8 +136,8 @@ def _read(what: str, action: Callable[[], Any]) -> Any:
             raise
         if "trust_remote_code" in str(error):
             raise ModelRefused(
-                f"The model's {what} needs Python code from its own folder, which Tursi "
-                "doesn't run."
+                f"The model's {what} needs Python code of its own, which only runs where that is "
+                "asked for: if you trust its author, allow it by --trust-remote-code."
             ) from error
         raise WeightsCorrupt(f"The model's {what} can't be read: {_line(error)}") from error
 

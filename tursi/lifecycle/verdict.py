@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol
 
-from tursi.errors import FetchError, LoadError, by_code
+from tursi.errors import FetchError, LoadError, TursiError, by_code
 from tursi.model import FailureClass, mebibytes
 from tursi.wire import LastWords
 
@@ -130,6 +130,12 @@ def classify(
         else "how the worker ended isn't known",
         FailureClass.EXTERNAL_KILL,
     )
+
+
+def failure_class(error: TursiError) -> FailureClass | None:
+    """The class of a failure that the daemon itself met while it looked for the files."""
+    status = getattr(error, "exit_status", None)
+    return _STATUSES[status][1] if status in _STATUSES else None
 
 
 def not_spawned(error: Exception) -> Verdict:

@@ -30,6 +30,7 @@ class Outcome(StrEnum):
 
 _GENERATIONS = (
     "SELECT g.number, g.model, g.task, g.device, g.dtype, g.created_at, g.created_by,"
+    " g.allow_pickle, g.trust_remote_code,"
     " g.memory, g.cpu, g.threads, g.files, g.processes,"
     " m.folder, r.task, r.dtype, r.device, m.revision, m.files, m.size"
     " FROM generations AS g"
@@ -63,6 +64,10 @@ def save(
     """Create or replace; whichever it is, the deployment is to run from now on."""
     before = _find(txn, name)
     shown = f"{request.model}, {replicas} {'replica' if replicas == 1 else 'replicas'}"
+    if request.allow_pickle:
+        shown += ", pickle files allowed"
+    if request.trust_remote_code:
+        shown += ", its own code trusted"
     if before is None:
         outcome, kind, message = Outcome.CREATED, "create", f"{by} deploys {name}: {shown}"
         txn.execute(
@@ -179,8 +184,9 @@ def _append(txn: Any, name: str, request: Request, *, by: str, at: float) -> Non
     txn.execute(
         "INSERT INTO generations"
         " (deployment, number, model, task, device, dtype,"
+        " allow_pickle, trust_remote_code,"
         " memory, cpu, threads, files, processes, created_at, created_by)"
-        " SELECT ?, coalesce(max(number), 0) + 1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
+        " SELECT ?, coalesce(max(number), 0) + 1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
         " FROM generations WHERE deployment = ?",
         (
             name,
@@ -188,6 +194,8 @@ def _append(txn: Any, name: str, request: Request, *, by: str, at: float) -> Non
             request.task,
             request.device,
             request.dtype,
+            request.allow_pickle,
+            request.trust_remote_code,
             *astuple(request.limits),
             at,
             by,
@@ -244,7 +252,7 @@ def _update(txn: Any, name: str, desired: Desired, replicas: int, at: float) -> 
 
 
 def _generation(row: tuple[Any, ...]) -> Generation:
-    number, model, task, device, dtype, created_at, created_by, *rest = row
+    number, model, task, device, dtype, created_at, created_by, pickle, code, *rest = row
     limits, (folder, *rest) = Limits(*rest[:_LIMITS]), rest[_LIMITS:]
     resolution = None
     if folder is not None:
@@ -258,7 +266,7 @@ def _generation(row: tuple[Any, ...]) -> Generation:
             files=tuple(json.loads(files)),
             size=size,
         )
-    request = Request(model, task, device, dtype, limits)
+    request = Request(model, task, device, dtype, limits, bool(pickle), bool(code))
     return Generation(number, request, created_at, created_by, resolution)
 
 

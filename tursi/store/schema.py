@@ -177,5 +177,14 @@ _FIRST = (
     """,
 )
 
-UPGRADES: tuple[Upgrade, ...] = (Upgrade("the first schema", _FIRST),)
+_TRUST = (
+    # What a model may bring besides data, at the risk of whoever deploys it: 0 or 1.
+    "ALTER TABLE generations ADD COLUMN allow_pickle INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE generations ADD COLUMN trust_remote_code INTEGER NOT NULL DEFAULT 0",
+)
+
+UPGRADES: tuple[Upgrade, ...] = (
+    Upgrade("the first schema", _FIRST),
+    Upgrade("pickle and remote code by generation", _TRUST),
+)
 """``UPGRADES[n]`` brings version ``n`` to ``n + 1``."""
