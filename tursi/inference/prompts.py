@@ -6,9 +6,8 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
 from tursi.errors import ContextLengthExceeded, InvalidRequest
+from tursi.inference.templates import limit_templates, limited
 from tursi.inference.tokens import Tokenizer, clipped
 from tursi.tasks import GenerateRequest, Text
 
@@ -20,6 +19,7 @@ class Prompts:
     """Turns a request into prompts that fit."""
 
     def __init__(self, tokenizer: Tokenizer, context: int) -> None:
+        limit_templates()
         self._tokenizer = tokenizer
         self.context = context
         """Tokens that prompt and continuation may have together."""
@@ -96,10 +96,12 @@ class Prompts:
         if chosen.get("continue_final_message"):
             chosen["add_generation_prompt"] = False
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, **chosen)
-        except (TemplateError, ValueError, TypeError) as error:
+            with limited():
+                text = tokenizer.apply_chat_template(messages, tokenize=False, **chosen)
+        except Exception as error:  # noqa: BLE001 - a foreign program may raise anything
             raise InvalidRequest(
-                f"The model's chat template refuses these messages: {error}", param="messages"
+                f"The model's chat template refuses these messages: {str(error)[:500]}",
+                param="messages",
             ) from None
         text = clipped(
             text, self.context, "The chat", "messages", truncate=request.truncate, end=True
