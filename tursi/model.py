@@ -151,6 +151,8 @@ class Reference:
         if "\0" in text or not text or len(text) > 4096:
             raise InvalidRequest("The model must be a folder or a hub name.", param="model")
         if text.startswith("/"):
+            if ".." in text.split("/"):
+                raise InvalidRequest("A folder is named without '..' in its path.", param="model")
             return cls(folder=text)
         repository, at, revision = text.partition("@")
         if (

@@ -40,6 +40,23 @@ def test_put_creates_and_then_finds_nothing_to_do() -> None:
     ]
 
 
+def test_what_a_model_may_bring_is_off_unless_asked_for() -> None:
+    house = House()
+    body = {"model": "org/new", "allow_pickle": True, "trust_remote_code": True}
+    assert house.ask("PUT", "/deployments/new", body).status == 201
+    asked = house.fleet.calls[0][2]
+    assert asked == Request("org/new", allow_pickle=True, trust_remote_code=True)
+    shown = house.ask("GET", "/deployments/small").json()
+    assert (shown["allow_pickle"], shown["trust_remote_code"]) == (False, False)
+    assert house.ask("PUT", "/deployments/new", {**body, "allow_pickle": "yes"}).status == 400
+
+
+def test_a_folder_is_nobodys_business_but_the_operators() -> None:
+    house = House()
+    house.fleet.statuses["small"] = status("small", model="/srv/models/small")
+    assert house.ask("GET", "/models/small/info").json()["model_id"] == "small"
+
+
 def test_limits_are_taken_and_shown() -> None:
     house = House()
     body = {"model": "org/new", "limits": {"memory": 2**30, "cpu": 1.5, "threads": None}}

@@ -26,6 +26,7 @@ from tursi.errors import (
     InvalidRequest,
     ModelFilesMissing,
     ModelNotFound,
+    ModelRefused,
     QueueFull,
     RepositoryNotFound,
     ShuttingDown,
@@ -45,6 +46,7 @@ from tursi.model import (
     Reference,
     Request,
     Resolution,
+    Trust,
     WorkerLife,
     WorkerStatus,
 )
@@ -112,13 +114,15 @@ class FakeHub:
     def __init__(self) -> None:
         self.asked: list[tuple[Reference, Deferred[Resolution], Any]] = []
         self.cancelled = 0
+        self.trusted: list[Trust] = []
 
-    def resolve(self, reference: Reference, progress: Any) -> Deferred[Resolution]:
+    def resolve(self, reference: Reference, progress: Any, trust: Trust) -> Deferred[Resolution]:
         def cancel(_: object) -> None:
             self.cancelled += 1
 
         waiting: Deferred[Resolution] = Deferred(cancel)
         self.asked.append((reference, waiting, progress))
+        self.trusted.append(trust)
         return waiting
 
     def catalogue(self) -> Deferred[list[CatalogueEntry]]:
@@ -506,6 +510,44 @@ def test_limits_reach_the_worker_and_the_status(bench: Bench) -> None:
     assert bench.fleet.deployment("a").limits == limits
     with pytest.raises(InvalidRequest, match=r"1\.0 GiB here"):
         bench.deploy(limits=Limits(memory=2**31))
+
+
+def test_what_a_model_may_bring_reaches_the_hub_the_worker_and_the_status(bench: Bench) -> None:
+    bench.deploy()
+    bench.found()
+    assert not bench.workers[-1].order.allow_pickle
+    request = Request("/models/a", allow_pickle=True, trust_remote_code=True)
+    _, outcome = bench.do(bench.fleet.deploy("a", request, None, "uid 0"))
+    assert outcome == "replaced"
+    bench.turn()
+    assert bench.hub.trusted == [Trust(), Trust(allow_pickle=True, trust_remote_code=True)]
+    bench.found()
+    order = bench.workers[-1].order
+    assert (order.allow_pickle, order.trust_remote_code) == (True, True)
+    status = bench.fleet.deployment("a")
+    assert (status.allow_pickle, status.trust_remote_code) == (True, True)
+    [first, second] = bench.do(bench.fleet.generations("a"))
+    assert (first.request.trust, second.request.trust) == (Trust(), request.trust)
+    assert any(
+        "pickle files allowed, its own code trusted" in event.message
+        for event in bench.do(bench.fleet.events("a", 0, 10))
+    )
+
+
+def test_clients_are_told_why_but_not_where(bench: Bench) -> None:
+    bench.deploy()
+    bench.not_found(ModelRefused("/models/a has only /models/a/pytorch_model.bin; see /etc/x."))
+    status = bench.fleet.deployment("a")
+    assert (status.failure, status.phase) == (FailureClass.REFUSED, Phase.FAILED)
+    assert "/models/a" in str(status.reason)
+    with pytest.raises(DeploymentUnavailable) as caught:
+        bench.fleet.submit("a", Work("r", "i", "", b"", 1.0), None)  # type: ignore[arg-type] # refused first
+    assert "[folder]/pytorch_model.bin" in caught.value.message
+    assert "/models" not in caught.value.message
+    assert "/etc" not in caught.value.message
+    _, [part] = bench.fleet.health()
+    assert "/models" not in part.message
+    assert "/etc" not in part.message
 
 
 def test_threads_beyond_the_cores_are_told_when_it_comes_to_that(bench: Bench) -> None:

@@ -59,7 +59,11 @@ def load(folder: Path, **order: Any) -> Loaded:
         (models.garbage, WeightsCorrupt, "model.safetensors is damaged"),
         (models.other_shapes, WeightsCorrupt, r"has the shape \(32,\), not \(64,\)"),
         (models.other_depth, WeightsCorrupt, "16 tensors are missing"),
-        (models.only_pickle, ModelRefused, "only as pytorch_model.bin, a pickle file, .* --allow-pickle"),
+        (
+            models.only_pickle,
+            ModelRefused,
+            "only as pytorch_model.bin, .* --allow-pickle",
+        ),
         (models.remote_code, ModelRefused, "names Python code .* --trust-remote-code"),
         (
             models.unknown_architecture,

@@ -26,17 +26,14 @@ def render(template: str, messages: list[dict[str, Any]] = MESSAGES, seconds: fl
     [
         # time
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-        "{% macro m() %}{% for a in range(99999) %}{{ a|string|upper }}{% endfor %}{% endmacro %}"
-        "{% for a in range(99999) %}{% set x = m() %}{% endfor %}",
-        "{{ 9 ** 9 ** 9 }}",
+        "{%macro m()%}{% for a in range(99999) %}{{ a }}{% endfor %}{% endmacro %}{{ m() ~ m() }}",
+        "{{ 9 ** 99999999999 }}",
         "{{ lipsum(n=1000000) }}",
         # memory
         "{{ 'x' * 10000000000 }}",
         "{{ [0] * 10000000000 }}",
-        "{% set ns = namespace(x='x') %}{% for a in range(60) %}{% set ns.x = ns.x ~ ns.x %}"
-        "{% endfor %}",
-        "{% set ns = namespace(x=['x']) %}{% for a in range(60) %}{% set ns.x = ns.x + ns.x %}"
-        "{% endfor %}",
+        "{% set n = namespace(x='x') %}{% for a in range(60)%}{%set n.x = n.x ~ n.x %}{% endfor %}",
+        "{% set n = namespace(x=[1]) %}{% for a in range(60)%}{%set n.x = n.x + n.x %}{% endfor %}",
         "{{ 'x'|center(10000000000) }}",
         "{{ 'x'.ljust(10000000000) }}",
         "{{ '%10000000000d' % 1 }}",
@@ -63,8 +60,7 @@ def test_what_usual_templates_do_goes_on() -> None:
         "{{ ', '.join(['c', 'd']) }}{{ '{:>4}'.format('x') }}{{ 2 ** 10 }}{% endfor %}"
     )
     assert render(template) == (
-        'USER: hello\n---1user{\n  "role": "user",\n  "content": "hello"\n}'
-        "a, ba+ba_bc, d   x1024"
+        'USER: hello\n---1user{\n  "role": "user",\n  "content": "hello"\n}a, ba+ba_bc, d   x1024'
     )
 
 
@@ -80,7 +76,9 @@ def test_the_worker_says_that_the_template_is_to_blame(tmp_path: Path) -> None:
     from tursi.tasks import GenerateRequest, Message
 
     bomb = "{{ 'x' * 10000000000 }}"
-    tokenizer = Tokenizer(models.byte_level_tokenizer(bomb), vocabulary=320, limit=None)
+    tokenizer = Tokenizer(
+        models.byte_level_tokenizer(bomb), vocabulary=320, limit=None, lower=False
+    )
     request = GenerateRequest(messages=(Message("user", "hello"),))
-    with pytest.raises(InvalidRequest, match="chat template refuses.*enormous"):
+    with pytest.raises(InvalidRequest, match=r"chat template refuses.*enormous"):
         Prompts(tokenizer, 256).read(request)

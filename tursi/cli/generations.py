@@ -129,7 +129,7 @@ def flat(request: Mapping[str, Any]) -> dict[str, Any]:
     """A deployment's request with its limits beside the rest, what isn't set left out."""
     limits = {f"limits.{key}": value for key, value in (request.get("limits") or {}).items()}
     rest = {key: value for key, value in request.items() if key != "limits"}
-    return {key: value for key, value in {**rest, **limits}.items() if value is not None}
+    return {key: value for key, value in {**rest, **limits}.items() if value not in {None, False}}
 
 
 def _flat(generation: Mapping[str, Any]) -> dict[str, Any]:

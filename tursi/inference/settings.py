@@ -14,10 +14,11 @@ from tursi.errors import ModelRefused
 
 _HARMLESS = frozenset(
     {
-        "__type", "_attn_implementation", "_attn_implementation_autoset", "_class_name",
-        "_commit_hash", "_comment", "_diffusers_version", "_experts_implementation",
+        "__type", "__version__", "_attn_implementation", "_attn_implementation_autoset",
+        "_class_name", "_commit_hash", "_comment", "_diffusers_version", "_experts_implementation",
         "_flash_attn_2_enabled", "_from_auto", "_from_model_config", "_from_pipeline",
-        "_name_or_path", "_num_labels", "_processor_class", "_valid_processor_keys",
+        "_name_or_path", "_num_labels", "_processor_class", "_remove_final_layer_norm",
+        "_valid_processor_keys", "_vocab_size",
     }
 )  # fmt: skip
 """Keys beginning with an underscore that saved files have, and that name no code."""
