@@ -351,3 +351,19 @@ def test_ps_without_deployments_says_how_to_make_one(api: Api) -> None:
     api.on("GET", "/deployments", {"deployments": []})
     assert "tursi up MODEL" in api.tursi("ps").output
     assert json.loads(api.tursi("ps", "--json").output) == {"deployments": []}
+
+
+def test_what_a_model_may_bring_is_asked_for_and_its_risk_said(api: Api) -> None:
+    risky = deployment(allow_pickle=True, trust_remote_code=True)
+    api.on("POST", "/deployments", created(risky))
+    result = api.tursi("up", "org/mini", "--allow-pickle", "--trust-remote-code")
+    assert result.exit_code == Exit.OK, result.output
+    asked = api.asked[0].body
+    assert asked == {"model": "org/mini", "allow_pickle": True, "trust_remote_code": True}
+    assert "mini may load pickle files" in result.stderr
+    assert "mini may run Python code" in result.stderr
+    api.on("GET", "/deployments", {"deployments": [risky]})
+    assert "mini may run Python code" in api.tursi("ps").stdout
+    api.on("POST", "/deployments", created(deployment()))
+    api.tursi("up", "org/mini")
+    assert api.asked[-1].body == {"model": "org/mini"}

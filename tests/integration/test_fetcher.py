@@ -80,7 +80,8 @@ class Run:
 class Fetcher:
     """Starts fetchers with one cache."""
 
-    def __init__(self, folder: Path, hub: StandInHub) -> None:
+    def __init__(self, folder: Path, hub: StandInHub, *options: str) -> None:
+        self.options = options
         self.cache = folder / "cache"
         self.environment = {"PATH": os.defpath, "HF_HUB_DISABLE_TELEMETRY": "1"}
         self.environment |= hub.environment(folder / "home")
@@ -94,7 +95,7 @@ class Fetcher:
                 [
                     *(sys.executable, "-I", "-S", "-c", ONTO_THREE, str(theirs.fileno())),
                     *(sys.executable, "-I", "-m", "tursi.fetcher"),
-                    *(model, revision, str(self.cache)),
+                    *(model, revision, str(self.cache), *self.options),
                 ],
                 pass_fds=[theirs.fileno()],
                 env={**self.environment, **environment},
@@ -557,3 +558,22 @@ async def test_the_hub_gives_up_a_download_that_stalls(
     # The Deferred fires only when nothing of the fetcher is left.
     assert daemon.running[0].finished.called
     await daemon.hub.stop()
+
+
+def test_only_what_is_allowed_comes_besides_data(
+    tmp_path: Path, hub: StandInHub, tiny: Snapshot
+) -> None:
+    trusting = Fetcher(tmp_path, hub, "--trust-remote-code", "--allow-pickle")
+    # There are safetensors: no pickle is needed.
+    run = trusting()
+    assert run.resolution.files == tuple(sorted((*WANTED, "modeling_tiny.py")))
+    (tiny.folder / "model.safetensors").unlink()
+    hub.add(MODEL, tiny.folder)
+    refused = Fetcher(tmp_path, hub)()
+    assert refused.failed is not None
+    assert refused.failed.code == "repository_refused"
+    assert refused.status == 77
+    run = trusting()
+    assert "pytorch_model.bin" in run.resolution.files
+    assert Path(run.resolution.folder, "pytorch_model.bin").read_bytes() == b"\x80\x04pickle"
+    assert not Path(run.resolution.folder, "openvino").exists()

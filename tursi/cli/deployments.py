@@ -169,6 +169,8 @@ def ps(connection: Connection, *, json: bool) -> None:
     for status in statuses:
         if status["reason"] and status["phase"] != Phase.READY:
             line(f"{status['name']}: {status['reason']}")
+        for warning in _risks(status):
+            line(warning)
 
 
 def reference(text: str) -> Reference:

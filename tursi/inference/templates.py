@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -25,6 +26,8 @@ SECONDS = 2.0
 """Of processor time for one chat; usual templates take a few milliseconds."""
 MEMORY = 256 * 1024 * 1024
 """Bytes that the process may grow by meanwhile."""
+_EVERY = 0.005
+"""Seconds between two looks: not enough to fill much memory step by step."""
 _NUMBER = 100_000
 """The largest number that a function may be given: widths, counts, lengths."""
 _LENGTH = 4 * 1024 * 1024
@@ -113,18 +116,19 @@ def limited(seconds: float = SECONDS, memory: int = MEMORY) -> Iterator[None]:
     Looks at every line of the template and at every call of a Python function, in
     this thread.
     """
-    until = time.thread_time() + seconds
-    descriptor = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
-    most = _resident(descriptor) + memory
+    now = time.perf_counter
+    until, due = time.thread_time() + seconds, now() + _EVERY
+    most = _resident() + memory
 
     def look(frame: FrameType, _event: str, _value: Any) -> Any:
-        if time.thread_time() > until:
-            raise TemplateTooCostly(f"it takes longer than {seconds:g} s of processor time")
-        if frame.f_code.co_filename != "<template>":
-            return None
-        if _resident(descriptor) > most:
-            raise TemplateTooCostly(f"it takes more than {memory >> 20} MiB of memory")
-        return look
+        nonlocal due
+        if now() > due:
+            due = now() + _EVERY
+            if time.thread_time() > until:
+                raise TemplateTooCostly(f"it takes longer than {seconds:g} s of processor time")
+            if _resident() > most:
+                raise TemplateTooCostly(f"it takes more than {memory >> 20} MiB of memory")
+        return look if frame.f_code.co_filename == "<template>" else None
 
     before = sys.gettrace()
     sys.settrace(look)
@@ -132,11 +136,10 @@ def limited(seconds: float = SECONDS, memory: int = MEMORY) -> Iterator[None]:
         yield
     finally:
         sys.settrace(before)
-        os.close(descriptor)
 
 
-def _resident(descriptor: int) -> int:
-    return int(os.pread(descriptor, 100, 0).split()[1]) * _PAGE
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * _PAGE
 
 
 def _check_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
