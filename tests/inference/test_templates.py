@@ -26,8 +26,7 @@ def render(template: str, messages: list[dict[str, Any]] = MESSAGES, seconds: fl
     [
         # time
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-        "{%macro m()%}{%for a in range(99999)%}{{a}}{%endfor%}{%endmacro%}"
-        "{%for b in range(9999)%}{%set x=m()%}{%endfor%}",
+        "{%macro m()%}{%for a in range(99999)%}{{a}}{%endfor%}{{m()}}{%endmacro%}{{m()}}",
         "{{ 9 ** 99999999999 }}",
         "{{ lipsum(n=1000000) }}",
         # memory

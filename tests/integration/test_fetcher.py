@@ -366,7 +366,9 @@ def test_no_safetensors(
     fetch: Fetcher, hub: StandInHub, tmp_path: Path, files: list[str], words: str
 ) -> None:
     hub.add(MODEL, write(tmp_path / "other", **dict.fromkeys(files, b"{}")))
-    assert words in fetch().sentence("safetensors_missing", 65)
+    pickled = any(name.endswith(".bin") for name in files)
+    refusal = ("repository_refused", 77) if pickled else ("safetensors_missing", 65)
+    assert words in fetch().sentence(*refusal)
     assert not hub.downloads()
 
 
