@@ -44,6 +44,17 @@ def rows(document: Path) -> dict[str, tuple[str, ...]]:
     return {first.strip("`"): tuple(re.findall(r"- (.*)", rest)) for first, rest in found}
 
 
+def commands(group: click.Group = main, above: str = "") -> dict[str, click.Command]:
+    """Every command by its name, those of groups as in ``db backup``."""
+    found: dict[str, click.Command] = {}
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            found |= commands(command, f"{above}{name} ")
+        else:
+            found[f"{above}{name}"] = command
+    return found
+
+
 # -- complete ---------------------------------------------------------------------
 
 
@@ -59,7 +70,7 @@ def test_every_error_code_is_documented_with_its_status() -> None:
 
 def test_every_command_and_option_is_documented() -> None:
     text = (DOCS / "cli.rst").read_text()
-    for name, command in main.commands.items():
+    for name, command in commands().items():
         section = re.search(rf"^``tursi {name}\b.*\n((?:\n|   .*\n)+)", text, re.MULTILINE)
         assert section, name
         assert command.help, name
@@ -71,7 +82,7 @@ def test_every_command_and_option_is_documented() -> None:
 
 
 def test_every_command_takes_json() -> None:
-    for name, command in main.commands.items():
+    for name, command in commands().items():
         assert "--json" in {each for option in command.params for each in option.opts}, name
 
 
@@ -149,10 +160,11 @@ def test_the_readme_names_its_examples() -> None:
 def test_shell_examples_are_sound(document: Path) -> None:
     for code in examples(document, "bash"):
         subprocess.run(["bash", "-n"], input=code, text=True, check=True, timeout=30)
-        for name, options in re.findall(r"^tursi ([\w-]+)(.*)", code, re.MULTILINE):
-            command = main.commands[name]
+        for words in re.findall(r"^tursi (.*)", code, re.MULTILINE):
+            names = [name for name in commands() if f"{words} ".startswith(f"{name} ")]
+            command = commands()[max(names, key=len)]
             known = {each for option in command.params for each in option.opts}
-            assert set(re.findall(r"--[\w-]+", options)) <= known
+            assert set(re.findall(r"--[\w-]+", words)) <= known
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

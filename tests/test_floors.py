@@ -60,6 +60,8 @@ FLOORS = {
     # 5
     "listen": Floor(DAEMON, NETWORK),
     "service": Floor(DAEMON, (*NETWORK, "klein")),
+    # The command line runs it in a process of its own, where no daemon answers.
+    "database": Floor((*WORDS, "store", "lock")),
     "tap": Floor(DAEMON, NETWORK),
     # the children
     "keeper": Floor(("sandbox",)),

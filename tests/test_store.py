@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import signal
 import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -395,14 +397,22 @@ def test_another_process_holds_the_file(
     store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("time.sleep", waits.append)
+    now = 100.0
+
+    def wait(seconds: float) -> None:
+        nonlocal now
+        waits.append(seconds)
+        now += 1.0
+
+    monkeypatch.setattr("time.sleep", wait)
+    monkeypatch.setattr("time.monotonic", lambda: now)
     monkeypatch.setattr(connection, "BUSY_MILLISECONDS", 1)
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(DatabaseBusy) as caught:
         result(store.record(1.0, "note", "x"))
     assert caught.value.retry_after == 5
-    assert len(waits) == store_module.ATTEMPTS - 1
+    assert len(waits) == store_module.PATIENCE_SECONDS
     assert result(store.events(None, 0, 1)) == []  # reading goes on
     monkeypatch.setattr("time.sleep", lambda seconds: other.execute("ROLLBACK"))
     assert result(store.record(1.0, "note", "x")).id == 1
@@ -548,6 +558,7 @@ def test_every_table_is_strict_and_commented(path: Path) -> None:
         "crashes",
         "statistics",
         "keys",
+        "audit",
         "schema_history",
     }
     assert all("STRICT" in sql for _, sql in tables)
@@ -585,6 +596,42 @@ def damaged(path: Path) -> None:
     path.write_bytes(content)
 
 
+def killed(path: Path, spoil: Callable[[Path], None] = prepare) -> None:
+    """``spoil`` it in a process that then dies with its log unwritten."""
+    child = os.fork()
+    if not child:
+        try:
+            spoil(path)
+            other = sqlite3.connect(path, isolation_level=None)
+            other.execute("PRAGMA wal_autocheckpoint=0")
+            other.execute("INSERT INTO events (at, kind, message) VALUES (1, 'note', 'x')")
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert path.with_name("tursi.sqlite-wal").stat().st_size
+
+
+def newer_and_killed(path: Path) -> None:
+    killed(path, newer)
+
+
+def damaged_and_killed(path: Path) -> None:
+    damaged(path)
+    content = path.read_bytes()
+    path.unlink()
+    killed(path)
+    path.write_bytes(content)
+
+
+def damaged_without_shared_memory(path: Path) -> None:
+    damaged_and_killed(path)
+    path.with_name("tursi.sqlite-shm").unlink()
+
+
+def files(folder: Path) -> dict[str, bytes | None]:
+    return {each.name: None if each.is_dir() else each.read_bytes() for each in folder.iterdir()}
+
+
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
@@ -592,21 +639,71 @@ def damaged(path: Path) -> None:
         (foreign, "another program"),
         (newer, "newer Tursi"),
         (damaged, "is damaged"),
-        (Path.mkdir, "can't be used"),
+        (Path.mkdir, "no plain file"),
+        (newer_and_killed, "newer Tursi"),
+        (damaged_and_killed, "is damaged"),
+        (damaged_without_shared_memory, "is damaged"),
     ],
 )
 def test_a_file_that_is_refused_stays_as_it_is(
     path: Path, spoil: Callable[[Path], None], sentence: str
 ) -> None:
     spoil(path)
-    before = None if path.is_dir() else path.read_bytes()
+    before = files(path.parent)
     for attempt in (inspect, prepare):
         with pytest.raises(DatabaseError, match=sentence) as caught:
             attempt(path)
         assert str(path) in caught.value.message
         assert "\n" not in caught.value.message
-    assert before is None or path.read_bytes() == before
-    assert [each.name for each in path.parent.iterdir()] == ["tursi.sqlite"]
+    after = files(path.parent)
+    if spoil is damaged_without_shared_memory:
+        # Without it the log can't be read; a lost one means nothing.
+        after.pop("tursi.sqlite-shm")
+    assert after == before
+
+
+def test_a_refusal_names_the_newest_copy(path: Path) -> None:
+    garbage(path)
+    with pytest.raises(DatabaseError, match="`tursi db restore FILE`"):
+        inspect(path)
+    for version in (2, 9, 10):
+        path.with_name(f"tursi.sqlite.v{version}").touch()
+    with pytest.raises(DatabaseError, match=r"`tursi db restore \S+/tursi\.sqlite\.v10`\.$"):
+        inspect(path)
+
+
+def test_a_daemon_that_was_killed_is_no_reason_to_refuse(path: Path) -> None:
+    killed(path)
+    before = files(path.parent)
+    inspect(path)
+    assert files(path.parent) == before
+    store = opened(path)
+    assert [each.message for each in result(store.events(None, 0, 9))] == ["x"]
+    result(store.stop())
+
+
+def test_a_rollback_journal_is_played_back(path: Path) -> None:
+    prepare(path)
+    child = os.fork()
+    if not child:
+        try:
+            other = sqlite3.connect(path, isolation_level=None)
+            other.execute("PRAGMA journal_mode=DELETE")
+            other.execute("PRAGMA cache_spill=1")
+            other.execute("PRAGMA cache_size=1")
+            other.execute("BEGIN")
+            other.executemany(
+                "INSERT INTO events (at, kind, message) VALUES (1, 'note', ?)",
+                [("x" * 2000,) for _ in range(100)],
+            )
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert path.with_name("tursi.sqlite-journal").stat().st_size
+    inspect(path)
+    store = opened(path)
+    assert result(store.events(None, 0, 9)) == []
+    result(store.stop())
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
@@ -633,17 +730,17 @@ def test_an_upgraded_file_is_like_a_new_one(path: Path, monkeypatch: pytest.Monk
     other = sqlite3.connect(path)
     history = other.execute("SELECT version, description FROM schema_history").fetchall()
     other.close()
-    last = len(schema.UPGRADES)
+    released = len(schema.UPGRADES)
     assert history[0] == (1, "the first schema")
-    assert history[last:] == [(last + 1, "colours"), (last + 2, "sizes")]
+    assert history[released:] == [(released + 1, "colours"), (released + 2, "sizes")]
 
 
 def test_before_an_upgrade_the_file_is_copied_and_three_copies_stay(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result(opened(path).stop())
-    old = dump(path)
-    path.with_name("tursi.sqlite.part").write_bytes(b"left by a kill")
+    old, released = dump(path), len(schema.UPGRADES)
+    path.with_name(f"tursi.sqlite.v{released}.part").write_bytes(b"left by a kill")
     for count in range(1, 6):
         more = [
             schema.Upgrade(f"step {step}", (f"CREATE TABLE step_{step} (x TEXT) STRICT",))
@@ -652,13 +749,12 @@ def test_before_an_upgrade_the_file_is_copied_and_three_copies_stay(
         with_upgrades(monkeypatch, *more)
         prepare(path)
         if count == 1:
-            copy = path.with_name(f"tursi.sqlite.v{len(schema.UPGRADES)}")
+            copy = path.with_name(f"tursi.sqlite.v{released}")
             assert dump(copy) == old
             assert copy.stat().st_mode & 0o777 == 0o600
     names = sorted(each.name for each in path.parent.iterdir())
-    last = len(schema.UPGRADES)
-    copies = [f"tursi.sqlite.v{last + step}" for step in (2, 3, 4)]
-    assert names == sorted(["tursi.sqlite", *copies])
+    kept = [f"tursi.sqlite.v{released + step}" for step in (2, 3, 4)]
+    assert names == ["tursi.sqlite", *kept]
 
 
 def test_a_failed_upgrade_leaves_the_version_before_it(
@@ -677,5 +773,7 @@ def test_a_failed_upgrade_leaves_the_version_before_it(
 
 
 def test_the_package_shows_only_what_is_needed() -> None:
-    assert sorted(package.__all__) == ["Outcome", "Store", "inspect", "prepare"]
+    assert sorted(package.__all__) == [
+        "Outcome", "Store", "backup", "give", "inspect", "prepare", "report", "restore",
+    ]  # fmt: skip
     assert issubclass(DatabaseBusy, TursiError)

@@ -132,6 +132,7 @@ class Storage(_Table, frozen=True):
     worker_lives: Count = 10_000
     crashes: Count = 50
     """Crashes that are kept per deployment, with their evidence."""
+    audit_count: Annotated[int, msgspec.Meta(ge=1000, le=1_000_000_000)] = 100_000
 
 
 class Configuration(_Table, frozen=True):

@@ -82,7 +82,12 @@ def preflight(configuration: Configuration, folders: Folders) -> None:
     the two, the world may change.
     """
     StateLock(folders.state).probe()
-    store.inspect(folders.database)
+    try:
+        store.inspect(folders.database)
+    except DatabaseError:
+        # Or a daemon has begun to write it in the meantime.
+        StateLock(folders.state).probe()
+        raise
     for listener in configuration.http.listeners:
         check(listener)
     control(folders.socket, configuration.http.listeners)

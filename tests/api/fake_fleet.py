@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
+
+from twisted.internet.defer import Deferred
 
 from tursi.api.fleet import Sink
 from tursi.errors import CrashNotFound, DeploymentNotFound, ModelNotFound
 from tursi.fleet import Part, Work
 from tursi.model import (
+    AuditEntry,
+    AuditQuery,
     CatalogueEntry,
     Crash,
+    DatabaseReport,
     DeploymentStatus,
     Desired,
     Dossier,
@@ -23,6 +29,7 @@ from tursi.model import (
     Phase,
     Request,
     Sample,
+    StorageStatus,
     Story,
     Usage,
     WorkerLife,
@@ -120,6 +127,10 @@ class FakeFleet:
     watchers: list[Callable[[Event], None]] = field(default_factory=list)
     followers: list[Callable[[str], None]] = field(default_factory=list)
     broken: Exception | None = None
+    audited: list[AuditEntry] = field(default_factory=list)
+    recording: Deferred[None] | None = None
+    """What the next record waits for."""
+    copy: Path | None = None
     meanwhile: Callable[[], None] = lambda: None
 
     def submit(self, model: str, work: Work, sink: Sink) -> Passage:
@@ -134,9 +145,6 @@ class FakeFleet:
             if model in {one.name, one.model}:
                 return one.name
         raise ModelNotFound(f"The model {model!r} does not exist.", param="model")
-
-    def models(self) -> list[DeploymentStatus]:
-        return self.deployments()
 
     def deployments(self) -> list[DeploymentStatus]:
         if self.broken is not None:
@@ -249,6 +257,25 @@ class FakeFleet:
 
     async def catalogue(self) -> list[CatalogueEntry]:
         return [CatalogueEntry("org/small", "/models/small", 1000, used_by=("small",))]
+
+    async def record(self, entry: AuditEntry) -> None:
+        if self.recording is not None:
+            await self.recording
+        self.audited.append(replace(entry, id=len(self.audited) + 1))
+
+    async def audit(self, query: AuditQuery) -> list[AuditEntry]:
+        self.calls.append(("audit", query))
+        return self.audited[-query.limit :]
+
+    async def backup(self) -> Path:
+        assert self.copy is not None
+        return self.copy
+
+    async def database_report(self) -> DatabaseReport:
+        return DatabaseReport("/state/tursi.sqlite", 4096, 2, ("page 3",), ("/state/copy",))
+
+    def storage(self) -> StorageStatus:
+        return StorageStatus(1, 2, 3, 4)
 
     def health(self) -> tuple[str, list[Part]]:
         return "healthy", [Part("small", True, "ready")]

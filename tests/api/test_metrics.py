@@ -34,7 +34,9 @@ def test_every_family_has_help_type_and_a_conventional_name() -> None:
         assert family.documentation
         assert family.type not in {"unknown", "untyped"}
         for sample in family.samples:
-            assert set(sample.labels) <= {"deployment", "route", "status", "code", "version", "le"}
+            assert set(sample.labels) <= {
+                "deployment", "route", "status", "code", "version", "kind", "le",
+            }  # fmt: skip
             if family.type == "counter":
                 assert sample.name.endswith("_total")
 

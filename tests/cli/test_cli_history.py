@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import datetime
 from threading import Event
 
 import pytest
@@ -176,3 +177,39 @@ def test_why_prints_sentences_and_the_chain(api: Api) -> None:
     assert json.loads(api.tursi("why", "mini", "--json").stdout) == story
     api.on("GET", "/deployments/mini/why", {**story, "events": []})
     assert api.tursi("why", "mini").stdout == "It is so.\nAnd so.\n"
+
+
+ENTRY = {
+    "id": 3,
+    "at": "2026-01-02T03:04:05Z",
+    "by": "uid 1000",
+    "action": "deployments.stop",
+    "target": "mini\x1b[2J",
+    "status": 404,
+    "code": "deployment_not_found",
+    "request": "abc",
+    "key": None,
+    "uid": 1000,
+    "address": None,
+}
+
+
+def test_audit_shows_who_did_what(api: Api) -> None:
+    api.on("GET", "/audit", {"entries": [ENTRY]})
+    result = api.tursi("audit", "--by", "uid 1000", "--action", "deployments", "-n", "5")
+    assert result.exit_code == Exit.OK
+    assert "uid 1000" in result.stdout
+    assert "404 deployment_not_found" in result.stdout
+    assert "mini\\x1b[2J" in result.stdout
+    assert api.asked[0].parameters == {"who": "uid 1000", "action": "deployments", "limit": "5"}
+    assert json.loads(api.tursi("audit", "--json").stdout)["entries"] == [ENTRY]
+
+
+@pytest.mark.parametrize("since", ["90m", "7d", "2026-11-26T14:00", "2026-11-26T14:00+02:00"])
+def test_audit_takes_times_as_people_write_them(api: Api, since: str) -> None:
+    api.on("GET", "/audit", {"entries": []})
+    result = api.tursi("audit", "--since", since)
+    assert (result.exit_code, result.stdout) == (Exit.OK, "The audit has nothing of that.\n")
+    assert datetime.fromisoformat(api.asked[0].parameters["since"]).tzinfo is not None
+    assert api.tursi("audit", "--since", "yesterday").exit_code == Exit.USAGE
+    assert api.tursi("audit", "--since", "9" * 30 + "d").exit_code == Exit.USAGE

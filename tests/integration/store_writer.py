@@ -1,19 +1,19 @@
-"""Writes to a store without end and says on stdout what has been acknowledged."""
+"""Writes to a store without end and says on stdout what has been acknowledged.
+
+For each line on stdin it begins anew, in a process that is there to be killed: it
+says that process's ``pid``, and ``end`` when that is no more.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
-from twisted.internet import reactor as _reactor
 from twisted.internet.defer import Deferred, ensureDeferred
 
 from tursi.model import Minute, Request
 from tursi.store import Store, prepare
-
-reactor: Any = _reactor
 
 
 async def write(store: Store, writer: str) -> None:
@@ -35,9 +35,11 @@ def say(line: str) -> None:
     os.write(1, f"{line}\n".encode())
 
 
-def main() -> None:
+def run(path: Path) -> None:
     """Three writers at once."""
-    path = Path(sys.argv[1])
+    # Not before the fork: its descriptors would be shared.
+    from twisted.internet import reactor
+
     prepare(path)
     store = Store(path, reactor)
     store.start()
@@ -48,6 +50,17 @@ def main() -> None:
 
     reactor.callWhenRunning(begin)
     reactor.run()
+
+
+def main() -> None:
+    """A process after the other; what takes time to import is imported once."""
+    for _ in sys.stdin:
+        child = os.fork()
+        if not child:
+            say(f"pid {os.getpid()}")
+            run(Path(sys.argv[1]))
+        os.waitpid(child, 0)
+        say("end")
 
 
 if __name__ == "__main__":

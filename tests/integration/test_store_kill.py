@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import signal
 import sqlite3
@@ -12,26 +14,29 @@ from collections import Counter
 from pathlib import Path
 
 from tursi.store import prepare
+from tursi.store.schema import UPGRADES
 
 WRITER = Path(__file__).with_name("store_writer.py")
-ROUNDS = 20
+ROUNDS = int(os.environ.get("TURSI_KILLS", "60"))
 
 
-def acknowledged(path: Path, chance: random.Random) -> list[str]:
+def acknowledged(writer: subprocess.Popen[str], chance: random.Random) -> list[str]:
     """What a writer, killed at a random instant, has said is stored."""
-    with subprocess.Popen([sys.executable, WRITER, path], stdout=subprocess.PIPE) as writer:
-        assert writer.stdout is not None
-        lines: list[bytes] = []
-        if chance.random() < 0.7:
-            # Amid the writing, rather than wherever it may have come to.
-            lines.append(writer.stdout.readline())
-            time.sleep(chance.uniform(0, 0.08))
-        else:
-            time.sleep(chance.uniform(0, 0.8))
-        writer.kill()
-        lines.extend(writer.stdout)
-    assert writer.returncode == -signal.SIGKILL
-    return [line.decode().strip() for line in lines]
+    assert writer.stdin is not None
+    assert writer.stdout is not None
+    writer.stdin.write("\n")
+    writer.stdin.flush()
+    pid = int(writer.stdout.readline().removeprefix("pid "))
+    lines: list[str] = []
+    if chance.random() < 0.8:
+        # Amid the writing, rather than wherever it may have come to.
+        lines.append(writer.stdout.readline().strip())
+        time.sleep(chance.uniform(0, 0.04))
+    else:
+        time.sleep(chance.uniform(0, 0.15))
+    os.kill(pid, signal.SIGKILL)
+    lines.extend(line.strip() for line in iter(writer.stdout.readline, "end\n"))
+    return lines
 
 
 def test_killed_at_random_instants(tmp_path: Path) -> None:
@@ -40,8 +45,11 @@ def test_killed_at_random_instants(tmp_path: Path) -> None:
     events: dict[int, str] = {}
     generations: Counter[str] = Counter()
     counts: Counter[str] = Counter()
+    writer = subprocess.Popen(
+        [sys.executable, WRITER, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     for _ in range(ROUNDS):
-        for line in acknowledged(path, chance):
+        for line in acknowledged(writer, chance):
             kind, key, value = line.split()
             if kind == "event":
                 events[int(key)] = value
@@ -68,5 +76,30 @@ def test_killed_at_random_instants(tmp_path: Path) -> None:
             ).fetchone()
             assert count <= found <= count + ROUNDS
         file.close()
+    writer.communicate(timeout=30)
+    assert writer.returncode == 0
     # Otherwise nothing was tested.
     assert len(events) > ROUNDS
+
+
+def test_an_upgrade_killed_at_each_statement_is_done_or_not(tmp_path: Path) -> None:
+    killer = Path(__file__).with_name("upgrade_killer.py")
+    ran = subprocess.run(
+        [sys.executable, killer, tmp_path / "tursi.sqlite"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    kills = [json.loads(line) for line in ran.stdout.splitlines()]
+    newest = len(UPGRADES) + 1
+    for kill in kills:
+        assert kill["whole"], kill
+        assert kill["done"], kill
+    for before in range(newest):
+        seen = [kill["after"] for kill in kills if kill["before"] == before]
+        # Never back again, and no version left out.
+        assert seen == sorted(seen)
+        assert set(seen) == set(range(before, newest + 1))
+    assert [kill for kill in kills if not kill["killed"] and kill["after"] != newest] == []

@@ -22,6 +22,7 @@ from twisted.python.failure import Failure
 
 from tursi import errors
 from tursi.api.access import caller
+from tursi.api.download import Download, FileStream
 from tursi.api.request import Request
 from tursi.api.stream import EventStream, Follow
 from tursi.errors import DeadlineExceeded, InvalidRequest, TursiError, UnsupportedMediaType
@@ -54,6 +55,11 @@ class Contract:
     follow: Any = None
     """Type of the events that ``follow=1`` streams."""
     media: str = "application/json"
+
+    @property
+    def name(self) -> str:
+        """Its name in the router."""
+        return f"{self.method} {self.path}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +107,9 @@ def router(seconds: float, *owners: object) -> Klein:
     app.url_map.merge_slashes = False
     for owner in owners:
         for contract, handler in endpoints(owner):
-            name = f"{contract.method} {contract.path}"
             service = _Service(contract, handler, seconds)
-            app.route(contract.path, methods=[contract.method], endpoint=name)(service.answer)
+            route = app.route(contract.path, methods=[contract.method], endpoint=contract.name)
+            route(service.answer)
     app.handle_errors(HTTPException)(_unrouted)
     return app
 
@@ -140,11 +146,12 @@ class _Service:
     async def answer(self, request: Request, **parts: str) -> bytes | None:
         """The body to write; Klein writes it."""
         try:
-            if self._contract.role is not None:
-                request.site.access.require(self._contract.role)
-            value = await self._within(request, self._call(request, parts))
+            value = await self._within(request, self._audited(request, parts))
             if isinstance(value, Follow):
                 return await self._follow(request, value)
+            if isinstance(value, Download):
+                await self._send(request, value)
+                return None
             return request.prepare(self._answer(value))
         except CancelledError:
             raise
@@ -153,8 +160,23 @@ class _Service:
         except Exception:  # noqa: BLE001 - whatever it is, the client gets an answer
             return request.prepare(error_answer(request.incident(Failure())))
 
-    async def _call(self, request: Request, parts: dict[str, str]) -> Any:
-        arguments: dict[str, Any] = dict(parts)
+    async def _audited(self, request: Request, parts: dict[str, str]) -> Any:
+        audit, arguments = request.site.audit, dict[str, Any](parts)
+        try:
+            if self._contract.role is not None:
+                request.site.access.require(self._contract.role)
+            self._read(request, arguments)
+            value = self._handler(**arguments)
+            value = await value if inspect.isawaitable(value) else value
+        except Exception as error:
+            audit.failed(request, self._contract, arguments, error)
+            raise
+        status = value.status if isinstance(value, Status) else self._contract.statuses[0]
+        await audit.done(request, self._contract, arguments, status)
+        return value
+
+    def _read(self, request: Request, arguments: dict[str, Any]) -> None:
+        """Add to ``arguments`` what the request has for the handler."""
         body = request.body
         if body or self._body is not None:
             _require_json(request.requestHeaders.getRawHeaders(b"content-type") or [b""])
@@ -166,8 +188,6 @@ class _Service:
             arguments["by"] = caller(request)
         if "accept" in self._names:
             arguments["accept"] = (request.getHeader(b"accept") or b"").decode("latin-1")
-        value = self._handler(**arguments)
-        return await value if inspect.isawaitable(value) else value
 
     async def _within(self, request: Request, work: Any) -> Any:
         """What ``work`` gives, but don't wait longer than the deadline, or for who has left.
@@ -208,6 +228,10 @@ class _Service:
             return b""
         await stream.run(follow)
         return None
+
+    async def _send(self, request: Request, download: Download) -> None:
+        request.on_overdue = None
+        await FileStream(request).run(download)
 
 
 def _fields(value: msgspec.Struct) -> dict[str, Any]:

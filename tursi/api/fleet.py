@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from tursi.errors import TursiError
 from tursi.fleet import Part, Work
 from tursi.model import (
+    AuditEntry,
+    AuditQuery,
     CatalogueEntry,
     Crash,
+    DatabaseReport,
     DeploymentStatus,
     Dossier,
     Event,
     Generation,
     Minute,
     Request,
+    StorageStatus,
     Story,
     Usage,
     WorkerLife,
@@ -92,10 +97,6 @@ class Fleet(Protocol):
 
     def find(self, model: str) -> str:
         """The deployment's name for its name or full reference; ``ModelNotFound``."""
-        ...
-
-    def models(self) -> Sequence[DeploymentStatus]:
-        """What clients may name as a model."""
         ...
 
     def deployments(self) -> Sequence[DeploymentStatus]:
@@ -182,6 +183,26 @@ class Fleet(Protocol):
 
     async def catalogue(self) -> list[CatalogueEntry]:
         """The models on this machine's disk."""
+        ...
+
+    async def record(self, entry: AuditEntry) -> None:
+        """Add to the audit; returns when that is on the disk, or has to wait for it."""
+        ...
+
+    async def audit(self, query: AuditQuery) -> list[AuditEntry]:
+        """The newest entries of the audit that ``query`` asks for, oldest first."""
+        ...
+
+    async def backup(self) -> Path:
+        """A consistent copy of the database, which the caller removes."""
+        ...
+
+    async def database_report(self) -> DatabaseReport:
+        """How the database is, all of it read."""
+        ...
+
+    def storage(self) -> StorageStatus:
+        """What waits for the disk, and what is lost."""
         ...
 
     def health(self) -> tuple[str, list[Part]]:

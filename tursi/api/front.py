@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterable
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -13,7 +14,9 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
 from tursi.api.access import Access
+from tursi.api.audit import Audit
 from tursi.api.daemon import Daemon
+from tursi.api.database import Database
 from tursi.api.deployments import DeploymentControl
 from tursi.api.endpoint import endpoints, router
 from tursi.api.fleet import Fleet
@@ -43,16 +46,19 @@ class Front:
     ) -> None:
         self._configuration = configuration
         self._reactor = reactor
-        metrics = Metrics(fleet, info)
+        self._audit = Audit(fleet, time.time, reactor.seconds)
+        metrics = Metrics(fleet, info, self._audit)
         description: Document = {}
         owners = (
             DeploymentControl(fleet),
+            Database(fleet),
             Models(fleet, info),
             Daemon(fleet, metrics, info, description),
         )
         self.handlers = [each for owner in owners for each in endpoints(owner)]
         description.update(document(info.version, self.handlers, TABLE))
         self.klein = router(configuration.requests.deadline_seconds, *owners)
+        self._audit.watch(self.klein.url_map, self.handlers)
         self._inference = Inference(fleet, metrics, configuration)
         self._root = Root(self._inference, self.klein.resource())
         # Unique without any randomness: no two daemons have the same pid at the
@@ -69,6 +75,7 @@ class Front:
             self._inference,
             Access(http.hosts, roles),
             http,
+            self._audit,
             new_id=self._new_id,
             reactor=self._reactor,
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Any
 
 import msgspec
 
 from tursi.fleet import Part
 from tursi.model import (
+    AuditEntry,
     CatalogueEntry,
     Containment,
     Crash,
@@ -113,6 +115,19 @@ class AllEventsQuery(EventsQuery):
     deployment: str | None = None
 
 
+class AuditLogQuery(_Body):
+    """Which entries of the audit to list."""
+
+    since: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
+    who: str | None = None
+    """``uid 1000``, ``key 3``, an address."""
+    action: str | None = None
+    """What they asked for: ``deployments.stop``, or ``deployments`` for all of these."""
+    target: str | None = None
+    limit: Limit = 100
+    """The newest of them, in ascending order."""
+
+
 class LogsQuery(_Body):
     """Which lines of the log to show."""
 
@@ -169,6 +184,12 @@ class Events(msgspec.Struct, frozen=True):
     """Events in ascending order."""
 
     events: list[Event]
+
+
+class AuditLog(msgspec.Struct, frozen=True):
+    """Entries of the audit in ascending order."""
+
+    entries: list[AuditEntry]
 
 
 class Minutes(msgspec.Struct, frozen=True):

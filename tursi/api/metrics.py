@@ -15,6 +15,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from tursi.api.audit import Audit
 from tursi.api.fleet import Fleet
 from tursi.api.info import Info
 from tursi.model import DeploymentStatus, Usage
@@ -80,8 +81,9 @@ class Growth:
 class Metrics(Collector):
     """Counts requests, and tells everything when it is asked."""
 
-    def __init__(self, fleet: Fleet, info: Info) -> None:
+    def __init__(self, fleet: Fleet, info: Info, audit: Audit | None = None) -> None:
         self._fleet = fleet
+        self._audit = audit
         self._info = info
         self._series: dict[tuple[str, str], Series] = {}
         self._restarts: dict[str, Growth] = {}
@@ -118,6 +120,7 @@ class Metrics(Collector):
         self._forget({status.name for status in statuses})
         yield from self._requests()
         yield from self._deployments(statuses)
+        yield from self._storage()
         build = GaugeMetricFamily("tursi_build_info", "The daemon's version.", labels=["version"])
         build.add_metric([self._info.version], 1)
         yield build
@@ -125,6 +128,24 @@ class Metrics(Collector):
             "tursi_start_time_seconds", "When the daemon started, in UTC epoch seconds.",
             value=self._info.started_at,
         )  # fmt: skip
+
+    def _storage(self) -> Iterator[Metric]:
+        status = self._fleet.storage()
+        yield GaugeMetricFamily(
+            "tursi_notes_waiting", "Notes of what happened that wait for the database.",
+            value=status.waiting,
+        )  # fmt: skip
+        dropped = CounterMetricFamily(
+            "tursi_dropped", "What could not be written and is lost, by its kind.", labels=["kind"]
+        )
+        for kind, count in (
+            ("note", status.notes_dropped),
+            ("minute", status.minutes_dropped),
+            ("log_line", status.log_lines_dropped),
+            ("refusal", self._audit.dropped if self._audit is not None else 0),
+        ):
+            dropped.add_metric([kind], count)
+        yield dropped
 
     def _forget(self, existing: set[str]) -> None:
         """Drop what was counted for deployments that are gone."""

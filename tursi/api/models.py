@@ -19,7 +19,7 @@ class Models:
     @endpoint("GET", "/v1/models", role=Role.INFERENCE, reply=ModelList)
     def list(self) -> ModelList:
         """List the models that requests may name."""
-        return ModelList([_entry(status) for status in self._fleet.models()])
+        return ModelList([_entry(status) for status in self._fleet.deployments()])
 
     @endpoint("GET", "/v1/models/<path:model>", role=Role.INFERENCE, reply=ModelEntry)
     def show(self, model: str) -> ModelEntry:

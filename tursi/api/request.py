@@ -56,6 +56,7 @@ class Request(server.Request):
         self.match = TABLE.find(target.partition(b"?")[0].decode("latin-1"))
         refusal = site.access.refusal(headers, local=channel.local)
         if refusal is not None:
+            site.audit.refused(self, command, target, refusal)
             channel.refuse(refusal)
         elif length != 0:
             settings = site.settings

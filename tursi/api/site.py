@@ -20,6 +20,7 @@ from tursi.config import Http
 from tursi.errors import InternalError
 
 if TYPE_CHECKING:
+    from tursi.api.audit import Audit
     from tursi.api.inference import Inference
 
 log = Logger()
@@ -43,6 +44,7 @@ class Site(server.Site):
         inference: Inference,
         access: Access,
         settings: Http,
+        audit: Audit,
         *,
         new_id: Callable[[], bytes],
         reactor: Any,
@@ -57,6 +59,7 @@ class Site(server.Site):
         self.inference = inference
         self.access = access
         self.settings = settings
+        self.audit = audit
         self.new_id = new_id
         self.channels: set[Channel] = set()
         """Open connections."""

@@ -7,7 +7,17 @@ from pathlib import Path
 
 import click
 
-from tursi.cli import apply, chat, daemon, deployments, generations, history, install, run
+from tursi.cli import (
+    apply,
+    chat,
+    daemon,
+    database,
+    deployments,
+    generations,
+    history,
+    install,
+    run,
+)
 from tursi.cli.connection import Connection, Exit
 from tursi.cli.terminal import note, tolerate
 from tursi.model import folders
@@ -50,6 +60,8 @@ for _command in (
     history.events,
     history.crashes,
     history.why,
+    history.audit,
+    database.db,
     run.run,
     chat.chat,
     install.install_service,

@@ -131,6 +131,21 @@ class Connection:
             finally:
                 response.close()
 
+    def download(self, method: str, path: str, file: IO[bytes], *, seconds: float) -> None:
+        """Write the whole answer to ``file``; ``seconds`` bounds the silence in it."""
+        with self._explained(seconds):
+            response = self._client.send(
+                self._request(method, path, None, None, seconds), stream=True
+            )
+            try:
+                if response.is_error:
+                    response.read()
+                _check(response)
+                for piece in response.iter_raw():
+                    file.write(piece)
+            finally:
+                response.close()
+
     def close(self) -> None:
         """Hang up."""
         self._client.close()

@@ -1,9 +1,10 @@
-"""What happened: logs, events and statistics."""
+"""What happened: logs, events, statistics and the audit."""
 
 from __future__ import annotations
 
 import json as jsonlib
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import click
@@ -65,6 +66,59 @@ def events(
             dump(event, indent=None)
         else:
             line(_event(event))
+
+
+@click.command()
+@click.option("--since", metavar="TIME", help="Not before TIME: 90m, 24h, 7d, or 2026-11-26T14:00.")
+@click.option("--by", metavar="WHO", help="Only of WHO: 'uid 1000', 'key 3', an address.")
+@click.option("--action", help="Only of that kind: deployments.stop, or deployments for all such.")
+@click.option("--target", metavar="NAME", help="Only what was done to NAME.")
+@click.option(
+    "-n",
+    "--limit",
+    type=click.IntRange(1, 1000),
+    default=50,
+    show_default=True,
+    help="Entries.",
+)
+@as_json
+@click.pass_obj
+def audit(
+    connection: Connection,
+    *,
+    since: str | None,
+    by: str | None,
+    action: str | None,
+    target: str | None,
+    limit: int,
+    json: bool,
+) -> None:
+    """Show who changed what, or was refused it."""
+    answer = connection.get(
+        "/audit", since=_since(since), who=by, action=action, target=target, limit=limit
+    )
+    if json:
+        dump(answer)
+        return
+    rows = answer["entries"]
+    if not rows:
+        line("The audit has nothing of that.")
+        return
+    table(
+        ("ID", "WHEN", "WHO", "ACTION", "TARGET", "RESULT", "REQUEST"),
+        [
+            (
+                row["id"],
+                local_time(row["at"]),
+                row["by"],
+                row["action"],
+                row["target"],
+                " ".join(str(part) for part in (row["status"], row["code"]) if part) or "done",
+                row["request"],
+            )
+            for row in rows
+        ],
+    )
 
 
 @click.command()
@@ -184,6 +238,25 @@ def _event(event: Mapping[str, Any]) -> str:
     cause = f" (cause: {event['cause']})" if event.get("cause") else ""
     about = f"{event['deployment']}: " if event.get("deployment") else ""
     return f"{local_time(event['at'])}  {event['kind']}  {about}{event['message']}{cause}"
+
+
+_AGO = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+
+def _since(text: str | None) -> str | None:
+    """A point in time as the API takes it."""
+    if text is None:
+        return None
+    try:
+        if text[-1:] in _AGO and text[:-1].isdigit():
+            moment = datetime.now(UTC) - timedelta(**{_AGO[text[-1]]: int(text[:-1])})
+        else:
+            moment = datetime.fromisoformat(text).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise Failure(
+            f"{text!r} is no time; write it like 24h, 7d or 2026-11-26T14:00.", Exit.USAGE
+        ) from None
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _followed(connection: Connection, place: str, parameters: dict[str, object]) -> Any:

@@ -251,7 +251,8 @@ class Convergence:
         member.deployment = replace(
             deployment, generation=replace(deployment.generation, resolution=resolution)
         )
-        self._journal.hold(self._store.resolve(deployment.name, number, resolution, at=self._now()))
+        at = self._now()
+        self._journal.hold(lambda: self._store.resolve(deployment.name, number, resolution, at=at))
 
     def _unresolved(self, member: Member, fetch: Fetch, failure: Failure) -> None:
         fetch.running = None

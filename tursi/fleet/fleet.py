@@ -30,8 +30,11 @@ from tursi.fleet.statistics import Statistics
 from tursi.fleet.story import tell
 from tursi.hub import Hub
 from tursi.model import (
+    AuditEntry,
+    AuditQuery,
     CatalogueEntry,
     Crash,
+    DatabaseReport,
     Deployment,
     DeploymentStatus,
     Desired,
@@ -43,6 +46,7 @@ from tursi.model import (
     Phase,
     Reference,
     Request,
+    StorageStatus,
     Story,
     WorkerLife,
     check_replicas,
@@ -50,6 +54,7 @@ from tursi.model import (
 )
 from tursi.store import Outcome, Store
 from tursi.supervision.link import Sink
+from tursi.supervision.logs import LifeLog
 
 log = Logger()
 
@@ -98,7 +103,7 @@ class Fleet:
         self._host = host
         self._members: dict[str, Member] = {}
         self._statistics = Statistics(now)
-        self._journal = Journal(store, now)
+        self._journal = Journal(store, now, reactor)
         self._crashes = Crashes(store, self._journal, configuration.storage.crashes)
         self._logs = Logs(logs, configuration.workers.log_lives)
         self._convergence = Convergence(
@@ -163,10 +168,6 @@ class Fleet:
     def find(self, model: str) -> str:
         """The deployment's name for its name or full reference; ``ModelNotFound``."""
         return self._find(model).deployment.name
-
-    def models(self) -> list[DeploymentStatus]:
-        """What clients may name as a model."""
-        return self.deployments()
 
     def _find(self, model: str) -> Member:
         self._check_opened()
@@ -394,6 +395,33 @@ class Fleet:
             replace(entry, used_by=tuple(users.get(entry.folder, ())))
             for entry in (*entries, *outside)
         ]
+
+    async def record(self, entry: AuditEntry) -> None:
+        """Add to the audit; returns when that is on the disk, or has to wait for it."""
+        await self._journal.audit(entry)
+
+    async def audit(self, query: AuditQuery) -> list[AuditEntry]:
+        """The newest entries of the audit that ``query`` asks for, oldest first."""
+        await self._journal.written()
+        return await self._store.audit(query)
+
+    async def backup(self) -> Path:
+        """A consistent copy of the database, which the caller removes."""
+        await self._journal.written()
+        return await self._store.backup()
+
+    async def database_report(self) -> DatabaseReport:
+        """How the database is, all of it read."""
+        return await self._store.report()
+
+    def storage(self) -> StorageStatus:
+        """What waits for the disk, and what is lost."""
+        return StorageStatus(
+            waiting=self._journal.waiting,
+            notes_dropped=self._journal.dropped,
+            minutes_dropped=self._statistics.dropped,
+            log_lines_dropped=LifeLog.unwritten,
+        )
 
     def health(self) -> tuple[str, list[Part]]:
         """``healthy`` or ``degraded``, and the health of each deployment."""

@@ -8,6 +8,9 @@ from dataclasses import astuple
 from tursi import wire
 from tursi.model import Minute
 
+MAX_HELD = 10_000
+"""Minutes that wait for the database, one a deployment; older ones are counted and dropped."""
+
 
 class Statistics:
     """Minutes that are not stored yet; ``now`` gives UTC epoch seconds."""
@@ -15,6 +18,8 @@ class Statistics:
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
         self._open: dict[tuple[str, int], list[float]] = {}
+        self.dropped = 0
+        """Minutes that are lost."""
 
     def count(self, deployment: str, status: int, seconds: float, end: wire.End | None) -> None:
         """Add one request; ``status`` is its HTTP status, ``seconds`` its whole time."""
@@ -46,6 +51,11 @@ class Statistics:
         for minute in minutes:
             name, number, *counts = astuple(minute)
             self._add((name, number), counts)
+        excess = len(self._open) - MAX_HELD
+        if excess > 0:
+            for key in sorted(self._open, key=lambda key: key[1])[:excess]:
+                del self._open[key]
+            self.dropped += excess
 
     def _add(self, key: tuple[str, int], counts: Iterable[float]) -> None:
         held = self._open.get(key)

@@ -1,7 +1,8 @@
 """The store: everything durable, in one SQLite file. SQL doesn't leave this package."""
 
+from tursi.store.backups import backup, report, restore
 from tursi.store.deployments import Outcome
-from tursi.store.file import inspect, prepare
+from tursi.store.file import give, inspect, prepare
 from tursi.store.store import Store
 
-__all__ = ["Outcome", "Store", "inspect", "prepare"]
+__all__ = ["Outcome", "Store", "backup", "give", "inspect", "prepare", "report", "restore"]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import shlex
 import sqlite3
 from pathlib import Path
 
 from tursi.errors import DatabaseBusy, DatabaseError, DatabaseFull, TursiError
+from tursi.store import place
 
-BUSY_MILLISECONDS = 2000
+BUSY_MILLISECONDS = 1000
 """How long SQLite itself waits for another process's lock, per attempt."""
+
+_NO_ROOM = frozenset({sqlite3.SQLITE_IOERR_SHMSIZE})
+"""Further codes of SQLite that mean a full disk."""
 
 
 def for_writing(connection: sqlite3.Connection) -> None:
@@ -39,20 +45,43 @@ def is_busy(error: sqlite3.Error) -> bool:
     return _primary(error) in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 
 
-def meaning(error: sqlite3.Error, path: Path) -> TursiError:
-    """What ``error`` from the file at ``path`` says to a user."""
+def is_corrupt(error: sqlite3.Error) -> bool:
+    """Whether the file isn't whole."""
+    return _primary(error) == sqlite3.SQLITE_CORRUPT
+
+
+def meaning(error: sqlite3.Error, path: Path, hint: str | None = None) -> TursiError:
+    """What ``error`` from the file at ``path`` says to a user; ``hint`` ends its sentence."""
     code = _primary(error)
     if is_busy(error):
         return DatabaseBusy(
             f"Another process holds the database {path}; try again shortly.", retry_after=5
         )
-    if code == sqlite3.SQLITE_FULL:
+    if code == sqlite3.SQLITE_FULL or getattr(error, "sqlite_errorcode", 0) in _NO_ROOM:
         return DatabaseFull()
+    hint = advice(path) if hint is None else hint
     if code == sqlite3.SQLITE_NOTADB:
-        return DatabaseError(f"{path} isn't a database; move it away, or put a copy in its place.")
-    if code == sqlite3.SQLITE_CORRUPT:
-        return DatabaseError(f"The database {path} is damaged; put a copy in its place.")
+        return DatabaseError(f"{path} isn't a database{hint}.")
+    if is_corrupt(error):
+        return DatabaseError(f"The database {path} is damaged ({error}){hint}.")
     return DatabaseError(f"The database {path} can't be used: {error}.")
+
+
+def unusable(error: OSError, path: Path) -> TursiError:
+    """What the operating system's ``error`` with the file at ``path`` says to a user."""
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return DatabaseFull()
+    return DatabaseError(f"The database {path} can't be used: {error.strerror}.")
+
+
+def advice(path: Path) -> str:
+    """The end of a sentence that refuses the file: which copy to put in its place."""
+    try:
+        newest = place.copies(path)[-1:]
+    except OSError:
+        newest = []
+    copy = shlex.quote(str(newest[0])) if newest else "FILE"
+    return f"; move it away, or put a backup in its place with `tursi db restore {copy}`"
 
 
 def _primary(error: sqlite3.Error) -> int:

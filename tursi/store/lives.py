@@ -16,6 +16,8 @@ _PUT = (
     f"INSERT INTO workers ({_COLUMNS}) VALUES ({', '.join('?' * len(_NAMES))})"  # noqa: S608
     " ON CONFLICT (uuid) DO UPDATE SET "
     + ", ".join(f"{name} = excluded.{name}" for name in _NAMES if name != "uuid")
+    # A note that had to wait must not bring an ended one back to life.
+    + " WHERE excluded.ended_at IS NOT NULL OR workers.ended_at IS NULL"
 )
 _SELECT = f"SELECT {_COLUMNS} FROM workers"  # noqa: S608
 

@@ -183,8 +183,45 @@ _TRUST = (
     "ALTER TABLE generations ADD COLUMN trust_remote_code INTEGER NOT NULL DEFAULT 0",
 )
 
+_AUDIT = (
+    """
+    -- Who changed what, or was refused it. Rows are only ever added, as the triggers see to.
+    CREATE TABLE audit (
+        id      INTEGER PRIMARY KEY AUTOINCREMENT,  -- never twice: a gap tells of a loss
+        at      REAL NOT NULL,
+        by      TEXT NOT NULL,                      -- in words
+        action  TEXT NOT NULL,
+        target  TEXT,
+        status  INTEGER,                            -- of the answer; null: there was no request
+        code    TEXT,                               -- of the error; null: it was done
+        request TEXT,                               -- its id
+        key     INTEGER,
+        uid     INTEGER,
+        address TEXT
+    ) STRICT
+    """,
+    """
+    CREATE TRIGGER audit_update BEFORE UPDATE ON audit
+    BEGIN SELECT raise(ABORT, 'the audit is append-only'); END
+    """,
+    """
+    -- Only the oldest entry may go, and none of the last thousand: that is retention.
+    CREATE TRIGGER audit_delete BEFORE DELETE ON audit
+    WHEN EXISTS (SELECT 1 FROM audit WHERE id < OLD.id)
+        OR OLD.id > (SELECT max(id) FROM audit) - 1000
+    BEGIN SELECT raise(ABORT, 'the audit is append-only'); END
+    """,
+    """
+    -- INSERT OR REPLACE would delete without that trigger.
+    CREATE TRIGGER audit_replace BEFORE INSERT ON audit
+    WHEN EXISTS (SELECT 1 FROM audit WHERE id = NEW.id)
+    BEGIN SELECT raise(ABORT, 'the audit is append-only'); END
+    """,
+)
+
 UPGRADES: tuple[Upgrade, ...] = (
     Upgrade("the first schema", _FIRST),
     Upgrade("pickle and remote code by generation", _TRUST),
+    Upgrade("the audit", _AUDIT),
 )
 """``UPGRADES[n]`` brings version ``n`` to ``n + 1``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -16,7 +17,10 @@ from twisted.python.failure import Failure
 from tursi.config import Storage
 from tursi.errors import DatabaseBusy, ShuttingDown
 from tursi.model import (
+    AuditEntry,
+    AuditQuery,
     Crash,
+    DatabaseReport,
     Deployment,
     Desired,
     Dossier,
@@ -27,11 +31,11 @@ from tursi.model import (
     Resolution,
     WorkerLife,
 )
-from tursi.store import connection, crashes, deployments, events, lives
+from tursi.store import audit, backups, connection, crashes, deployments, events, lives, place
 from tursi.store.deployments import Outcome
 
-ATTEMPTS = 3
-"""How often a transaction tries to begin while another process holds the file."""
+PATIENCE_SECONDS = 6.0
+"""How long a call waits, those before it included, while another process holds the file."""
 MAX_PENDING = 1000
 """Calls that may wait for the database; more are refused at once."""
 
@@ -57,6 +61,7 @@ class Store:
         self._writer: Any = None
         self._reader: Any = None
         self._pending = 0
+        self._reading_all = False
         self._stopped: Deferred[None] | None = None
         self._watchers: list[Callable[[Event], object]] = []
 
@@ -86,7 +91,7 @@ class Store:
         """A way through the thread that writes and back, whatever state the file is in."""
         if self._writer is None or self._stopped is not None:
             return fail(ShuttingDown())
-        return self._begin(self._writer, _nothing)
+        return self._begin(lambda: self._writer.runInteraction(_nothing))
 
     def watch(self, callback: Callable[[Event], object]) -> Callable[[], None]:
         """Call ``callback`` with every event once it is stored, in order; returns the undoing."""
@@ -201,9 +206,35 @@ class Store:
         """The rollups from the epoch minute ``since`` on, oldest first."""
         return self._read(events.minutes_since, deployment, since)
 
+    def add_audit(self, entry: AuditEntry) -> Deferred[AuditEntry]:
+        """Append to the audit; the entry with its id."""
+        return self._write(audit.add, entry)
+
+    def audit(self, query: AuditQuery) -> Deferred[list[AuditEntry]]:
+        """The newest entries that ``query`` asks for, oldest first."""
+        return self._read(audit.newest, query)
+
     def prune(self, storage: Storage, *, at: float) -> Deferred[None]:
         """Forget what is past its limits."""
         return self._write(_prune, storage, at)
+
+    # -- the file ------------------------------------------------------------------
+
+    def backup(self) -> Deferred[Path]:
+        """A consistent copy beside the file, made while the rest goes on; the caller removes it."""
+        to = place.beside(self._path, "backup")
+
+        def copy() -> Path:
+            # Of a caller that had no time for it, or of a daemon that was killed.
+            to.unlink(missing_ok=True)
+            backups.backup(self._path, to, in_use=True)
+            return to
+
+        return self._aside(copy)
+
+    def report(self) -> Deferred[DatabaseReport]:
+        """Read all of the file, and tell how it is."""
+        return self._aside(partial(backups.report, self._path, in_use=True))
 
     # -- transactions --------------------------------------------------------------
 
@@ -222,26 +253,58 @@ class Store:
         )
 
     def _read(self, interaction: Callable[..., T], *arguments: Any) -> Deferred[T]:
-        return self._run(self._reader, _transaction, "BEGIN", interaction, arguments, {})
+        return self._run(self._reader, _transaction, "BEGIN", _until(), interaction, arguments, {})
 
     def _write(
         self, interaction: Callable[..., T], *arguments: Any, **keywords: Any
     ) -> Deferred[T]:
         # A deferred transaction that reads first can't wait for the write lock.
         return self._run(
-            self._writer, _transaction, "BEGIN IMMEDIATE", interaction, arguments, keywords
+            self._writer,
+            _transaction,
+            "BEGIN IMMEDIATE",
+            _until(),
+            interaction,
+            arguments,
+            keywords,
         )
 
+    def _aside(self, work: Callable[[], T]) -> Deferred[T]:
+        """Run what takes long on a connection of its own, one at a time."""
+        if self._reading_all:
+            return fail(
+                DatabaseBusy(
+                    "The database is being read through already; try again when that is done.",
+                    retry_after=5,
+                )
+            )
+        self._reading_all = True
+
+        def run() -> Deferred[T]:
+            # For its thread: the pool's connections must not write, not even elsewhere.
+            running: Deferred[T] = self._reader.runWithConnection(lambda _: work())
+            return running
+
+        def done(outcome: T | Failure) -> T | Failure:
+            self._reading_all = False
+            return outcome
+
+        return self._hold(self._reader, run).addBoth(done)
+
     def _run(self, pool: Any, interaction: Callable[..., T], *arguments: Any) -> Deferred[T]:
+        return self._hold(pool, lambda: pool.runInteraction(interaction, *arguments))
+
+    def _hold(self, pool: Any, run: Callable[[], Deferred[T]]) -> Deferred[T]:
+        """What ``run`` gives; the pools stay open until it has."""
         if pool is None or self._stopped is not None:
             return fail(ShuttingDown())
         if self._pending >= MAX_PENDING:
             return fail(DatabaseBusy(retry_after=5))
-        return self._begin(pool, interaction, *arguments)
+        return self._begin(run)
 
-    def _begin(self, pool: Any, interaction: Callable[..., T], *arguments: Any) -> Deferred[T]:
+    def _begin(self, run: Callable[[], Deferred[T]]) -> Deferred[T]:
         self._pending += 1
-        running: Deferred[T] = pool.runInteraction(interaction, *arguments)
+        running = run()
         # The caller may cancel its Deferred; the statement runs on all the same.
         answer: Deferred[T] = Deferred()
         running.addErrback(self._meaning).addBoth(self._done, answer)
@@ -290,26 +353,31 @@ class Store:
 def _transaction(
     txn: Any,
     begin: str,
+    until: float,
     interaction: Callable[..., T],
     arguments: tuple[Any, ...],
     keywords: dict[str, Any],
 ) -> T:
     """Run ``interaction`` in a transaction, which adbapi commits or rolls back."""
-    for left in reversed(range(ATTEMPTS)):
+    while True:
         try:
             txn.execute(begin)
             break
         except sqlite3.OperationalError as error:
-            if not left or not connection.is_busy(error):
-                raise
             # SQLite has mostly waited already, but not in every case. Waiting
             # here, in the pool's own thread, keeps the changes in their order.
+            if not connection.is_busy(error) or time.monotonic() >= until:
+                raise
             time.sleep(0.05)
     return interaction(txn, *arguments, **keywords)
 
 
 def _nothing(txn: Any) -> None:
     txn.execute("SELECT 1")
+
+
+def _until() -> float:
+    return time.monotonic() + PATIENCE_SECONDS
 
 
 def _checkpoint(txn: Any) -> None:
@@ -319,3 +387,4 @@ def _checkpoint(txn: Any) -> None:
 def _prune(txn: Any, storage: Storage, at: float) -> None:
     events.prune(txn, storage, at)
     lives.prune(txn, storage)
+    audit.prune(txn, storage)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import ClassVar
 
 from twisted.logger import Logger
 
@@ -35,6 +36,9 @@ class LifeLog:
     ``rate`` bytes a second; what was dropped is noted. ``clock`` gives UTC epoch
     seconds. A disk that can't be written loses lines, nothing else.
     """
+
+    unwritten: ClassVar[int] = 0
+    """Lines of all logs of this process that no disk took."""
 
     def __init__(self, path: Path, *, clock: Callable[[], float], size: int, rate: int) -> None:
         self.path = path
@@ -145,6 +149,7 @@ class LifeLog:
             if not self._failing:
                 log.warn("The log {path} loses lines: {error}", path=str(self.path), error=error)
             self._failing = True
+            LifeLog.unwritten += len(lines)
         else:
             self._failing = False
 

@@ -1,0 +1,120 @@
+"""Notes that the database can't take just now wait for it, in their order and within bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from twisted.internet.defer import Deferred, fail, succeed
+from twisted.internet.task import Clock
+
+from tursi.errors import DatabaseBusy, DatabaseError, DatabaseFull, TursiError
+from tursi.fleet import journal as journal_module
+from tursi.fleet import statistics as statistics_module
+from tursi.fleet.journal import RETRY_SECONDS, Journal
+from tursi.fleet.statistics import Statistics
+from tursi.model import AuditEntry
+
+
+class FakeStore:
+    """Takes what it is told unless there is ``trouble``."""
+
+    def __init__(self) -> None:
+        self.trouble: TursiError | None = None
+        self.written: list[object] = []
+
+    def _write(self, what: object) -> Deferred[Any]:
+        if self.trouble is not None:
+            return fail(self.trouble)
+        self.written.append(what)
+        return succeed(None)
+
+    def record(self, at: float, kind: str, message: str, **more: object) -> Deferred[Any]:
+        return self._write((at, message))
+
+    def add_audit(self, entry: AuditEntry) -> Deferred[Any]:
+        return self._write(entry)
+
+
+class House:
+    def __init__(self) -> None:
+        self.store = FakeStore()
+        self.clock = Clock()
+        store: Any = self.store
+        self.journal = Journal(store, self.clock.seconds, self.clock)
+
+    def close(self) -> None:
+        closed = Deferred.fromCoroutine(self.journal.close())
+        assert closed.called
+        closed.addErrback(lambda failure: failure.raiseException())
+
+
+@pytest.mark.parametrize("trouble", [DatabaseFull, DatabaseBusy])
+def test_notes_wait_in_their_order_with_their_time(trouble: Callable[[], TursiError]) -> None:
+    house = House()
+    house.store.trouble = trouble()
+    house.journal.note("note", "one")
+    house.clock.advance(1)
+    entry = AuditEntry(0, 1.0, "uid 0", "deployments.stop")
+    recorded = house.journal.audit(entry)
+    assert recorded.called
+    assert house.journal.waiting == 2
+    house.clock.advance(RETRY_SECONDS)
+    house.store.trouble = None
+    house.journal.note("note", "three")
+    assert house.store.written == []
+    house.clock.advance(RETRY_SECONDS)
+    assert house.store.written == [(0.0, "one"), entry, (1.0 + RETRY_SECONDS, "three")]
+    assert (house.journal.waiting, house.journal.dropped) == (0, 0)
+    house.journal.note("note", "four")
+    assert len(house.store.written) == 4
+    assert house.clock.getDelayedCalls() == []
+    house.close()
+
+
+def test_what_cannot_be_written_at_all_is_not_tried_again() -> None:
+    house = House()
+    house.store.trouble = DatabaseError("no such table")
+    house.journal.note("note", "one")
+    assert house.journal.waiting == 0
+    house.close()
+
+
+def test_too_many_notes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "MAX_WAITING", 2)
+    house = House()
+    house.store.trouble = DatabaseFull()
+    for number in range(5):
+        house.journal.note("note", str(number))
+    assert (house.journal.waiting, house.journal.dropped) == (2, 3)
+    house.store.trouble = None
+    house.clock.advance(RETRY_SECONDS)
+    assert house.store.written == [(0.0, "0"), (0.0, "1")]
+
+
+@pytest.mark.parametrize("recovered", [True, False])
+def test_closing_tries_once_more(recovered: bool) -> None:
+    house = House()
+    house.store.trouble = DatabaseFull()
+    house.journal.note("note", "one")
+    if recovered:
+        house.store.trouble = None
+    house.close()
+    assert len(house.store.written) == recovered
+    assert house.journal.dropped == (not recovered)
+    house.clock.advance(RETRY_SECONDS)
+    assert house.clock.getDelayedCalls() == []
+
+
+def test_statistics_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics_module, "MAX_HELD", 3)
+    now = 0.0
+    statistics = Statistics(lambda: now)
+    for minute in range(5):
+        now = minute * 60.0
+        statistics.count("one", 200, 0.1, None)
+        statistics.put_back(statistics.take())
+    assert [each.minute for each in statistics.take()] == [2, 3, 4]
+    assert statistics.dropped == 2
