@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from twisted.python.failure import Failure
 from tursi import config, wire
 from tursi.errors import (
     FetchError,
+    FetchInterrupted,
     HubUnreachable,
     ModelFilesMissing,
     ModelRefused,
@@ -183,19 +185,22 @@ def test_the_fetchers_last_words_are_the_error(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(
-    ("end", "words"),
+    ("end", "words", "kind"),
     [
-        (Exit(None, 9), "was ended by signal 9"),
-        (Exit(1), "exited with status 1 and no word"),
-        (Failure(OSError("no keeper")), "could not be started (no keeper)"),
+        (Exit(None, 9), "was ended by signal 9", FetchInterrupted),
+        # It would do so again.
+        (Exit(1), "exited with status 1 and no word", FetchError),
+        (Failure(OSError("no keeper")), "could not be started (no keeper)", FetchInterrupted),
     ],
 )
-def test_a_fetcher_that_dies_without_a_word(bench: Bench, end: object, words: str) -> None:
+def test_a_fetcher_that_dies_without_a_word(
+    bench: Bench, end: object, words: str, kind: type[FetchError]
+) -> None:
     waiting = bench.resolve()
     finished = bench.fetchers.all[0].finished
     finished.errback(end) if isinstance(end, Failure) else finished.callback(end)
     error = result(waiting)
-    assert type(error) is FetchError
+    assert type(error) is kind
     assert words in error.message
 
 
@@ -391,8 +396,22 @@ def test_a_disk_that_hangs(tmp_path: Path) -> None:
     waiting = bench.resolve(Reference.parse("/net/model"))
     bench.reactor.advance(31)
     error = result(waiting)
-    assert type(error) is ModelFilesMissing
+    assert type(error) is FetchInterrupted
     assert "/net/model doesn't answer" in error.message
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.EIO, errno.ESTALE])
+def test_what_cannot_be_read_just_now_is_tried_again(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refused(path: Path) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    folder = write(tmp_path / "model", "config.json", "model.safetensors")
+    monkeypatch.setattr("tursi.hub.disk.os.scandir", refused)
+    error = result(bench.resolve(Reference.parse(str(folder))))
+    assert type(error) is FetchInterrupted
+    assert os.strerror(number) in error.message
 
 
 # -- the catalogue ------------------------------------------------------------------------

@@ -311,6 +311,13 @@ class HubUnreachable(FetchError):
     exit_status = 75
 
 
+class FetchInterrupted(FetchError):
+    """Something on this machine kept the model's files from being found; it is tried again."""
+
+    code = "fetch_interrupted"
+    exit_status = 75
+
+
 class DiskFull(FetchError):
     """There isn't enough disk space."""
 

@@ -207,9 +207,10 @@ def slope(points: Sequence[tuple[float, float]]) -> Slope:
     return Slope(60 * rise / spread if spread else 0.0, points[-1][0] - points[0][0])
 
 
-WARM_SECONDS = 5.0
+WARM_SECONDS = 10.0
 """What a new daemon uses in its first seconds tells nothing."""
-MEASURED_SECONDS = 20.0
+MEASURED_SECONDS = 60.0
+"""A shorter time shows which workers were just away, and nothing else."""
 MAX_DESCRIPTORS_PER_MINUTE = 10.0
 MAX_RSS_PER_MINUTE = 15 * 2**20
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -43,6 +44,8 @@ class Kind:
     hangs: bool = False
     keeper: bool = False
     """Whether the keeper gets it."""
+    anywhere: bool = False
+    """Whether a deployment that is being changed may be hit by it, too."""
 
 
 def obeyed(what: str) -> int:
@@ -51,9 +54,9 @@ def obeyed(what: str) -> int:
 
 
 KINDS = (
-    Kind("kill -9 of a worker", 5, signal.SIGKILL),
+    Kind("kill -9 of a worker", 5, signal.SIGKILL, anywhere=True),
     Kind("crash", 1, signal.SIGSEGV),
-    Kind("kill -9 of a keeper", 4, signal.SIGKILL, keeper=True),
+    Kind("kill -9 of a keeper", 4, signal.SIGKILL, keeper=True, anywhere=True),
     Kind("worker stopped", 2, signal.SIGSTOP, hangs=True),
     Kind("hang with the lock", 1, obeyed("hang-gil"), hangs=True),
     Kind("hang without the lock", 1, obeyed("hang-nogil"), hangs=True),
@@ -63,12 +66,14 @@ KINDS = (
     Kind("closed socket", 1, obeyed("close")),
     Kind("keeper stopped", 1, signal.SIGSTOP, deadly=False, keeper=True),
     Kind("flood", 3, obeyed("flood"), deadly=False),
-    Kind("escapee", 2, obeyed("fork"), deadly=False),
+    Kind("escapee", 2, obeyed("fork"), deadly=False, anywhere=True),
 )
 DAEMON_KINDS = (
     ("kill -9 of the daemon", 3),
     ("restart of the daemon", 1),
     ("daemon stopped", 1),
+    ("kill -9 of a worker of a stopped daemon", 1),
+    ("all workers at once", 1),
     ("clock", 2),
 )
 JUMPS = (-3600.0, 3600.0, 0.0, -7.0, 86400.0)
@@ -81,6 +86,7 @@ class Nemesis(threading.Thread):
         self,
         running: Daemon,
         hit: tuple[str, ...],
+        changed: tuple[str, ...],
         clock: Path,
         chance: random.Random,
         *,
@@ -98,6 +104,7 @@ class Nemesis(threading.Thread):
         super().__init__(name="nemesis", daemon=True)
         self._running = running
         self._hit = hit
+        self._changed = changed
         self._clock = clock
         self._chance = chance
         self._pause = pause
@@ -139,36 +146,53 @@ class Nemesis(threading.Thread):
     # -- workers
 
     def _hit_worker(self) -> None:
-        name = self._chance.choice(self._hit)
         kind = self._chance.choices(KINDS, [each.weight for each in KINDS])[0]
-        workers = [
-            worker
-            for worker in self._running.status(name)["workers"]
-            if worker["phase"] == "ready" and worker["pid"]
-        ]
-        if not workers:
-            return
-        worker = self._chance.choice(workers)
-        replica = (name, worker["replica"])
+        names = self._hit + self._changed if kind.anywhere else self._hit
+        name = self._chance.choice(names)
+        workers = self._workers(name)
+        if workers:
+            self._harm(kind, name, self._chance.choice(workers))
+
+    def _kill_all(self) -> None:
+        """Every worker that may be hit, at once."""
+        found = [(name, worker) for name in self._hit for worker in self._workers(name)]
+        if len(self._recent()) + len(found) <= DEATHS_PER_MINUTE:
+            for name, worker in found:
+                self._harm(KINDS[0], name, worker)
+
+    def _workers(self, name: str) -> list[dict[str, Any]]:
+        """Those that have a process, whatever they are at."""
+        answer = self._running.control.get(f"/deployments/{name}")
+        workers = answer.json()["workers"] if answer.status_code == 200 else []
+        return [worker for worker in workers if worker["pid"]]
+
+    def _recent(self) -> list[float]:
         now = time.monotonic()
         self._deaths = [at for at in self._deaths if now - at < 60]
-        if kind.deadly and len(self._deaths) >= DEATHS_PER_MINUTE:
+        return self._deaths
+
+    def _harm(self, kind: Kind, name: str, worker: dict[str, Any], unnoticed: float = 0.0) -> None:
+        now = time.monotonic()
+        replica = (name, worker["replica"])
+        if kind.deadly and len(self._recent()) >= DEATHS_PER_MINUTE:
             return
-        if kind.hangs and self._hangs.get(replica, 0) >= HANGS:
+        if kind.hangs and (self._hangs.get(replica, 0) >= HANGS or worker["phase"] != "ready"):
             return
         pid = worker["pid"]
         with suppress(ProcessLookupError, psutil.NoSuchProcess):
             if kind.keeper:
                 pid = psutil.Process(pid).ppid()
+                if not any("keeper.py" in word for word in psutil.Process(pid).cmdline()):
+                    return  # it has gone already
+            if kind.name == "keeper stopped":
+                self._stopped.append(psutil.Process(pid))
             os.kill(pid, kind.number)
-        if kind.name == "keeper stopped":
-            self._stopped.append(psutil.Process(pid))
         if kind.deadly:
             self._deaths.append(now)
         if kind.hangs:
             self._hangs[replica] = self._hangs.get(replica, 0) + 1
         lasts = FOUND_SECONDS if kind.hangs or kind.name == "closed socket" else KILLED_SECONDS
-        self._tell_fault(Fault(kind.name, name, now, now + lasts, kind.deadly))
+        self._tell_fault(Fault(kind.name, name, now, now + unnoticed + lasts, kind.deadly))
 
     # -- the daemon
 
@@ -181,9 +205,16 @@ class Nemesis(threading.Thread):
         assert process is not None
         if kind == "clock":
             set_clock(self._clock, self._chance.choice(JUMPS))
-        elif kind == "daemon stopped":
+        elif kind == "all workers at once":
+            self._kill_all()
+        elif "stopped" in kind:
+            name = self._chance.choice(self._hit)
+            victims = self._workers(name) if "worker" in kind else []
             process.send_signal(signal.SIGSTOP)
-            self._ending.wait(0.3 + 2 * self._chance.random())
+            seconds = 0.3 + 2 * self._chance.random()
+            for victim in victims:
+                self._harm(KINDS[0], name, victim, seconds)
+            self._ending.wait(seconds)
             process.send_signal(signal.SIGCONT)
         elif now < self._spare_after:
             self._replace_daemon(graceful=kind == "restart of the daemon")

@@ -94,6 +94,7 @@ class Run:
         self.nemesis = Nemesis(
             self.running,
             (*HIT, *STREAMS),
+            CHURN,
             self.clock,
             random.Random(self.chance.random()),
             pause=pause,

@@ -22,6 +22,7 @@ from tursi.config import Configuration
 from tursi.errors import (
     DeploymentNotFound,
     DeploymentUnavailable,
+    FetchInterrupted,
     HubUnreachable,
     InvalidRequest,
     ModelFilesMissing,
@@ -273,10 +274,13 @@ def test_a_model_that_is_not_there_fails_with_its_sentence_until_asked_again(
     assert bench.phase() is Phase.SPAWNING
 
 
-def test_a_hub_that_can_not_be_reached_is_tried_again_ever_later(bench: Bench) -> None:
+@pytest.mark.parametrize("kind", [HubUnreachable, FetchInterrupted])
+def test_what_may_pass_is_tried_again_ever_later(
+    bench: Bench, kind: type[HubUnreachable] | type[FetchInterrupted]
+) -> None:
     bench.deploy(model="org/name")
     for delay in (5, 10, 20):
-        bench.not_found(HubUnreachable("The hub is away."))
+        bench.not_found(kind("The hub is away."))
         status = bench.fleet.deployment("a")
         assert (status.phase, status.next_try_at) == (Phase.BACKOFF, NOW + delay)
         bench.reactor.advance(delay - 0.1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -18,7 +19,7 @@ import pytest_twisted
 from daemon import daemon
 from daemon import until as wait
 from fakes import RecordedSink
-from processes import zombies
+from processes import marked, zombies
 from test_worker_processes import ASK, House, reach, until
 
 from tursi.lifecycle import verdict
@@ -116,6 +117,42 @@ async def test_whichever_call_fails_nothing_leaks_and_the_next_try_succeeds(
     assert old.phase is Phase.READY
 
 
+@contextmanager
+def exhausted(process: psutil.Process) -> Iterator[None]:
+    """Have the process not get a single descriptor more."""
+    limits = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+    # One that it has freed meanwhile must not be of use either.
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (process.num_fds() // 2, limits[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, limits)
+
+
+def test_without_descriptors_nothing_is_given_up_and_no_orphan_forgotten() -> None:
+    with daemon(scripted=True, settings="[workers]\nbackoff_initial = 0.2\n") as running:
+        running.deploy("calm", running.script("calm", echo=True))
+        running.deploy("hit", running.script("hit", echo=True, fork=3))
+        running.wait("calm")
+        (worker,) = running.wait("hit")["workers"]
+        mark = f"TURSI_WORKER={worker['uuid']}"
+        assert len(marked(mark)) == 2 + 3
+        assert running.process is not None
+        process = psutil.Process(running.process.pid)
+        body = {"model": "calm", "input": "hello"}
+        assert running.client.post("/v1/embeddings", json=body).status_code == 200
+        with exhausted(process):
+            os.kill(psutil.Process(worker["pid"]).ppid(), signal.SIGKILL)
+            running.deploy("new", running.script("new", echo=True))
+            status = running.wait("new", "backoff", 10)
+            assert "Too many open files" in status["reason"]
+            assert running.client.post("/v1/embeddings", json=body).status_code == 200
+        wait(lambda: not marked(mark), "no orphan is left", 5)
+        running.wait("hit", seconds=20)
+        running.wait("new", seconds=20)
+        assert running.wait("calm")["workers"][0]["restarts"] == 0
+
+
 def test_without_descriptors_connections_are_refused_and_those_there_served() -> None:
     with daemon(scripted=True) as running:
         running.deploy("echo", running.script("echo", echo=True))
@@ -124,23 +161,20 @@ def test_without_descriptors_connections_are_refused_and_those_there_served() ->
         body = {"model": "echo", "input": "hello"}
         assert running.client.post("/v1/embeddings", json=body).status_code == 200
         process = psutil.Process(running.process.pid)
-        limits = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
-        # Less than there are: not one more.
-        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (process.num_fds() - 2, limits[1]))
-        used = sum(process.cpu_times()[:2])
-        began = time.monotonic()
         turned_away = []
-        for _ in range(20):
-            address = ("127.0.0.1", running.port)
-            with suppress(ConnectionError), socket.create_connection(address, timeout=5) as one:
-                one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-                turned_away.append(one.recv(100))
-            assert running.client.post("/v1/embeddings", json=body).status_code == 200
-        wait(lambda: time.monotonic() - began > 1, "a second has passed")
-        busy = (sum(process.cpu_times()[:2]) - used) / (time.monotonic() - began)
+        with exhausted(process):
+            used = sum(process.cpu_times()[:2])
+            began = time.monotonic()
+            for _ in range(20):
+                address = ("127.0.0.1", running.port)
+                with suppress(ConnectionError), socket.create_connection(address, timeout=5) as one:
+                    one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                    turned_away.append(one.recv(100))
+                assert running.client.post("/v1/embeddings", json=body).status_code == 200
+            wait(lambda: time.monotonic() - began > 1, "a second has passed")
+            busy = (sum(process.cpu_times()[:2]) - used) / (time.monotonic() - began)
         assert not any(turned_away)
         assert busy < 0.8
-        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, limits)
         with socket.create_connection(("127.0.0.1", running.port), timeout=5) as one:
             one.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert one.recv(100).startswith(b"HTTP/1.1 200")

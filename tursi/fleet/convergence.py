@@ -11,7 +11,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tursi.config import Workers
-from tursi.errors import HubUnreachable, InternalError, TursiError
+from tursi.errors import FetchInterrupted, HubUnreachable, InternalError, TursiError
 from tursi.fleet.crashes import Crashes
 from tursi.fleet.governor import Governor
 from tursi.fleet.journal import Journal
@@ -264,7 +264,7 @@ class Convergence:
             error = InternalError(f"Finding the model's files failed: {error}")
         fetch.error = error
         message = f"{name} can't be fetched: {error.message}"
-        if isinstance(error, HubUnreachable):
+        if isinstance(error, HubUnreachable | FetchInterrupted):
             first, most = _FETCH_RETRY_SECONDS
             delay = min(most, first * 2**fetch.attempts)
             fetch.attempts += 1

@@ -15,7 +15,7 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.python.failure import Failure
 
 from tursi import config
-from tursi.errors import ModelFilesMissing, ShuttingDown
+from tursi.errors import FetchInterrupted, ShuttingDown
 from tursi.hub import disk
 from tursi.hub.fetch import Fetch, Running, Spawn
 from tursi.model import CatalogueEntry, Progress, Reference, Resolution, Trust
@@ -102,7 +102,7 @@ class Hub:
         def slow(failure: Failure) -> Failure:
             failure.trap(defer.TimeoutError)
             return Failure(
-                ModelFilesMissing(f"The disk with {path} doesn't answer; is it a network disk?")
+                FetchInterrupted(f"The disk with {path} doesn't answer; is it a network disk?")
             )
 
         found = deferToThreadPool(self._reactor, self._reactor.getThreadPool(), function, path)

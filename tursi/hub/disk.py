@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from itertools import islice
 from pathlib import Path
 
-from tursi.errors import ModelFilesMissing, ModelRefused
+from tursi.errors import FetchInterrupted, ModelFilesMissing, ModelRefused
 from tursi.folder import PICKLES, files
 from tursi.model import CatalogueEntry, Resolution, Trust
 
 _MAX_SNAPSHOTS = 10_000
+_PASSING = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR, errno.EIO, errno.ESTALE}
+)
+"""What the system may grant, or the disk be over, a little later."""
 _LFS_POINTER = b"version https://git-lfs"
 
 
 def look(folder: Path, trust: Trust = Trust()) -> Resolution:  # noqa: B008 - a frozen value
     """What there is to load in ``folder``, used in place; ``trust`` may allow pickle files.
 
-    Raises ``ModelFilesMissing`` or ``ModelRefused`` with what it lacks. Whether
-    the files are sound is for the worker to find out.
+    Raises ``ModelFilesMissing`` or ``ModelRefused`` with what it lacks, and
+    ``FetchInterrupted`` if that couldn't be found out. Whether the files are sound
+    is for the worker to find out.
     """
     try:
         if not folder.exists():
@@ -40,6 +46,8 @@ def look(folder: Path, trust: Trust = Trust()) -> Resolution:  # noqa: B008 - a 
                     )
     except OSError as error:
         # The text of an OSError names the path.
+        if error.errno in _PASSING:
+            raise FetchInterrupted(f"The folder can't be read just now: {error}.") from None
         raise ModelFilesMissing(
             f"The folder can't be read by the daemon's user: {error}."
         ) from None

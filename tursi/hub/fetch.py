@@ -13,7 +13,7 @@ from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from tursi.errors import FetchError, HubUnreachable, TursiError, by_code
+from tursi.errors import FetchError, FetchInterrupted, HubUnreachable, TursiError, by_code
 from tursi.model import Progress, Resolution
 from tursi.wire import Frame, Kind, LastWords
 
@@ -183,7 +183,9 @@ class Fetch:
         if self._outcome is None:
             how = _how(result)
             log.error("the fetcher of {model} {how}", model=self._model, how=how)
-            self._outcome = FetchError(
+            # One that exits by itself would do so again.
+            interrupted = isinstance(result, Failure) or getattr(result, "signal", None) is not None
+            self._outcome = (FetchInterrupted if interrupted else FetchError)(
                 f"The download of {self._model} ended early: the fetcher {how}; its log says more."
             )
         self._finish()

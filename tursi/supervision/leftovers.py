@@ -11,6 +11,7 @@ folder.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 from collections.abc import Iterable
@@ -30,6 +31,8 @@ PROC = Path("/proc")
 _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37
 _SLICE = 32
 """Processes looked at in one turn of the reactor: less than a millisecond."""
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""With these the system doesn't say that a process is gone, but nothing at all."""
 _FIRST_PAUSE = 0.001
 _LONGEST_PAUSE = 0.25
 """Seconds between two looks at what doesn't die."""
@@ -66,18 +69,26 @@ def read_start_time(pid: int, proc: Path = PROC) -> int | None:
 async def clear_orphans(reactor: Any, uuid: str, proc: Path = PROC) -> int:
     """Kill what the life ``uuid`` has left until nothing is left; how many there were.
 
-    This has no deadline, because what can't be killed must not be forgotten:
-    whoever waits has one.
+    This has no deadline, because what can't be killed, or not even be looked for,
+    must not be forgotten: whoever waits has one.
     """
     killed: set[Leftover] = set()
     pause = _FIRST_PAUSE
+    told = False
     while True:
-        found = _adopted(proc) | await _marked(reactor, {f"TURSI_WORKER={uuid}".encode()}, proc)
-        for leftover in found:
-            _kill(leftover, proc)
-        killed |= found
-        if not found:
-            return len(killed)
+        try:
+            found = _adopted(proc) | await _marked(reactor, {f"TURSI_WORKER={uuid}".encode()}, proc)
+            for leftover in found:
+                _kill(leftover, proc)
+            killed |= found
+            if not found:
+                return len(killed)
+        except OSError as error:
+            if error.errno not in _EXHAUSTED:
+                raise
+            if not told:
+                told = True
+                log.warn("Orphans can't be looked for at the moment: {error}", error=error)
         await deferLater(reactor, pause)
         pause = min(pause * 2, _LONGEST_PAUSE)
 
@@ -142,7 +153,8 @@ async def _marked(reactor: Any, marks: set[bytes], proc: Path) -> set[Leftover]:
             if pid in spared or start_time is None or (proc / name).stat().st_uid != os.getuid():
                 continue
             environment = (proc / name / "environ").read_bytes()
-        except OSError:
+        except OSError as error:
+            _check(error)
             continue  # it has gone, or isn't ours to look at
         if not marks.isdisjoint(environment.split(b"\0")):
             found.add(Leftover(pid, start_time))
@@ -209,6 +221,7 @@ def _kill(leftover: Leftover, proc: Path) -> None:
     except ProcessLookupError:
         pass
     except OSError as error:
+        _check(error)
         log.warn("Process {pid} can't be killed: {error}", pid=leftover.pid, error=error)
 
 
@@ -218,16 +231,23 @@ def _children(pid: int, proc: Path) -> list[int]:
     try:
         for task in (proc / str(pid) / "task").iterdir():
             found += [int(word) for word in (task / "children").read_text().split()]
-    except OSError:
-        pass  # it has gone
+    except OSError as error:
+        _check(error)  # else it has gone
     return found
+
+
+def _check(error: OSError) -> None:
+    """Raise it if it doesn't tell that a process has gone."""
+    if error.errno in _EXHAUSTED:
+        raise error
 
 
 def _stat(pid: int, proc: Path) -> list[str]:
     """The fields of ``/proc/PID/stat`` from the third (the state) on; empty if it has gone."""
     try:
         text = (proc / str(pid) / "stat").read_text(errors="replace")
-    except OSError:
+    except OSError as error:
+        _check(error)
         return []
     # The second field, the name, may hold blanks and parentheses.
     return text.rpartition(")")[2].split()

@@ -218,7 +218,11 @@ class KeeperProtocol(ProcessProtocol):
         """Tell the watcher, who gets the data socket."""
         launch, keepers = self._launch, self._keepers
         pid = int(self.transport.pid or 0)
-        started = leftovers.read_start_time(pid, keepers.proc) or 0
+        try:
+            started = leftovers.read_start_time(pid, keepers.proc) or 0
+        except OSError:
+            # The next daemon then knows it by what is in its environment only.
+            started = 0
         try:
             self._watcher.spawned(Life(launch.uuid, pid, started, keepers.boot_id, self._socket))
         except Exception:  # noqa: BLE001 - the process is there and must be looked after
