@@ -471,6 +471,7 @@ def test_what_a_killed_fetcher_got_is_not_fetched_again(
     assert int(rest.removeprefix("bytes=").removesuffix("-")) > 1_000_000
     assert not list(blobs.glob("*.incomplete"))
     last = run.progress[-1]
+    assert last.done is not None
     assert last.done == last.total == run.resolution.size
     assert all(each.done is None or each.done <= last.done for each in run.progress)
 
