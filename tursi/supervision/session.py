@@ -327,7 +327,8 @@ class Session:
 
     def pong(self) -> None:
         """It lives."""
-        self._oom_kills = procfs.oom_kills(self._proc)
+        # A count that can't be read at the moment is 0, and none goes down.
+        self._oom_kills = max(self._oom_kills, procfs.oom_kills(self._proc))
         if self._probe is not None:
             self._probe.pong()
 
