@@ -9,6 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 STATE ?= .run
 CHAOS_SECONDS ?= 60
+CHAOS_LIVES ?= 500
 
 BIN := $(VENV)/bin
 # Constrained, so that no package can bring in another version of a pinned one.
@@ -24,9 +25,11 @@ run: $(VENV)/.installed $(STATE)/model/.installed
 test: $(VENV)/.installed-test $(STATE)/model/.installed
 	$(BIN)/python -m pytest $(TESTS)
 
-# CHAOS_SEED=7 repeats a run as far as processes and clocks allow.
+# CHAOS_SEED=7 repeats a run as far as processes and clocks allow; CHAOS_LIVES=10000
+# has that many workers live and die.
 chaos: $(VENV)/.installed-test
 	$(BIN)/python tests/chaos/run.py --seconds $(CHAOS_SECONDS) $(CHAOS_SEED:%=--seed %)
+	$(BIN)/python tests/chaos/lives.py --count $(CHAOS_LIVES)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
