@@ -13,7 +13,7 @@ import pytest
 from clock_daemon import set_clock
 from daemon import Daemon, until
 
-BACKOFF = 3.0
+BACKOFF = 2.0
 SETTINGS = f"""
 [workers]
 backoff_initial = {BACKOFF}
