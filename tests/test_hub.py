@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from tursi.errors import (
     FetchInterrupted,
     HubUnreachable,
     ModelFilesMissing,
+    ModelInUse,
     ModelRefused,
     RepositoryGated,
     ShuttingDown,
@@ -428,7 +430,10 @@ def test_the_catalogue_has_every_snapshot_with_weights(bench: Bench, tmp_path: P
 
     def entry(name: str, commit: str) -> CatalogueEntry:
         folder = cache / f"models--{name.replace('/', '--')}/snapshots/{commit}"
-        return CatalogueEntry(name=name, folder=str(folder), size=102, commit=commit)
+        used_at = folder.stat().st_mtime
+        return CatalogueEntry(
+            name=name, folder=str(folder), size=102, commit=commit, used_at=used_at
+        )
 
     assert result(bench.hub.catalogue()) == [
         entry("gpt2", "a" * 40),
@@ -439,3 +444,59 @@ def test_the_catalogue_has_every_snapshot_with_weights(bench: Bench, tmp_path: P
 
 def test_the_catalogue_of_no_cache_is_empty(bench: Bench) -> None:
     assert result(bench.hub.catalogue()) == []
+
+
+def shelf(cache: Path, repository: str, files: Mapping[str, Mapping[str, str]]) -> Path:
+    """A repository in a cache: commit to file name to blob."""
+    folder = cache / ("models--" + repository.replace("/", "--"))
+    for commit, names in files.items():
+        snapshot = write(folder / "snapshots" / commit, "config.json")
+        for name, blob in names.items():
+            write(folder / "blobs", blob, data=b"x" * 100)
+            (snapshot / name).symlink_to(f"../../blobs/{blob}")
+        write(folder / "refs", commit[:1], data=commit.encode())
+    return folder
+
+
+def test_removing_a_revision_leaves_what_others_share(bench: Bench, tmp_path: Path) -> None:
+    one, two = "1" * 40, "2" * 40
+    folder = shelf(
+        tmp_path / "cache",
+        "org/name",
+        {
+            one: {"model.safetensors": "shared", "vocab.txt": "old"},
+            two: {"model.safetensors": "shared"},
+        },
+    )
+    result(bench.hub.remove("org/name", [one]))
+    assert sorted(each.name for each in (folder / "blobs").iterdir()) == ["shared"]
+    assert [each.name for each in (folder / "snapshots").iterdir()] == [two]
+    assert [each.name for each in (folder / "refs").iterdir()] == ["2"]
+    [entry] = result(bench.hub.catalogue())
+    assert entry.commit == two
+    result(bench.hub.remove("org/name", [two]))
+    assert not folder.exists()
+    result(bench.hub.remove("org/name", [two]))
+
+
+def test_what_is_being_downloaded_is_not_removed(bench: Bench, tmp_path: Path) -> None:
+    folder = shelf(tmp_path / "cache", "org/name", {"1" * 40: {"model.safetensors": "a"}})
+    locks = tmp_path / "cache/.locks/models--org--name"
+    locks.mkdir(parents=True)
+    with (locks / "fetcher.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        refusal = result(bench.hub.remove("org/name", ["1" * 40]))
+    assert isinstance(refusal, ModelInUse)
+    assert (folder / "blobs/a").exists()
+
+
+def test_a_model_that_is_used_is_noted_and_one_outside_is_left_alone(
+    bench: Bench, tmp_path: Path
+) -> None:
+    folder = shelf(tmp_path / "cache", "org/name", {"1" * 40: {"model.safetensors": "a"}})
+    outside = write(tmp_path / "mine", "config.json")
+    for each in (snapshot := folder / "snapshots" / ("1" * 40), outside):
+        os.utime(each, (1, 1))
+        result(bench.hub.touch(str(each)))
+    assert snapshot.stat().st_mtime > 1
+    assert outside.stat().st_mtime == 1

@@ -559,12 +559,13 @@ def test_every_table_is_strict_and_commented(path: Path) -> None:
         "statistics",
         "keys",
         "audit",
+        "pulls",
         "schema_history",
     }
     assert all("STRICT" in sql for _, sql in tables)
     for statement in (each for upgrade in schema.UPGRADES for each in upgrade.statements):
         assert "CREATE TABLE" not in statement or statement.strip().startswith("-- ")
-    assert [version for version, _, _ in history] == [*range(1, len(schema.UPGRADES) + 1)]
+    assert [version for version, _, _ in history] == [*range(1, NEWEST + 1)]
     assert history[0][2] > 1_700_000_000
     assert identity == int.from_bytes(b"Turs", "big")
 
@@ -715,6 +716,7 @@ def with_upgrades(monkeypatch: pytest.MonkeyPatch, *more: schema.Upgrade) -> Non
     monkeypatch.setattr(store_file, "UPGRADES", (*schema.UPGRADES, *more))
 
 
+NEWEST = len(schema.UPGRADES)
 COLOUR = schema.Upgrade("colours", ("ALTER TABLE deployments ADD COLUMN colour TEXT",))
 SIZE = schema.Upgrade("sizes", ("ALTER TABLE deployments ADD COLUMN width INTEGER",))
 BROKEN = schema.Upgrade("broken", (*SIZE.statements, "ALTER TABLE absent ADD COLUMN x"))
@@ -750,7 +752,8 @@ def test_before_an_upgrade_the_file_is_copied_and_three_copies_stay(
         prepare(path)
         if count == 1:
             copy = path.with_name(f"tursi.sqlite.v{released}")
-            assert dump(copy) == old
+            # VACUUM puts indexes before triggers.
+            assert sorted(dump(copy)) == sorted(old)
             assert copy.stat().st_mode & 0o777 == 0o600
     names = sorted(each.name for each in path.parent.iterdir())
     kept = [f"tursi.sqlite.v{released + step}" for step in (2, 3, 4)]

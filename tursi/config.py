@@ -122,6 +122,8 @@ class Hub(_Table, frozen=True):
     """A file with the hub token; empty means what huggingface_hub would use."""
     offline: bool = False
     stall_seconds: Positive = 120.0
+    cache_bytes: Annotated[int, msgspec.Meta(ge=0, le=1024**5)] = 0
+    """What downloaded models may take on the disk; 0 means as much as there is."""
 
 
 class Storage(_Table, frozen=True):

@@ -126,6 +126,24 @@ class CrashNotFound(TursiError):
     code = "crash_not_found"
 
 
+class PullNotFound(TursiError):
+    """There is no such pull; `tursi pulls` lists those there are."""
+
+    code = "pull_not_found"
+
+
+class CatalogueEntryNotFound(TursiError):
+    """No such model is on this machine's disk; `tursi models` lists those that are."""
+
+    code = "catalogue_entry_not_found"
+
+
+class ModelInUse(TursiError):
+    """A deployment or a pull uses the model's files; end that first."""
+
+    code = "model_in_use"
+
+
 class GenerationNotFound(TursiError):
     """The deployment has no such generation; `tursi history NAME` lists those it has."""
 

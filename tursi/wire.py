@@ -73,6 +73,8 @@ class LastWords(msgspec.Struct, frozen=True):
     code: str
     message: str
     traceback: str = ""
+    retry_after: int | None = None
+    """Seconds that somebody else (the hub) asks to wait."""
 
 
 class Ask(NamedTuple):

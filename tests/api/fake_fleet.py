@@ -10,7 +10,13 @@ from typing import Any, NamedTuple
 from twisted.internet.defer import Deferred
 
 from tursi.api.fleet import Sink
-from tursi.errors import CrashNotFound, DeploymentNotFound, ModelNotFound
+from tursi.errors import (
+    CrashNotFound,
+    DeploymentNotFound,
+    ModelInUse,
+    ModelNotFound,
+    PullNotFound,
+)
 from tursi.fleet import Part, Work
 from tursi.model import (
     AuditEntry,
@@ -27,6 +33,9 @@ from tursi.model import (
     LoadOrder,
     Minute,
     Phase,
+    Progress,
+    PullState,
+    PullStatus,
     Request,
     Sample,
     StorageStatus,
@@ -112,6 +121,67 @@ _CRASH: dict[str, Any] = {
 }
 
 
+class FakeCatalogue:
+    """One model, which nobody may remove but who does it well."""
+
+    def __init__(self) -> None:
+        self.removed: list[tuple[str, str]] = []
+
+    async def entries(self) -> list[CatalogueEntry]:
+        return [CatalogueEntry("org/small", "/models/small", 1000, used_by=("small",))]
+
+    async def remove(self, model: str, by: str) -> list[CatalogueEntry]:
+        if model != "org/small@v1":
+            raise ModelInUse(f"{model} is used by small.")
+        self.removed.append((model, by))
+        return await self.entries()
+
+
+class FakePulls:
+    """One pull, number 7, which a test moves on."""
+
+    def __init__(self) -> None:
+        self.status = PullStatus(
+            id=7,
+            model="org/small",
+            state=PullState.RUNNING,
+            asked_at=1_700_000_000.0,
+            asked_by="uid 0",
+            progress=Progress("download", 1.0, 4.0),
+        )
+        self.calls: list[tuple[Any, ...]] = []
+        self.watchers: list[Callable[[PullStatus], None]] = []
+
+    async def start(self, model: str, by: str) -> PullStatus:
+        self.calls.append(("start", model, by))
+        return self.status
+
+    async def pause(self, number: int, by: str) -> PullStatus:
+        return await self._turn("pause", number, by)
+
+    async def resume(self, number: int, by: str) -> PullStatus:
+        return await self._turn("resume", number, by)
+
+    async def cancel(self, number: int, by: str) -> PullStatus:
+        return await self._turn("cancel", number, by)
+
+    async def _turn(self, how: str, number: int, by: str) -> PullStatus:
+        self.calls.append((how, number, by))
+        return await self.one(number)
+
+    async def newest(self) -> list[PullStatus]:
+        return [self.status]
+
+    async def one(self, number: int) -> PullStatus:
+        if number != self.status.id:
+            raise PullNotFound(f"There is no pull {number}.")
+        return self.status
+
+    def watch(self, number: int, callback: Callable[[PullStatus], None]) -> Callable[[], None]:
+        self.watchers.append(callback)
+        return lambda: self.watchers.remove(callback)
+
+
 @dataclass
 class FakeFleet:
     """Keeps what it is told; ``refuse`` is raised by the next ``submit``."""
@@ -131,6 +201,8 @@ class FakeFleet:
     recording: Deferred[None] | None = None
     """What the next record waits for."""
     copy: Path | None = None
+    catalogue: FakeCatalogue = field(default_factory=FakeCatalogue)
+    pulls: FakePulls = field(default_factory=FakePulls)
     meanwhile: Callable[[], None] = lambda: None
 
     def submit(self, model: str, work: Work, sink: Sink) -> Passage:
@@ -254,9 +326,6 @@ class FakeFleet:
 
     async def statistics(self, name: str, minutes: int) -> list[Minute]:
         return [Minute(name, 28_333_333, requests=minutes)]
-
-    async def catalogue(self) -> list[CatalogueEntry]:
-        return [CatalogueEntry("org/small", "/models/small", 1000, used_by=("small",))]
 
     async def record(self, entry: AuditEntry) -> None:
         if self.recording is not None:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.python.failure import Failure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -20,12 +20,14 @@ from fakes import InlineConnectionPool, InlineReactor
 from tursi import store
 from tursi.config import Configuration
 from tursi.errors import (
+    CatalogueEntryNotFound,
     DeploymentNotFound,
     DeploymentUnavailable,
     FetchInterrupted,
     HubUnreachable,
     InvalidRequest,
     ModelFilesMissing,
+    ModelInUse,
     ModelNotFound,
     ModelRefused,
     QueueFull,
@@ -71,6 +73,7 @@ class FakeWorker:
     ) -> None:
         self.name, self.order, self.limits = name, order, limits
         self.threads = order.threads
+        self.folder = order.folder
         self.deployment, self.generation, self.replica = key
         self.phase = Phase.STOPPED
         self.reason: str | None = None
@@ -116,6 +119,8 @@ class FakeHub:
         self.asked: list[tuple[Reference, Deferred[Resolution], Any]] = []
         self.cancelled = 0
         self.trusted: list[Trust] = []
+        self.entries = [CatalogueEntry("org/name", "/cache/name", 10)]
+        self.touched: list[str] = []
 
     def resolve(self, reference: Reference, progress: Any, trust: Trust) -> Deferred[Resolution]:
         def cancel(_: object) -> None:
@@ -127,9 +132,19 @@ class FakeHub:
         return waiting
 
     def catalogue(self) -> Deferred[list[CatalogueEntry]]:
-        done: Deferred[list[CatalogueEntry]] = Deferred()
-        done.callback([CatalogueEntry("org/name", "/cache/name", 10)])
-        return done
+        return succeed([*self.entries])
+
+    def remove(self, repository: str, commits: Sequence[str]) -> Deferred[None]:
+        self.entries = [
+            entry
+            for entry in self.entries
+            if entry.name != repository or entry.commit not in commits
+        ]
+        return succeed(None)
+
+    def touch(self, folder: str) -> Deferred[None]:
+        self.touched.append(folder)
+        return succeed(None)
 
 
 class Bench:
@@ -481,11 +496,49 @@ def test_the_catalogue_says_who_uses_what(bench: Bench) -> None:
     bench.found(folder="/cache/name")
     bench.deploy("b", model="/elsewhere")
     bench.found(folder="/elsewhere")
-    entries = bench.do(bench.fleet.catalogue())
+    entries = bench.do(bench.fleet.catalogue.entries())
     assert [(entry.folder, entry.used_by) for entry in entries] == [
         ("/cache/name", ("a",)),
         ("/elsewhere", ("b",)),
     ]
+
+
+def test_only_what_nobody_uses_is_removed_from_the_disk(bench: Bench) -> None:
+    bench.hub.entries = [
+        CatalogueEntry("org/name", f"/cache/{each}", 10, commit=each * 40) for each in "12"
+    ]
+    bench.deploy(model="org/name")
+    bench.found(folder="/cache/1", commit="1" * 40)
+    with pytest.raises(ModelInUse, match="is used by a;"):
+        bench.do(bench.fleet.catalogue.remove("org/name", "uid 0"))
+    [gone] = bench.do(bench.fleet.catalogue.remove("org/name@2222", "uid 0"))
+    assert gone.folder == "/cache/2"
+    with pytest.raises(CatalogueEntryNotFound, match="tursi models"):
+        bench.do(bench.fleet.catalogue.remove("org/name@2222", "uid 0"))
+    with pytest.raises(InvalidRequest, match="not a folder of yours"):
+        bench.do(bench.fleet.catalogue.remove("/cache/1", "uid 0"))
+    bench.deploy(model="/elsewhere")
+    bench.found(folder="/elsewhere")
+    # What the older generation serves from is in use until it has gone.
+    with pytest.raises(ModelInUse):
+        bench.do(bench.fleet.catalogue.remove("org/name", "uid 0"))
+    bench.workers[1].become(Phase.READY)
+    bench.turn()
+    bench.workers[0].stopped.callback(None)
+    bench.turn()
+    bench.do(bench.fleet.pulls.start("org/name", "uid 0"))
+    with pytest.raises(ModelInUse, match="is being pulled"):
+        bench.do(bench.fleet.catalogue.remove("org/name", "uid 0"))
+    bench.do(bench.fleet.pulls.cancel(1, "uid 0"))
+    bench.do(bench.fleet.catalogue.remove("org/name", "uid 0"))
+    assert bench.hub.entries == []
+
+
+def test_a_model_that_is_loaded_is_noted_as_used(bench: Bench) -> None:
+    bench.deploy()
+    bench.found()
+    bench.workers[0].become(Phase.READY)
+    assert bench.hub.touched == ["/models/a"]
 
 
 def test_closing_stops_every_worker_and_refuses_the_rest(bench: Bench) -> None:

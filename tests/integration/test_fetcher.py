@@ -473,7 +473,7 @@ def test_what_a_killed_fetcher_got_is_not_fetched_again(
     last = run.progress[-1]
     assert last.done is not None
     assert last.done == last.total == run.resolution.size
-    assert all(each.done is None or each.done <= last.done for each in run.progress)
+    assert all((each.done or 0) <= (last.done or 0) for each in run.progress)
 
 
 def test_what_had_arrived_before_the_network_failed_is_kept(

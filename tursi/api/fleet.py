@@ -19,6 +19,7 @@ from tursi.model import (
     Event,
     Generation,
     Minute,
+    PullStatus,
     Request,
     StorageStatus,
     Story,
@@ -85,6 +86,50 @@ class Ticket(Protocol):
 
     def cancel(self) -> None:
         """Do no more work for it; its sink hears nothing any more."""
+        ...
+
+
+class Catalogue(Protocol):
+    """The models on this machine's disk."""
+
+    async def entries(self) -> list[CatalogueEntry]:
+        """All of them."""
+        ...
+
+    async def remove(self, model: str, by: str) -> Sequence[CatalogueEntry]:
+        """Delete files; ``CatalogueEntryNotFound``, ``ModelInUse``."""
+        ...
+
+
+class Pulls(Protocol):
+    """Downloads; every method with a ``number`` raises ``PullNotFound``."""
+
+    async def start(self, model: str, by: str) -> PullStatus:
+        """Download a model of the hub."""
+        ...
+
+    async def pause(self, number: int, by: str) -> PullStatus:
+        """Stop; what has arrived is kept."""
+        ...
+
+    async def resume(self, number: int, by: str) -> PullStatus:
+        """Go on."""
+        ...
+
+    async def cancel(self, number: int, by: str) -> PullStatus:
+        """Give it up."""
+        ...
+
+    async def newest(self) -> list[PullStatus]:
+        """Those that have not ended and the latest others, newest first."""
+        ...
+
+    async def one(self, number: int) -> PullStatus:
+        """How it is."""
+        ...
+
+    def watch(self, number: int, callback: Callable[[PullStatus], None]) -> Callable[[], None]:
+        """Call back with each news of it until the returned function is called."""
         ...
 
 
@@ -181,8 +226,14 @@ class Fleet(Protocol):
         """Its last ``minutes`` minutes."""
         ...
 
-    async def catalogue(self) -> list[CatalogueEntry]:
+    @property
+    def catalogue(self) -> Catalogue:
         """The models on this machine's disk."""
+        ...
+
+    @property
+    def pulls(self) -> Pulls:
+        """Downloads."""
         ...
 
     async def record(self, entry: AuditEntry) -> None:

@@ -26,6 +26,7 @@ from tursi.api.messages import Document
 from tursi.api.metrics import Metrics
 from tursi.api.models import Models
 from tursi.api.openapi import document
+from tursi.api.pulls import PullControl
 from tursi.api.request import Request
 from tursi.api.site import Site
 from tursi.config import Configuration
@@ -53,6 +54,7 @@ class Front:
             DeploymentControl(fleet),
             Database(fleet),
             Models(fleet, info),
+            PullControl(fleet),
             Daemon(fleet, metrics, info, description),
         )
         self.handlers = [each for owner in owners for each in endpoints(owner)]

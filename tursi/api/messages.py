@@ -18,6 +18,7 @@ from tursi.model import (
     Generation,
     Limits,
     Minute,
+    PullStatus,
     Role,
     WorkerLife,
     WorkerStatus,
@@ -208,6 +209,26 @@ class Catalogue(msgspec.Struct, frozen=True):
     """Models on this machine's disk."""
 
     models: list[CatalogueEntry]
+
+
+class PullBody(_Body):
+    """What to download."""
+
+    model: str
+    """A hub name: ``org/name[@revision]``."""
+
+
+class PullQuery(_Body):
+    """How to look at a pull."""
+
+    follow: bool = False
+    """Go on with how it goes, as server-sent events, until it has ended."""
+
+
+class PullList(msgspec.Struct, frozen=True):
+    """Those that have not ended, and the latest others; newest first."""
+
+    pulls: list[PullStatus]
 
 
 class ListenerView(msgspec.Struct, frozen=True):

@@ -53,7 +53,12 @@ class Models:
     @endpoint("GET", "/catalogue", role=Role.CONTROL, reply=Catalogue)
     async def catalogue(self) -> Catalogue:
         """List the models on this machine's disk."""
-        return Catalogue(await self._fleet.catalogue())
+        return Catalogue(await self._fleet.catalogue.entries())
+
+    @endpoint("DELETE", "/catalogue/<path:model>", role=Role.CONTROL, reply=Catalogue)
+    async def remove(self, model: str, by: str) -> Catalogue:
+        """Delete a model's files, all revisions or the one after an ``@``; tells what has gone."""
+        return Catalogue([*await self._fleet.catalogue.remove(model, by)])
 
     def _find(self, model: str) -> DeploymentStatus:
         return self._fleet.deployment(self._fleet.find(model))

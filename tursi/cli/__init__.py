@@ -16,6 +16,7 @@ from tursi.cli import (
     generations,
     history,
     install,
+    models,
     run,
 )
 from tursi.cli.connection import Connection, Exit
@@ -55,6 +56,10 @@ for _command in (
     generations.history,
     generations.diff,
     generations.rollback,
+    models.pull,
+    models.pulls,
+    models.models,
+    models.rm,
     history.logs,
     history.stats,
     history.events,

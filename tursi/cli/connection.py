@@ -48,6 +48,8 @@ _EXIT_BY_CODE: Mapping[str, Exit] = {
     "deployment_not_found": Exit.NOT_FOUND,
     "crash_not_found": Exit.NOT_FOUND,
     "generation_not_found": Exit.NOT_FOUND,
+    "pull_not_found": Exit.NOT_FOUND,
+    "catalogue_entry_not_found": Exit.NOT_FOUND,
     "deployment_unavailable": Exit.DEPLOYMENT_FAILED,
     "shutting_down": Exit.NO_DAEMON,
 }

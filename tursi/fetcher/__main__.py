@@ -40,7 +40,8 @@ def main(arguments: list[str]) -> int:
     try:
         resolution = Download(repository, revision or None, Path(cache), tell, trust).run()
     except FetchError as error:
-        say(wire.Kind.FAILED, wire.LastWords(error.code, error.message))
+        words = wire.LastWords(error.code, error.message, retry_after=error.retry_after)
+        say(wire.Kind.FAILED, words)
         return error.exit_status
     except Exception as error:  # noqa: BLE001 - whatever it is, the daemon is to hear of it
         sentence = f"{repository} could not be downloaded: {type(error).__name__}: {error}"

@@ -266,7 +266,7 @@ class Convergence:
         message = f"{name} can't be fetched: {error.message}"
         if isinstance(error, HubUnreachable | FetchInterrupted):
             first, most = _FETCH_RETRY_SECONDS
-            delay = min(most, first * 2**fetch.attempts)
+            delay = max(min(most, first * 2**fetch.attempts), float(error.retry_after or 0))
             fetch.attempts += 1
             fetch.retry_at = self._now() + delay
             message += f" The next try is in {delay:.0f} s."
@@ -359,6 +359,9 @@ class Convergence:
         generation, loaded = member.deployment.generation, worker.loaded
         if loaded is None or generation.resolution is None:
             return
+        self._hub.touch(generation.resolution.folder).addErrback(
+            lambda failure: log.warn("{error}", error=failure.getErrorMessage())
+        )
         known = replace(
             generation.resolution, task=loaded.task, dtype=loaded.dtype, device=loaded.device
         )

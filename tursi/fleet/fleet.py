@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ from tursi.errors import (
     StartingUp,
     TursiError,
 )
+from tursi.fleet.catalogue import Catalogue
 from tursi.fleet.convergence import RESET, Convergence, MakeWorker
 from tursi.fleet.crashes import Crashes
 from tursi.fleet.journal import Journal
 from tursi.fleet.logs import Logs
 from tursi.fleet.member import Member
 from tursi.fleet.passage import Passage, Work
+from tursi.fleet.pulls import Pulls
 from tursi.fleet.queue import RequestQueue, shutting_down
 from tursi.fleet.statistics import Statistics
 from tursi.fleet.story import tell
@@ -32,7 +34,6 @@ from tursi.hub import Hub
 from tursi.model import (
     AuditEntry,
     AuditQuery,
-    CatalogueEntry,
     Crash,
     DatabaseReport,
     Deployment,
@@ -106,6 +107,14 @@ class Fleet:
         self._journal = Journal(store, now, reactor)
         self._crashes = Crashes(store, self._journal, configuration.storage.crashes)
         self._logs = Logs(logs, configuration.workers.log_lives)
+        self.pulls = Pulls(store=store, hub=hub, journal=self._journal, reactor=reactor, now=now)
+        self.catalogue = Catalogue(
+            members=self._members,
+            hub=hub,
+            pulls=self.pulls,
+            journal=self._journal,
+            limit=configuration.hub.cache_bytes,
+        )
         self._convergence = Convergence(
             members=self._members,
             journal=self._journal,
@@ -135,6 +144,7 @@ class Fleet:
             await self._remember(deployment.name)
         self._flushing.start(STATISTICS_SECONDS, now=False)
         self._pruning.start(PRUNE_SECONDS, now=True)
+        await self.pulls.open()
         self._opened, self._closed = True, None
         self._convergence.soon()
 
@@ -148,6 +158,7 @@ class Fleet:
     async def close(self) -> None:
         """Refuse new requests, drain and stop every worker, and store what is counted."""
         self._closed = shutting_down()
+        self.pulls.close()
         for member in self._members.values():
             member.queue.close(shutting_down())
         await DeferredList(self._convergence.close(), consumeErrors=True)
@@ -377,25 +388,6 @@ class Fleet:
         await self._flush()
         return await self._store.minutes(name, int(self._now() // 60) - minutes + 1)
 
-    async def catalogue(self) -> list[CatalogueEntry]:
-        """The models on this machine's disk."""
-        users: dict[str, list[str]] = {}
-        for name, member in sorted(self._members.items()):
-            resolution = member.deployment.generation.resolution
-            if resolution is not None:
-                users.setdefault(resolution.folder, []).append(name)
-        entries = await self._hub.catalogue()
-        known = {entry.folder for entry in entries}
-        outside = [
-            CatalogueEntry(Path(folder).name, folder, size=0)
-            for folder in sorted(users)
-            if folder not in known
-        ]
-        return [
-            replace(entry, used_by=tuple(users.get(entry.folder, ())))
-            for entry in (*entries, *outside)
-        ]
-
     async def record(self, entry: AuditEntry) -> None:
         """Add to the audit; returns when that is on the disk, or has to wait for it."""
         await self._journal.audit(entry)
@@ -495,6 +487,7 @@ class Fleet:
             await self._store.prune(self._configuration.storage, at=self._now())
         except TursiError as error:
             log.warn("pruning waits for the database: {message}", message=error.message)
+        await self.catalogue.collect()
 
 
 def _not_found(name: str) -> DeploymentNotFound:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from twisted.internet import defer
-from twisted.internet.defer import Deferred, DeferredSemaphore, fail, gatherResults
+from twisted.internet.defer import Deferred, DeferredSemaphore, fail, gatherResults, succeed
 from twisted.internet.threads import deferToThreadPool
 from twisted.python.failure import Failure
 
@@ -87,6 +87,16 @@ class Hub:
         """The models in the cache, sorted by name."""
         return self._in_thread(disk.catalogue, self._cache)
 
+    def remove(self, repository: str, commits: Collection[str]) -> Deferred[None]:
+        """Remove these snapshots from the cache; fails with ``ModelInUse`` while it is fetched."""
+        return self._in_thread(partial(_removed, repository, tuple(commits)), self._cache)
+
+    def touch(self, folder: str) -> Deferred[None]:
+        """Note that the model in ``folder`` is used now, if it is in the cache."""
+        if not Path(folder).is_relative_to(self._cache):
+            return succeed(None)
+        return self._in_thread(disk.touch, Path(folder))
+
     def stop(self) -> Deferred[None]:
         """Cancel every download; fires when no fetcher is left."""
         self._stopped = True
@@ -134,6 +144,10 @@ class Hub:
 
         fetch.at_end(ended)
         return fetch
+
+
+def _removed(repository: str, commits: Collection[str], cache: Path) -> None:
+    disk.remove(cache, repository, commits)
 
 
 def _fetcher_environment(

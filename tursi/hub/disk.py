@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
+import shutil
+from collections.abc import Collection
 from itertools import islice
 from pathlib import Path
 
-from tursi.errors import FetchInterrupted, ModelFilesMissing, ModelRefused
+from tursi.errors import FetchInterrupted, ModelFilesMissing, ModelInUse, ModelRefused
 from tursi.folder import PICKLES, files
 from tursi.model import CatalogueEntry, Resolution, Trust
 
@@ -90,6 +94,54 @@ def catalogue(cache: Path) -> list[CatalogueEntry]:
                     folder=str(snapshot),
                     size=sum(sizes.values()),
                     commit=snapshot.name,
+                    used_at=snapshot.stat().st_mtime,
                 )
             )
     return sorted(entries, key=lambda entry: (entry.name, entry.commit or ""))
+
+
+def touch(snapshot: Path) -> None:
+    """Note that the model is used now."""
+    with contextlib.suppress(OSError):
+        os.utime(snapshot)
+
+
+def remove(cache: Path, repository: str, commits: Collection[str]) -> None:
+    """Remove these snapshots of ``repository``, and the content that no other one needs.
+
+    Raises ``ModelInUse`` while it is being downloaded.
+    """
+    name = "models--" + repository.replace("/", "--")
+    folder, locks = cache / name, cache / ".locks" / name
+    locks.mkdir(parents=True, exist_ok=True)
+    # The lock that a fetcher holds.
+    with (locks / "fetcher.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ModelInUse(f"{repository} is being downloaded.") from None
+        for commit in commits:
+            # First out of sight, so that nobody takes a half removed one for whole.
+            gone = folder / "snapshots" / f".{commit}.removed"
+            with contextlib.suppress(FileNotFoundError):
+                (folder / "snapshots" / commit).rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+        _drop_references(folder / "refs", frozenset(commits))
+        if not any((folder / "snapshots").glob("[!.]*")):
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        needed = {
+            os.path.basename(os.readlink(path))  # noqa: PTH115, PTH119 - names, not paths
+            for path in (folder / "snapshots").rglob("*")
+            if path.is_symlink()
+        }
+        for blob in (folder / "blobs").glob("*"):
+            if blob.name not in needed:
+                blob.unlink(missing_ok=True)
+
+
+def _drop_references(folder: Path, commits: Collection[str]) -> None:
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if path.is_file() and path.read_text("ascii").strip() in commits:
+                path.unlink()

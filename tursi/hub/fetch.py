@@ -162,7 +162,8 @@ class Fetch:
                         model=self._model,
                         traceback=words.traceback,
                     )
-                self._outcome = by_code().get(words.code, FetchError)(words.message)
+                kind = by_code().get(words.code, FetchError)
+                self._outcome = kind(words.message, retry_after=words.retry_after)
             case _:
                 raise msgspec.DecodeError(f"a frame of kind {frame.kind}")
 

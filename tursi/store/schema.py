@@ -219,9 +219,31 @@ _AUDIT = (
     """,
 )
 
+_PULLS = (
+    """
+    -- Downloads that somebody asked for. Those that have neither ended nor been paused go on
+    -- when the daemon starts.
+    CREATE TABLE pulls (
+        id       INTEGER PRIMARY KEY AUTOINCREMENT,
+        model    TEXT NOT NULL,           -- as the user wrote it
+        state    TEXT NOT NULL CHECK (
+            state IN ('running', 'paused', 'done', 'failed', 'cancelled')),
+        asked_at REAL NOT NULL,
+        asked_by TEXT NOT NULL,
+        ended_at REAL,
+        error    TEXT,
+        folder   TEXT,                    -- what came of it
+        revision TEXT,                    -- the hub's commit
+        size     INTEGER                  -- bytes
+    ) STRICT
+    """,
+    "CREATE UNIQUE INDEX pulls_going ON pulls (model) WHERE state IN ('running', 'paused')",
+)
+
 UPGRADES: tuple[Upgrade, ...] = (
     Upgrade("the first schema", _FIRST),
     Upgrade("pickle and remote code by generation", _TRUST),
     Upgrade("the audit", _AUDIT),
+    Upgrade("pulls", _PULLS),
 )
 """``UPGRADES[n]`` brings version ``n`` to ``n + 1``."""

@@ -27,11 +27,22 @@ from tursi.model import (
     Event,
     Generation,
     Minute,
+    Pull,
     Request,
     Resolution,
     WorkerLife,
 )
-from tursi.store import audit, backups, connection, crashes, deployments, events, lives, place
+from tursi.store import (
+    audit,
+    backups,
+    connection,
+    crashes,
+    deployments,
+    events,
+    lives,
+    place,
+    pulls,
+)
 from tursi.store.deployments import Outcome
 
 PATIENCE_SECONDS = 6.0
@@ -147,6 +158,26 @@ class Store:
         """Add what generation ``number`` turned out to mean; ``DeploymentNotFound``."""
         resolved = self._write(deployments.resolve, name, number, resolution, at=at)
         return resolved.addCallback(self._announce)
+
+    # -- pulls ---------------------------------------------------------------------
+
+    def add_pull(self, model: str, *, by: str, at: float) -> Deferred[Pull]:
+        """Ask for a download; one of the same model that has not ended goes on instead."""
+        added = self._write(pulls.add, model, by=by, at=at)
+        return added.addCallback(self._announced)
+
+    def set_pull(self, pull: Pull, *, by: str, at: float) -> Deferred[Pull]:
+        """Keep what has become of a pull; ``PullNotFound``."""
+        changed = self._write(pulls.change, pull, by=by, at=at)
+        return changed.addCallback(self._announced)
+
+    def pulls(self, limit: int) -> Deferred[list[Pull]]:
+        """Those that have not ended, and the latest others up to ``limit``; newest first."""
+        return self._read(pulls.newest, limit)
+
+    def pull(self, number: int) -> Deferred[Pull]:
+        """One of them; ``PullNotFound``."""
+        return self._read(pulls.one, number)
 
     # -- history -------------------------------------------------------------------
 

@@ -175,6 +175,11 @@ class Worker:
         return self._order.threads
 
     @property
+    def folder(self) -> str:
+        """Of the model's files."""
+        return self._order.folder
+
+    @property
     def in_flight(self) -> int:
         """Requests that it holds."""
         return self._session.link.in_flight if self._session else 0

@@ -1,0 +1,122 @@
+"""Pulls by a real daemon from a stand-in hub: watched, killed, paused, shared, removed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from daemon import Daemon, daemon, until
+from stand_in_hub import Fault, StandInHub
+
+MODEL = "someone/tiny"
+MAIN = r"/content/[^/]+/[^/]+/model.safetensors"
+WEIGHTS = (2).to_bytes(8, "little") + b"{}" + bytes(3_000_000)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[StandInHub]:
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(WEIGHTS)
+    with StandInHub() as hub:
+        hub.add(MODEL, folder)
+        yield hub
+
+
+@pytest.fixture
+def running(hub: StandInHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Daemon]:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for name, value in hub.environment(tmp_path / "home").items():
+        monkeypatch.setenv(name, value)
+    with daemon(scripted=True, settings=f'[hub]\nendpoint = "{hub.endpoint}"\n') as one:
+        yield one
+
+
+def pull(running: Daemon) -> dict[str, Any]:
+    answer = running.control.post("/pulls", json={"model": MODEL})
+    assert answer.status_code == 202, answer.text
+    status: dict[str, Any] = answer.json()
+    return status
+
+
+def status(running: Daemon, number: int = 1) -> dict[str, Any]:
+    found: dict[str, Any] = running.control.get(f"/pulls/{number}").json()
+    return found
+
+
+def half(running: Daemon) -> bool:
+    progress = status(running)["progress"]
+    return bool(progress and progress["stage"] == "download" and progress["done"] > 1_500_100)
+
+
+def done(running: Daemon, number: int = 1) -> bool:
+    found = status(running, number)
+    assert found["state"] in {"running", "done"}, found
+    return bool(found["state"] == "done")
+
+
+def ranges(hub: StandInHub) -> list[str]:
+    return [seen.range for seen in hub.seen if seen.range and re.search(MAIN, seen.path)]
+
+
+def test_a_daemon_that_is_killed_goes_on_with_its_pulls_where_they_were(
+    running: Daemon, hub: StandInHub
+) -> None:
+    hub.faults.append(Fault(MAIN, "slow", method="GET", times=1, seconds=0.5))
+    assert pull(running)["state"] == "running"
+    until(lambda: half(running), "half of it is there")
+    running.kill()
+    until(lambda: not running.tree(), "the fetcher is gone")
+    running.start()
+    until(lambda: done(running), "the pull is done")
+    [rest] = ranges(hub)
+    assert int(rest.removeprefix("bytes=").removesuffix("-")) > 1_000_000
+    found = status(running)
+    assert Path(found["folder"], "model.safetensors").read_bytes() == WEIGHTS
+    assert [each["kind"] for each in running.control.get("/events").json()["events"]][:1] == [
+        "pull"
+    ]
+
+
+def test_a_paused_pull_is_gone_on_with_and_a_cancelled_one_ended(
+    running: Daemon, hub: StandInHub
+) -> None:
+    hub.faults.append(Fault(MAIN, "slow", method="GET", times=1, seconds=0.5))
+    pull(running)
+    until(lambda: half(running), "half of it is there")
+    assert running.control.post("/pulls/1/pause").json()["state"] == "paused"
+    until(lambda: not running.tree(), "the fetcher is gone")
+    running.stop()
+    running.start()
+    assert status(running)["state"] == "paused"
+    assert running.control.post("/pulls/1/resume").json()["state"] == "running"
+    until(lambda: done(running), "the pull is done")
+    assert len(ranges(hub)) == 1
+    hub.faults.append(Fault("/api/models/someone/tiny", status=503, headers={"Retry-After": "7"}))
+    assert running.control.delete("/catalogue/someone/tiny").json()["models"][0]["commit"]
+    pull(running)
+    until(lambda: status(running, 2)["next_try_at"], "the hub is left alone for a while")
+    assert running.control.delete("/pulls/2").json()["state"] == "cancelled"
+
+
+def test_a_pull_and_a_deployment_share_a_download_and_what_serves_stays(
+    running: Daemon, hub: StandInHub
+) -> None:
+    pull(running)
+    running.deploy("tiny", MODEL)
+    running.wait("tiny")
+    until(lambda: done(running), "the pull is done")
+    weights = [path for path in hub.downloads() if re.search(MAIN, path)]
+    assert len(weights) == 1
+    refused = running.control.delete("/catalogue/someone/tiny")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_in_use")
+    running.control.delete("/deployments/tiny")
+    until(
+        lambda: running.control.delete("/catalogue/someone/tiny").status_code == 200,
+        "what nobody uses can be removed",
+    )
+    assert running.control.get("/catalogue").json()["models"] == []

@@ -1,0 +1,131 @@
+"""The models on this machine's disk: listed, removed, and kept to a size."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from twisted.logger import Logger
+
+from tursi.errors import CatalogueEntryNotFound, InvalidRequest, ModelInUse, TursiError
+from tursi.fleet.journal import Journal
+from tursi.fleet.member import Member
+from tursi.fleet.pulls import Pulls
+from tursi.hub import Hub
+from tursi.model import CatalogueEntry, Reference, mebibytes
+
+log = Logger()
+
+
+class Catalogue:
+    """What is in the cache, and who uses it; ``limit`` is in bytes, 0 for none."""
+
+    def __init__(
+        self,
+        *,
+        members: Mapping[str, Member],
+        hub: Hub,
+        pulls: Pulls,
+        journal: Journal,
+        limit: int,
+    ) -> None:
+        self._members = members
+        self._hub = hub
+        self._pulls = pulls
+        self._journal = journal
+        self._limit = limit
+
+    async def entries(self) -> list[CatalogueEntry]:
+        """All models in the cache, and the folders outside it that deployments use."""
+        users = self._users()
+        entries = await self._hub.catalogue()
+        known = {entry.folder for entry in entries}
+        outside = [
+            CatalogueEntry(Path(folder).name, folder, size=0)
+            for folder in sorted(users)
+            if folder not in known
+        ]
+        return [
+            replace(entry, used_by=tuple(users.get(entry.folder, ())))
+            for entry in (*entries, *outside)
+        ]
+
+    async def remove(self, model: str, by: str) -> Sequence[CatalogueEntry]:
+        """Delete the files of ``org/name``, or of its one revision after an ``@``.
+
+        Raises ``CatalogueEntryNotFound``, or ``ModelInUse`` with who uses it.
+        """
+        reference = Reference.parse(model)
+        if reference.repository is None:
+            raise InvalidRequest(
+                "Tursi only removes what it has downloaded, not a folder of yours.", param="model"
+            )
+        entries = [
+            entry
+            for entry in await self.entries()
+            if entry.name == reference.repository
+            and entry.commit is not None
+            and (reference.revision is None or entry.commit.startswith(reference.revision))
+        ]
+        if not entries:
+            raise CatalogueEntryNotFound(
+                f"There is no {model[:200]} on the disk; `tursi models` lists what there is."
+            )
+        users = sorted({user for entry in entries for user in entry.used_by})
+        if users:
+            raise ModelInUse(
+                f"{model} is used by {', '.join(users)}; `tursi down` or change that first."
+            )
+        if self._pulls.using(reference.repository):
+            raise ModelInUse(f"{model} is being pulled; cancel that first.")
+        await self._delete(entries)
+        self._journal.note("model.removed", f"{by} removes {model} from the disk", cause=by)
+        return entries
+
+    async def collect(self) -> None:
+        """Bring the cache to its limit: what was used longest ago goes first."""
+        if not self._limit:
+            return
+        try:
+            for entry in excess(await self.entries(), self._limit):
+                if self._pulls.using(entry.name):
+                    continue
+                await self._delete([entry])
+                self._journal.note(
+                    "model.removed",
+                    f"{entry.name} ({mebibytes(entry.size)}) is removed from the disk",
+                    cause=f"downloaded models take more than {mebibytes(self._limit)}",
+                )
+        except TursiError as error:
+            log.warn("the cache keeps its size: {message}", message=error.message)
+
+    async def _delete(self, entries: Collection[CatalogueEntry]) -> None:
+        [name] = {entry.name for entry in entries}
+        await self._hub.remove(name, [entry.commit for entry in entries if entry.commit])
+
+    def _users(self) -> dict[str, list[str]]:
+        """By folder, the deployments that use it, older generations that still serve too."""
+        users: dict[str, list[str]] = {}
+        for name, member in sorted(self._members.items()):
+            folders = {worker.folder for worker in member.workers.values()}
+            resolution = member.deployment.generation.resolution
+            if resolution is not None:
+                folders.add(resolution.folder)
+            for folder in folders:
+                users.setdefault(folder, []).append(name)
+        return users
+
+
+def excess(entries: Sequence[CatalogueEntry], limit: int) -> list[CatalogueEntry]:
+    """What has to go so that the rest fits into ``limit`` bytes; never what is used."""
+    over = sum(entry.size for entry in entries) - limit
+    going = []
+    for entry in sorted(entries, key=lambda entry: entry.used_at or 0.0):
+        if over <= 0:
+            break
+        if entry.used_by or entry.commit is None:
+            continue
+        over -= entry.size
+        going.append(entry)
+    return going
