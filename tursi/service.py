@@ -23,7 +23,14 @@ from twisted.python.failure import Failure
 
 from tursi import __version__, api, sandbox, store
 from tursi.config import Configuration
-from tursi.errors import AlreadyRunning, ConfigurationError, DatabaseError, TursiError
+from tursi.errors import (
+    AlreadyRunning,
+    ConfigurationError,
+    DatabaseBusy,
+    DatabaseError,
+    DatabaseFull,
+    TursiError,
+)
 from tursi.fleet import Fleet
 from tursi.hub import Hub
 from tursi.listen import bind, check, control, is_handed_over, unclaimed
@@ -239,9 +246,14 @@ class Daemon(Service):
         if killed:
             log.warn("killed {count} processes of an earlier daemon", count=len(killed))
         for life in unfinished:
-            await self._store.put_life(
-                replace(life, ended_at=time.time(), reason="the daemon itself ended")
-            )
+            try:
+                await self._store.put_life(
+                    replace(life, ended_at=time.time(), reason="the daemon itself ended")
+                )
+            except (DatabaseBusy, DatabaseFull) as error:
+                # Serving matters more; the next start finds them again.
+                log.warn("ends of earlier workers aren't recorded: {error}", error=error)
+                break
 
     def _give_up(self, failure: Failure) -> None:
         log.failure("the daemon could not start", failure)

@@ -132,6 +132,7 @@ class Journal:
             if isinstance(outcome, Failure):
                 passing = outcome.check(DatabaseBusy, DatabaseFull) is not None
                 if not passing:
+                    self.dropped += 1
                     log.error("the database refused a note: {error}", error=outcome.value)
             tried.callback(not passing)
 
