@@ -390,17 +390,29 @@ def _transaction(
     keywords: dict[str, Any],
 ) -> T:
     """Run ``interaction`` in a transaction, which adbapi commits or rolls back."""
+    try:
+        _begin(txn, begin, until)
+        return interaction(txn, *arguments, **keywords)
+    except BaseException:
+        # The error's traceback keeps the cursor until the reactor's thread lets go of it,
+        # which would then wait for whatever this thread waits for next: seconds, where
+        # another process holds the file.
+        txn.close()
+        raise
+
+
+def _begin(txn: Any, begin: str, until: float) -> None:
     while True:
         try:
             txn.execute(begin)
-            break
         except sqlite3.OperationalError as error:
             # SQLite has mostly waited already, but not in every case. Waiting
             # here, in the pool's own thread, keeps the changes in their order.
             if not connection.is_busy(error) or time.monotonic() >= until:
                 raise
             time.sleep(0.05)
-    return interaction(txn, *arguments, **keywords)
+        else:
+            return
 
 
 def _nothing(txn: Any) -> None:
