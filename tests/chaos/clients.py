@@ -140,6 +140,7 @@ class Changer(threading.Thread):
         self._pause = pause
         self._ending = threading.Event()
         self._doubtful: set[str] = set()
+        """What has to be read before it is changed again."""
 
     def end(self) -> None:
         """Change nothing any more."""
@@ -150,7 +151,6 @@ class Changer(threading.Thread):
             if self._doubtful:
                 name = min(self._doubtful)
                 seen = self.read(name)
-                # One that has been deleted may still be seen as it drains, but not in doubt.
                 if seen is not None:
                     self._doubtful.discard(name)
                     self._tell(seen)
@@ -193,5 +193,8 @@ class Changer(threading.Thread):
         known = {404: Outcome.NOT_FOUND} | dict.fromkeys((200, 201, 202), Outcome.ACKNOWLEDGED)
         outcome = known.get(status, Outcome.UNKNOWN)
         self._tell(Change(name, action, outcome, model, replicas))
-        if outcome is Outcome.UNKNOWN:
+        # One that has been deleted is still seen while it drains.
+        if outcome is Outcome.UNKNOWN or (
+            outcome is Outcome.ACKNOWLEDGED and action != "delete" and self._chance.random() < 0.5
+        ):
             self._doubtful.add(name)
