@@ -16,7 +16,7 @@ from checker import Ask, Change, Outcome, Wanted
 
 ASK_SECONDS = 50.0
 """After which a client gives up; no answer takes as long."""
-PAUSE_SECONDS = 0.05
+PAUSE_SECONDS = 0.02
 PIECES = 20
 """Of an answer that comes in pieces."""
 
