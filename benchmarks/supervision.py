@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="at rest")
     # The daemon pauses all starts when more than 20 workers die within a minute.
     parser.add_argument("--deaths", type=int, default=15, choices=range(1, 21), metavar="1-20")
-    parser.add_argument("--rounds", type=int, default=5, help="of starting as often as possible")
+    parser.add_argument("--rounds", type=int, default=3, help="of starting as often as possible")
     parser.add_argument("--quick", action="store_true", help="few workers, for a short time")
     options = parser.parse_args()
     if options.quick:

@@ -1,7 +1,8 @@
 """The keeper: the process between the daemon and one worker, so that nothing is ever orphaned.
 
-Run by path as ``python -I -S keeper.py ORDER ARGV...``, with nothing but the
-standard library and ``tursi.sandbox``. ORDER is JSON: the daemon's pid as
+Run as ``python -I -S -c "from tursi import keeper; ..." ORDER ARGV...``
+(``supervision.life.KEEPER``), with nothing but the standard library and
+``tursi.sandbox``. ORDER is JSON: the daemon's pid as
 ``parent``, and the fields of ``supervision.life.Confinement``. ARGV is the
 worker's command, whose first element is an absolute path.
 
@@ -29,11 +30,7 @@ import os
 import resource
 import select
 import signal
-import sys
 import time
-
-# Last, so that nothing of ours can be taken for a part of the standard library.
-sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # noqa: PTH100, PTH120 - pathlib is slow to import
 
 from tursi import sandbox
 
@@ -291,7 +288,3 @@ def report(**event: int | float | str | None) -> None:
     """Tell the daemon, if it is still there."""
     with contextlib.suppress(OSError):
         os.write(STATUS, json.dumps(event).encode() + b"\n")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

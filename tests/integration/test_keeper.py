@@ -34,7 +34,7 @@ class Kept:
         name, _, value = mark.partition("=")
         self.pid = os.posix_spawn(
             sys.executable,
-            [sys.executable, "-I", "-S", str(KEEPER), order, *argv],
+            [*KEEPER, order, *argv],
             {name: value, "PATH": os.environ["PATH"]},
             file_actions=[(os.POSIX_SPAWN_DUP2, old, fd) for fd, old in away.items()],
         )

@@ -25,7 +25,13 @@ from tursi.supervision.logs import LifeLog
 
 log = Logger()
 
-KEEPER = Path(__file__).parent.parent / "keeper.py"
+_START_KEEPER = (
+    "# tursi/keeper.py, from its bytecode: run by its path it is compiled for every worker\n"
+    f"import sys; sys.path.append({str(Path(__file__).parents[2])!r}); "
+    "from tursi import keeper; sys.exit(keeper.main(sys.argv[1:]))"
+)
+KEEPER = (sys.executable, "-I", "-S", "-c", _START_KEEPER)
+"""The command of a keeper, but for its arguments."""
 _STREAMS = {1: "out", 2: "err"}
 _DATA, _LIFELINE, _STATUS = 3, 4, 5
 FILES = 4096
@@ -178,7 +184,7 @@ class KeeperProtocol(ProcessProtocol):
     def _spawn(self) -> None:
         launch = self._launch
         order = launch.confinement.order(os.getpid())
-        arguments = [sys.executable, "-I", "-S", str(KEEPER), order, *launch.arguments]
+        arguments = [*KEEPER, order, *launch.arguments]
         with ExitStack() as opened:
             null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
             opened.callback(os.close, null)
