@@ -64,6 +64,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of starting as often as possible")
     parser.add_argument("--quick", action="store_true", help="few workers, for a short time")
     options = parser.parse_args()
+    # Absolute, but no link followed: it is the link that belongs to an environment.
+    options.peer_python = str(Path(options.peer_python).absolute())
     if options.quick:
         options.workers, options.seconds, options.deaths, options.rounds = 10, 5.0, 3, 1
     with ExitStack() as opened:
@@ -214,7 +216,7 @@ def cycles(peer_python: str, rounds: int, seconds: float) -> None:
     """One program that ends at once, one copy of it, restarted without a delay."""
     runs: dict[str, Callable[[Path], Cycles]] = {
         "tursi": lambda folder: run_cycles(
-            [sys.executable, str(HERE / "cycles.py"), str(folder), ENDS_AT_ONCE],
+            [sys.executable, str(HERE / "spawning.py"), str(folder), ENDS_AT_ONCE],
             seconds,
             lambda: _text(folder / "restarts").count("\n"),
         ),

@@ -169,7 +169,11 @@ class _Peer:
         )
         self.process = psutil.Process(started.pid)
         self._started = started
-        self.pids = [self._next()[0] for _ in range(self._count)]
+        try:
+            self.pids = [self._next()[0] for _ in range(self._count)]
+        except TimeoutError:
+            self.close()
+            raise
 
     def command(self, worker: tuple[str, ...]) -> list[str]:
         raise NotImplementedError
@@ -276,8 +280,8 @@ def plain_command(folder: Path, program: tuple[str, ...], count: int, delay: flo
 @contextmanager
 def peer(one: _Peer) -> Iterator[_Peer]:
     """Start it, and end it."""
+    one.start()
     try:
-        one.start()
         yield one
     finally:
         one.close()
