@@ -13,10 +13,12 @@ import pytest
 from pytest_twisted import ensureDeferred
 
 from twisted.internet import reactor as _reactor
+from twisted.internet.task import Clock
 
 from tursi.model import WorkerLife
 from tursi.supervision.leftovers import (
     Leftover,
+    bury,
     clear_orphans,
     read_boot_id,
     read_start_time,
@@ -182,3 +184,19 @@ def _state(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return "Z"
+
+
+def test_the_dead_of_others_are_buried() -> None:
+    clock = Clock()
+    loop = bury(clock)
+    pid = os.posix_spawn("/bin/true", ["true"], {})
+    try:
+        deadline = time.monotonic() + 30
+        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        clock.advance(10)
+        with pytest.raises(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+    finally:
+        loop.stop()

@@ -217,6 +217,7 @@ class Daemon(Service):
         self._store.start()
         self._notifier.watch(self._store.ping)
         leftovers.become_subreaper()
+        leftovers.bury(self._reactor)
         await self._clear_leftovers()
         await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), self._encloser.sweep)
         self._monitor.startService()

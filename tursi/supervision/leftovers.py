@@ -15,12 +15,13 @@ import errno
 import os
 import signal
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from twisted.internet import process
-from twisted.internet.task import deferLater
+from twisted.internet.task import LoopingCall, deferLater
 from twisted.logger import Logger
 
 from tursi.model import WorkerLife
@@ -33,6 +34,7 @@ _SLICE = 32
 """Processes looked at in one turn of the reactor: less than a millisecond."""
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 """With these the system doesn't say that a process is gone, but nothing at all."""
+_BURIAL_SECONDS = 10.0
 _FIRST_PAUSE = 0.001
 _LONGEST_PAUSE = 0.25
 """Seconds between two looks at what doesn't die."""
@@ -53,6 +55,18 @@ def become_subreaper() -> None:
     others would be killed as orphans.
     """
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def bury(reactor: Any, proc: Path = PROC) -> LoopingCall:
+    """Collect the dead that fall to this process, from now on; the loop that does it.
+
+    Those of our own workers are found at once, but the first process of a
+    container also gets what others leave there.
+    """
+    loop = LoopingCall(_collect, proc)
+    loop.clock = reactor
+    loop.start(_BURIAL_SECONDS)
+    return loop
 
 
 def read_boot_id(proc: Path = PROC) -> str:
@@ -177,6 +191,13 @@ def _adopted(proc: Path) -> set[Leftover]:
         if not ended and start_time is not None:
             found.add(Leftover(pid, start_time))
     return found
+
+
+def _collect(proc: Path) -> None:
+    for pid in _children(os.getpid(), proc):
+        if pid not in process.reapProcessHandlers:
+            with suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
 
 
 def _below(leftovers: set[Leftover], proc: Path) -> set[Leftover]:
