@@ -15,7 +15,7 @@ import psutil
 import pytest
 from daemon import Daemon, until
 
-UNSHARE = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child=SIGKILL")
+UNSHARE: tuple[str, ...] = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child=SIGKILL")
 if os.getuid() != 0:
     UNSHARE = (*UNSHARE, "--user", "--map-root-user")
 
