@@ -168,7 +168,9 @@ def test_a_full_disk_costs_only_the_lines(tmp_path: Path) -> None:
     book.log.line("before")
     full = os.open("/dev/full", os.O_WRONLY)
     os.dup2(full, book.log._file or -1)
+    before = LifeLog.unwritten
     book.log.line("lost")
+    assert LifeLog.unwritten == before + 1
     os.close(full)
     book.log.close()
     assert book.texts == ["tursi before", "tursi lost"]
