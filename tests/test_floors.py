@@ -27,7 +27,10 @@ PURE = (*WORDS, "heartbeat", "config", "wire", "lifecycle", "plan", "schema", "f
 STATE = ("store", "supervision", "hub", "lock")
 SANS_IO = ("msgspec", "automat")
 NETWORK = ("twisted", "zope", *SANS_IO)
-DAEMON = (*PURE, *STATE, "fleet", "api", "listen", "notify", "service", "keeper", "sandbox")
+DAEMON = (
+    *PURE, *STATE, "fleet", "api", "listen", "notify", "lag", "health", "hooks", "service",
+    "keeper", "sandbox",
+)  # fmt: skip
 
 FLOORS = {
     # 0: the words of the domain
@@ -50,11 +53,14 @@ FLOORS = {
     "hub": Floor(PURE, NETWORK),
     "supervision": Floor(PURE, (*NETWORK, "psutil")),
     "notify": Floor(PURE, NETWORK),
+    "lag": Floor(PURE, NETWORK),
+    "hooks": Floor(PURE, NETWORK),
     # 3
     "fleet": Floor((*PURE, *STATE), NETWORK),
+    "health": Floor((*PURE, *STATE, "lag", "fleet"), NETWORK),
     # 4
     "api": Floor(
-        (*(set(PURE) - {"wire"}), "store", "hub", "fleet"),
+        (*(set(PURE) - {"wire"}), "store", "hub", "fleet", "lag"),
         (*NETWORK, "httptools", "klein", "werkzeug", "prometheus_client", "psutil"),
     ),
     # 5
@@ -66,6 +72,7 @@ FLOORS = {
     # the children
     "keeper": Floor(("sandbox",)),
     "sandbox": Floor(),
+    "hook": Floor(),
     "inference": Floor(
         (*WORDS, "heartbeat", "wire", "faces"),
         ("msgspec", "torch", "transformers", "safetensors", "tokenizers", "numpy", "jinja2"),
@@ -74,7 +81,7 @@ FLOORS = {
     # the user
     "cli": Floor(("errors", "model"), ("click", "rich", "httpx")),
 }
-CHILDREN_AND_USER = {"keeper", "inference", "fetcher", "cli"}
+CHILDREN_AND_USER = {"keeper", "hook", "inference", "fetcher", "cli"}
 
 
 def modules() -> list[str]:

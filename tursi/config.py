@@ -6,6 +6,7 @@ test compares the two.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated
@@ -137,6 +138,32 @@ class Storage(_Table, frozen=True):
     audit_count: Annotated[int, msgspec.Meta(ge=1000, le=1_000_000_000)] = 100_000
 
 
+class Hook(_Table, frozen=True):
+    """A program or a URL to call when something happens."""
+
+    on: tuple[str, ...]
+    """Kinds of events; ``*`` and ``?`` stand for what they do in file names."""
+    command: tuple[str, ...] = ()
+    """A program and its arguments; no shell."""
+    url: str = ""
+    seconds: Positive = 10.0
+    """How long it may take."""
+
+    def __post_init__(self) -> None:
+        """Exactly one of the two, and of a kind that can be called."""
+        if bool(self.command) == bool(self.url):
+            raise ValueError("a hook has either a command or a url")
+        if not self.on:
+            raise ValueError("a hook needs the events to call it on")
+        if self.command and not self.command[0].startswith("/"):
+            raise ValueError("a hook's command begins with an absolute path")
+        if self.url and not re.fullmatch(r"https?://[!-~]+", self.url):
+            raise ValueError("a hook's url begins with http:// or https://")
+
+
+Hooks = Annotated[tuple[Hook, ...], msgspec.Meta(max_length=16)]
+
+
 class Configuration(_Table, frozen=True):
     """Everything that can be set in the file."""
 
@@ -145,6 +172,7 @@ class Configuration(_Table, frozen=True):
     workers: Workers = Workers()
     hub: Hub = Hub()
     storage: Storage = Storage()
+    hooks: Hooks = ()
 
 
 def parse(text: str, source: str) -> Configuration:

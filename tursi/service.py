@@ -32,7 +32,10 @@ from tursi.errors import (
     TursiError,
 )
 from tursi.fleet import Fleet
+from tursi.health import Checks
+from tursi.hooks import Hooks
 from tursi.hub import Hub
+from tursi.lag import Lag
 from tursi.listen import bind, check, control, is_handed_over, unclaimed
 from tursi.lock import StateLock
 from tursi.model import Folders, Host, Limits, LoadOrder
@@ -56,6 +59,8 @@ _EXIT_STATUS: Mapping[type[TursiError], int] = {
 }
 _UPGRADE_SECONDS = 600.0
 _SAVE_SECONDS = 30.0
+_HOOK_LOG = 256 * 1024
+"""Bytes of what a hook writes that are kept."""
 _SOFTWARE = 70
 _UNAVAILABLE = 69
 
@@ -150,6 +155,21 @@ class Daemon(Service):
         self._listeners = (control(folders.socket, others), *others)
         self._ports: list[IListeningPort] = []
         self._notifier = Notifier(reactor, environment)
+        self._lag = Lag(reactor)
+        self._checks = Checks(
+            fleet=self._fleet,
+            store=self._store,
+            lag=self._lag,
+            folders={"state": folders.state, "cache": folders.cache, "logs": folders.logs},
+            reactor=reactor,
+        )
+        self._hooks = Hooks(
+            configuration.hooks,
+            spawn=self._spawn_hook,
+            look=lambda: Deferred.fromCoroutine(self._checks.look()).addCallback(lambda it: it[0]),
+            reactor=reactor,
+            now=time.time,
+        )
 
     # -- start ---------------------------------------------------------------------
 
@@ -189,7 +209,14 @@ class Daemon(Service):
         )
         for each in unclaimed(self._listeners):
             log.warn("systemd has handed over {socket}, but no listener uses it", socket=each)
-        front = api.Front(self._fleet, info, self._configuration, self._reactor)
+        front = api.Front(
+            self._fleet,
+            info,
+            self._configuration,
+            self._reactor,
+            look=self._checks.look,
+            lag=self._lag,
+        )
         for listener in self._listeners:
             self._ports.append(bind(self._reactor, listener, front.site(listener.roles)))
 
@@ -215,12 +242,14 @@ class Daemon(Service):
     async def _start(self) -> None:
         _tune_memory()
         self._store.start()
+        self._lag.start()
         self._notifier.watch(self._store.ping)
         leftovers.become_subreaper()
         leftovers.bury(self._reactor)
         await self._clear_leftovers()
         await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), self._encloser.sweep)
         self._monitor.startService()
+        self._hooks.start(lambda tell: self._fleet.watch(None, tell))
         await self._fleet.open()
         log.info(
             "tursi {version} serves on {listeners}",
@@ -279,8 +308,10 @@ class Daemon(Service):
             await maybeDeferred(port.stopListening)
         await self._fleet.close()
         await self._hub.stop()
+        await self._hooks.stop()
         await self._monitor.stopService()
         self._notifier.unwatch()
+        self._lag.stop()
         await self._store.stop()
         self._remove_socket()
         self._lock.release()
@@ -342,6 +373,20 @@ class Daemon(Service):
                 clock=time.time,
                 size=settings.log_bytes,
                 rate=settings.log_bytes_per_second,
+            ),
+        )
+
+    def _spawn_hook(self, name: str, arguments: tuple[str, ...]) -> Running:
+        return self._one_shot.run(
+            f"hook {name}",
+            arguments,
+            {**self._environment, "TURSI_STATE": str(self._folders.state)},
+            lambda _: None,
+            LifeLog(
+                self._folders.state / "hooks" / f"{name}.log",
+                clock=time.time,
+                size=_HOOK_LOG,
+                rate=_HOOK_LOG,
             ),
         )
 

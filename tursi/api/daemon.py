@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Awaitable, Callable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
@@ -15,10 +16,15 @@ from tursi.api.messages import (
     Document,
     Health,
     ListenerView,
+    Liveness,
     Readiness,
 )
 from tursi.api.metrics import Metrics
+from tursi.fleet import Part
 from tursi.model import Desired, Phase, Role
+
+Look = Callable[[], Awaitable[tuple[str, list[Part]]]]
+"""Gives how the daemon is, in a word and by part."""
 
 _AT_REST = frozenset({Phase.STOPPED, Phase.FAILED, Phase.QUARANTINED, Phase.WEDGED})
 _PACKAGES = ("twisted", "klein", "msgspec", "torch", "transformers", "huggingface-hub")
@@ -27,7 +33,10 @@ _PACKAGES = ("twisted", "klein", "msgspec", "torch", "transformers", "huggingfac
 class Daemon:
     """Handlers for what concerns no single deployment; ``document`` describes them all."""
 
-    def __init__(self, fleet: Fleet, metrics: Metrics, info: Info, document: Document) -> None:
+    def __init__(
+        self, fleet: Fleet, metrics: Metrics, info: Info, document: Document, look: Look
+    ) -> None:
+        self._look = look
         self._fleet = fleet
         self._metrics = metrics
         self._info = info
@@ -54,10 +63,17 @@ class Daemon:
             containment=info.containment,
         )
 
-    @endpoint("GET", "/health", role=Role.HEALTH, reply=Health)
-    def health(self) -> Health:
-        """Tell whether every deployment is well; ``degraded`` means that one is not."""
-        return Health(*self._fleet.health())
+    @endpoint("GET", "/health", role=Role.HEALTH, reply=Health, statuses=(200, 503))
+    async def health(self) -> Health | Status[Health]:
+        """Tell how all parts are; ``degraded`` means that one isn't well, 503 that all is lost."""
+        status, parts = await self._look()
+        reply = Health(status, parts)
+        return Status(503, reply) if status == "unhealthy" else reply
+
+    @endpoint("GET", "/live", role=Role.HEALTH, reply=Liveness)
+    def live(self) -> Liveness:
+        """Tell that the daemon answers; looks at nothing."""
+        return Liveness(alive=True)
 
     @endpoint("GET", "/ready", role=Role.HEALTH, reply=Readiness, statuses=(200, 503))
     def ready(self) -> Readiness | Status[Readiness]:

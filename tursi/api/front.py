@@ -15,7 +15,7 @@ from twisted.web.server import NOT_DONE_YET
 
 from tursi.api.access import Access
 from tursi.api.audit import Audit
-from tursi.api.daemon import Daemon
+from tursi.api.daemon import Daemon, Look
 from tursi.api.database import Database
 from tursi.api.deployments import DeploymentControl
 from tursi.api.endpoint import endpoints, router
@@ -33,29 +33,39 @@ from tursi.config import Configuration
 from tursi.errors import InvalidRequest, RouteNotFound
 from tursi.faces import TABLE
 from tursi.faces.openai import errors
+from tursi.fleet import Part
+from tursi.lag import Lag
 from tursi.model import Role
 
 
 class Front:
     """What all listeners have in common.
 
-    ``reactor`` gives monotonic time and timers.
+    ``reactor`` gives monotonic time and timers, ``look`` how the daemon is (absent: as
+    its deployments are), ``lag`` how late the event loop is.
     """
 
     def __init__(
-        self, fleet: Fleet, info: Info, configuration: Configuration, reactor: Any
+        self,
+        fleet: Fleet,
+        info: Info,
+        configuration: Configuration,
+        reactor: Any,
+        *,
+        look: Look | None = None,
+        lag: Lag | None = None,
     ) -> None:
         self._configuration = configuration
         self._reactor = reactor
         self._audit = Audit(fleet, time.time, reactor.seconds)
-        metrics = Metrics(fleet, info, self._audit)
+        metrics = Metrics(fleet, info, self._audit, lag)
         description: Document = {}
         owners = (
             DeploymentControl(fleet),
             Database(fleet),
             Models(fleet, info),
             PullControl(fleet),
-            Daemon(fleet, metrics, info, description),
+            Daemon(fleet, metrics, info, description, look or _of(fleet)),
         )
         self.handlers = [each for owner in owners for each in endpoints(owner)]
         description.update(document(info.version, self.handlers, TABLE))
@@ -81,6 +91,13 @@ class Front:
             new_id=self._new_id,
             reactor=self._reactor,
         )
+
+
+def _of(fleet: Fleet) -> Look:
+    async def look() -> tuple[str, list[Part]]:
+        return fleet.health()
+
+    return look
 
 
 class Root(Resource):

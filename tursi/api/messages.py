@@ -269,6 +269,12 @@ class Health(msgspec.Struct, frozen=True):
     parts: list[Part]
 
 
+class Liveness(msgspec.Struct, frozen=True):
+    """That the daemon answers."""
+
+    alive: bool
+
+
 class Readiness(msgspec.Struct, frozen=True):
     """Whether everything that should serve does."""
 

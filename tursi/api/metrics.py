@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 from tursi.api.audit import Audit
 from tursi.api.fleet import Fleet
 from tursi.api.info import Info
+from tursi.lag import Lag
 from tursi.model import DeploymentStatus, Usage
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -81,7 +82,14 @@ class Growth:
 class Metrics(Collector):
     """Counts requests, and tells everything when it is asked."""
 
-    def __init__(self, fleet: Fleet, info: Info, audit: Audit | None = None) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        info: Info,
+        audit: Audit | None = None,
+        lag: Lag | None = None,
+    ) -> None:
+        self._lag = lag
         self._fleet = fleet
         self._audit = audit
         self._info = info
@@ -121,6 +129,8 @@ class Metrics(Collector):
         yield from self._requests()
         yield from self._deployments(statuses)
         yield from self._storage()
+        if self._lag is not None:
+            yield from _loop(self._lag)
         build = GaugeMetricFamily("tursi_build_info", "The daemon's version.", labels=["version"])
         build.add_metric([self._info.version], 1)
         yield build
@@ -234,6 +244,18 @@ class Metrics(Collector):
             )
             cpu.add_metric([status.name], used.total)
         yield from (phases, restarts, cpu)
+
+
+def _loop(lag: Lag) -> Iterator[Metric]:
+    buckets, total = lag.buckets()
+    lateness = HistogramMetricFamily(
+        "tursi_event_loop_lag_seconds", "How much later than asked the event loop calls."
+    )
+    lateness.add_metric([], buckets, total)
+    yield lateness
+    yield GaugeMetricFamily(
+        "tursi_event_loop_worst_lag_seconds", "The most of the last minute.", value=lag.worst
+    )
 
 
 def _rss(status: DeploymentStatus) -> int:

@@ -76,6 +76,8 @@ class Part:
     name: str
     healthy: bool
     message: str
+    kind: str = "deployment"
+    """``deployment``, ``starts``, or of the daemon itself: database, loop, disk, log."""
 
 
 class Fleet:
@@ -428,7 +430,7 @@ class Fleet:
         ]
         trouble = self._convergence.governor.trouble
         if trouble is not None:
-            parts.append(Part("starts", healthy=False, message=trouble))
+            parts.append(Part("starts", healthy=False, message=trouble, kind="starts"))
         return "healthy" if all(part.healthy for part in parts) else "degraded", parts
 
     def _statuses(self) -> list[tuple[Member, DeploymentStatus]]:
