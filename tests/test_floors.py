@@ -79,7 +79,8 @@ FLOORS = {
     ),
     "fetcher": Floor(("errors", "model", "wire"), ("msgspec", "huggingface_hub", "httpx")),
     # the user
-    "cli": Floor(("errors", "model"), ("click", "rich", "httpx")),
+    "doctor": Floor((*WORDS, "config", "sandbox"), ("msgspec", "psutil")),
+    "cli": Floor(("errors", "model", "doctor"), ("click", "rich", "httpx")),
 }
 CHILDREN_AND_USER = {"keeper", "hook", "inference", "fetcher", "cli"}
 

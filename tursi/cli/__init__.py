@@ -13,6 +13,7 @@ from tursi.cli import (
     daemon,
     database,
     deployments,
+    doctor,
     generations,
     history,
     install,
@@ -72,5 +73,6 @@ for _command in (
     install.install_service,
     daemon.status,
     daemon.version,
+    doctor.doctor,
 ):
     main.add_command(_command)
