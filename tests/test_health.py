@@ -15,7 +15,7 @@ from twisted.logger import LogEvent, formatEvent, globalLogPublisher
 from tursi import lag as lag_module
 from tursi.errors import DatabaseFull, StartingUp
 from tursi.fleet import Part
-from tursi.health import LEAST, SECONDS, Checks, overall
+from tursi.health import LEAST, REMEMBERED, SECONDS, Checks, overall
 from tursi.lag import Lag
 
 
@@ -53,7 +53,7 @@ class Bench:
             lag=self.lag,
             folders={"state": folder, "cache": folder / "not" / "there"},
             reactor=self.reactor,
-            log_dropped=lambda: self.dropped,
+            dropped={"log": lambda: self.dropped},
         )
 
     def look(self) -> Deferred[tuple[str, list[Part]]]:
@@ -127,8 +127,9 @@ def test_what_degrades(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.fleet.parts = []
     bench.dropped = 3
     status, parts = bench.now()
-    assert (status, parts["log"].message) == ("degraded", "3 messages could not be written")
-    bench.dropped = 0
+    assert (status, parts["log"].message) == ("degraded", "3 dropped")
+    bench.reactor.advance(REMEMBERED)
+    assert bench.now()[0] == "healthy"
     usage = type("Usage", (), {"free": LEAST - 1})
     monkeypatch.setattr("tursi.health.shutil.disk_usage", lambda _: usage)
     status, parts = bench.now()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,17 @@ LATE = 1.0
 LEAST = 256 * 1024 * 1024
 """Bytes of a disk below which it isn't well."""
 
+REMEMBERED = 300.0
+"""Seconds for which a loss isn't well."""
+
 Health = tuple[str, list[Part]]
 
 
 class Checks:
     """Looks at everything, at most once a second.
 
-    ``folders`` are those whose disks matter, by what they are for; ``log_dropped``
-    counts messages of the daemon's own log that were lost.
+    ``folders`` are those whose disks matter, by what they are for; ``dropped`` counts
+    what was lost for want of room or of a working disk, by what lost it.
     """
 
     def __init__(
@@ -44,14 +47,15 @@ class Checks:
         lag: Lag,
         folders: Mapping[str, Path],
         reactor: Any,
-        log_dropped: Callable[[], int] = lambda: 0,
+        dropped: Mapping[str, Callable[[], int]],
     ) -> None:
         self._fleet = fleet
         self._store = store
         self._lag = lag
         self._folders = folders
         self._reactor = reactor
-        self._log_dropped = log_dropped
+        self._dropped = dropped
+        self._losses = dict.fromkeys(dropped, (0, 0.0))
         self._answer: Health | None = None
         self._answered = 0.0
         self._waiting: list[Deferred[Health]] | None = None
@@ -81,7 +85,7 @@ class Checks:
     async def _look(self) -> Health:
         # Asked for together: neither waits for the other's deadline.
         database, disks = self._database(), self._disks()
-        own = [await database, self._loop(), *await disks, self._log()]
+        own = [await database, self._loop(), *await disks, *self._lossy()]
         _, parts = self._fleet.health()
         parts = own + parts
         return overall(parts), parts
@@ -118,10 +122,15 @@ class Checks:
         found = deferToThreadPool(self._reactor, pool, _disks, folders)
         return found.addTimeout(SECONDS, self._reactor).addErrback(silent)
 
-    def _log(self) -> Part:
-        dropped = self._log_dropped()
-        message = f"{dropped} messages could not be written" if dropped else "written"
-        return Part("log", healthy=not dropped, message=message, kind="log")
+    def _lossy(self) -> Iterator[Part]:
+        now = self._reactor.seconds()
+        for name, count in self._dropped.items():
+            lost, since = self._losses[name]
+            if count() != lost:
+                lost, since = self._losses[name] = count(), now
+            healthy = not lost or now - since > REMEMBERED
+            message = f"{lost} dropped" if lost else "nothing dropped"
+            yield Part(name, healthy=healthy, message=message, kind="drops")
 
 
 def overall(parts: list[Part]) -> str:

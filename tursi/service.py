@@ -161,6 +161,7 @@ class Daemon(Service):
             store=self._store,
             lag=self._lag,
             folders={"state": folders.state, "cache": folders.cache, "logs": folders.logs},
+            dropped={"hooks": lambda: self._hooks.dropped},
             reactor=reactor,
         )
         self._hooks = Hooks(

@@ -130,7 +130,7 @@ def test_the_parts_of_the_health() -> None:
         found = running.client.get("/health")
         assert found.status_code == 200
         parts = {each["name"]: each for each in found.json()["parts"]}
-        assert {"database", "event loop", "state", "cache", "logs", "log"} <= parts.keys()
+        assert {"database", "event loop", "state", "cache", "logs", "hooks"} <= parts.keys()
         assert parts["database"] == {
             "name": "database", "healthy": True, "message": "answers", "kind": "database",
         }  # fmt: skip

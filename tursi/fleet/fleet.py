@@ -77,7 +77,7 @@ class Part:
     healthy: bool
     message: str
     kind: str = "deployment"
-    """``deployment``, ``starts``, or of the daemon itself: database, loop, disk, log."""
+    """``deployment``, ``starts``, or of the daemon itself: database, loop, disk, drops."""
 
 
 class Fleet:
