@@ -8,9 +8,10 @@ from typing import Any, cast
 
 import pytest
 from fakes import InlineReactor, InlineThreadPool
+from zope.interface import implementer
 
 from twisted.internet.defer import Deferred, fail, succeed
-from twisted.logger import LogEvent, formatEvent, globalLogPublisher
+from twisted.logger import ILogObserver, LogEvent, formatEvent, globalLogPublisher
 
 from tursi import lag as lag_module
 from tursi.errors import DatabaseFull, StartingUp
@@ -42,7 +43,7 @@ class Fleet:
 
 class Bench:
     def __init__(self, folder: Path) -> None:
-        self.reactor: Any = InlineReactor()
+        self.reactor: Any = cast("Any", InlineReactor())
         self.reactor.getThreadPool = InlineThreadPool
         self.store, self.fleet = Store(), Fleet()
         self.lag = Lag(self.reactor)
@@ -142,7 +143,7 @@ def test_a_deployment_named_database_is_not_the_database() -> None:
 
 def test_lateness_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(lag_module.time, "monotonic", lambda: now)
+    monkeypatch.setattr("tursi.lag.time.monotonic", lambda: now)
     reactor = InlineReactor()
     lag = Lag(reactor)
     lag.start()
@@ -161,10 +162,11 @@ def test_lateness_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_stall_is_told_with_the_stack() -> None:
     notes: list[str] = []
 
+    @implementer(ILogObserver)
     def observe(noted: LogEvent) -> None:
         notes.append(formatEvent(noted))
 
-    globalLogPublisher.addObserver(observe)
+    globalLogPublisher.addObserver(cast("ILogObserver", observe))
     lag = Lag(InlineReactor())
     lag.start()
     try:
@@ -173,6 +175,6 @@ def test_a_stall_is_told_with_the_stack() -> None:
             time.sleep(0.05)
     finally:
         lag.stop()
-        globalLogPublisher.removeObserver(observe)
+        globalLogPublisher.removeObserver(cast("ILogObserver", observe))
     assert "has stood still" in notes[0]
     assert "test_a_stall_is_told_with_the_stack" in notes[0]

@@ -184,7 +184,7 @@ class Line:
                 "the hook {hook} failed for {kind}: {why}",
                 hook=self._shown,
                 kind=event.kind,
-                why=failure.getErrorMessage() or failure.type.__name__,
+                why=failure.getErrorMessage() or "it failed",
             )
 
     def _done(self, _: object) -> None:

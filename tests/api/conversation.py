@@ -19,6 +19,7 @@ from twisted.internet.testing import StringTransport
 
 from tursi.api import Front, Info
 from tursi.api.channel import Channel
+from tursi.api.daemon import Look
 from tursi.api.site import Site
 from tursi.config import Configuration, Http, Listener, Requests
 from tursi.model import Role
@@ -112,13 +113,14 @@ class House:
         http: Http | None = None,
         requests: Requests | None = None,
         hot: bool | None = None,
+        look: Look | None = None,
     ) -> None:
         self.fleet = fleet or FakeFleet()
         self.clock = Clock()
         self.configuration = Configuration(
             http=hot_or_not(http or Http(), hot), requests=requests or Requests()
         )
-        self.front = Front(self.fleet, INFO, self.configuration, self.clock)
+        self.front = Front(self.fleet, INFO, self.configuration, self.clock, look=look)
 
     def connect(self, roles: tuple[Role, ...] = tuple(Role)) -> tuple[Channel, Transport]:
         channel = self.accept(self.front.site(roles))

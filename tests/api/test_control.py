@@ -9,6 +9,7 @@ from fake_fleet import status
 from twisted.internet.defer import Deferred
 
 from tursi.errors import DatabaseFull
+from tursi.fleet import Part
 from tursi.model import DeploymentStatus, Desired, Limits, Phase, Request, Role
 
 
@@ -152,11 +153,22 @@ def test_status_says_what_runs() -> None:
     assert "twisted" in reply["versions"]
 
 
+def test_an_unhealthy_daemon_answers_503_and_is_alive_all_the_same() -> None:
+    async def look() -> tuple[str, list[Part]]:
+        return "unhealthy", [Part("database", healthy=False, message="silent", kind="database")]
+
+    house = House(look=look)
+    answer = house.ask("GET", "/health")
+    assert (answer.status, answer.json()["status"]) == (503, "unhealthy")
+    alive = house.ask("GET", "/live")
+    assert (alive.status, alive.json()) == (200, {"alive": True})
+
+
 def test_health_and_readiness() -> None:
     house = House()
     assert house.ask("GET", "/health").json() == {
         "status": "healthy",
-        "parts": [{"name": "small", "healthy": True, "message": "ready"}],
+        "parts": [{"name": "small", "healthy": True, "message": "ready", "kind": "deployment"}],
     }
     assert house.ask("GET", "/ready").status == 200
     house.fleet.statuses["slow"] = status("slow", phase=Phase.LOADING, ready=0)
