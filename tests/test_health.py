@@ -16,8 +16,9 @@ from twisted.logger import ILogObserver, LogEvent, formatEvent, globalLogPublish
 from tursi import lag as lag_module
 from tursi.errors import DatabaseFull, StartingUp
 from tursi.fleet import Part
-from tursi.health import LEAST, REMEMBERED, SECONDS, Checks, overall
+from tursi.health import LEAST, REMEMBERED, SECONDS, STUCK, Checks, overall
 from tursi.lag import Lag
+from tursi.model import StorageStatus
 
 
 class Store:
@@ -29,11 +30,18 @@ class Store:
         self.asked += 1
         return self.answer
 
+    def last_crash(self) -> Deferred[int]:
+        return succeed(0)
+
 
 class Fleet:
     def __init__(self) -> None:
         self.parts = [Part("mini", healthy=True, message="ready")]
         self.starting = False
+        self.waiting = 0
+
+    def storage(self) -> StorageStatus:
+        return StorageStatus(waiting=self.waiting)
 
     def health(self) -> tuple[str, list[Part]]:
         if self.starting:
@@ -76,7 +84,7 @@ def bench(tmp_path: Path) -> Bench:
 def test_all_is_well(bench: Bench) -> None:
     status, parts = bench.now()
     assert status == "healthy"
-    assert set(parts) == {"database", "event loop", "state", "cache", "log", "mini"}
+    assert set(parts) == {"database", "writes", "event loop", "state", "cache", "log", "mini"}
     assert "GiB free" in parts["cache"].message
 
 
@@ -135,6 +143,16 @@ def test_what_degrades(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tursi.health.shutil.disk_usage", lambda _: usage)
     status, parts = bench.now()
     assert (status, parts["state"].healthy) == ("degraded", False)
+
+
+def test_writes_that_wait_for_a_full_disk(bench: Bench) -> None:
+    bench.fleet.waiting = 5
+    assert bench.now()[0] == "healthy"
+    bench.reactor.advance(STUCK)
+    status, parts = bench.now()
+    assert (status, parts["writes"].message) == ("degraded", "5 wait for the disk")
+    bench.fleet.waiting = 0
+    assert bench.now()[0] == "healthy"
 
 
 def test_a_deployment_named_database_is_not_the_database() -> None:

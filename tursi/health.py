@@ -26,6 +26,8 @@ LATE = 1.0
 LEAST = 256 * 1024 * 1024
 """Bytes of a disk below which it isn't well."""
 
+STUCK = 10.0
+"""Seconds for which writes may wait for the disk, full or locked."""
 REMEMBERED = 300.0
 """Seconds for which a loss isn't well."""
 
@@ -55,6 +57,7 @@ class Checks:
         self._folders = folders
         self._reactor = reactor
         self._dropped = dropped
+        self._stuck_since: float | None = None
         self._losses = dict.fromkeys(dropped, (0, 0.0))
         self._answer: Health | None = None
         self._answered = 0.0
@@ -85,7 +88,7 @@ class Checks:
     async def _look(self) -> Health:
         # Asked for together: neither waits for the other's deadline.
         database, disks = self._database(), self._disks()
-        own = [await database, self._loop(), *await disks, *self._lossy()]
+        own = [await database, self._writes(), self._loop(), *await disks, *self._lossy()]
         _, parts = self._fleet.health()
         parts = own + parts
         return overall(parts), parts
@@ -103,8 +106,19 @@ class Checks:
                 why = "can't be used"
             return Part("database", healthy=False, message=why, kind="database")
 
-        found = self._store.ping().addTimeout(SECONDS, self._reactor)
-        return found.addCallbacks(answered, silent)
+        # Through both threads, and to the file itself.
+        found = self._store.ping().addCallback(lambda _: self._store.last_crash())
+        return found.addTimeout(SECONDS, self._reactor).addCallbacks(answered, silent)
+
+    def _writes(self) -> Part:
+        waiting, now = self._fleet.storage().waiting, self._reactor.seconds()
+        if not waiting:
+            self._stuck_since = None
+        elif self._stuck_since is None:
+            self._stuck_since = now
+        stuck = self._stuck_since is not None and now - self._stuck_since > STUCK
+        message = f"{waiting} wait for the disk" if waiting else "nothing waits"
+        return Part("writes", healthy=not stuck, message=message, kind="disk")
 
     def _loop(self) -> Part:
         worst = self._lag.worst

@@ -161,7 +161,12 @@ class Daemon(Service):
             store=self._store,
             lag=self._lag,
             folders={"state": folders.state, "cache": folders.cache, "logs": folders.logs},
-            dropped={"hooks": lambda: self._hooks.dropped},
+            dropped={
+                "hooks": lambda: self._hooks.dropped,
+                "notes": lambda: self._fleet.storage().notes_dropped,
+                "statistics": lambda: self._fleet.storage().minutes_dropped,
+                "worker logs": lambda: self._fleet.storage().log_lines_dropped,
+            },
             reactor=reactor,
         )
         self._hooks = Hooks(

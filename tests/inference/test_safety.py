@@ -150,6 +150,23 @@ def test_pickled_weights_are_loaded_where_it_is_allowed_and_code_in_them_is_not(
     assert not canary.exists()
 
 
+def test_a_template_bomb_costs_its_request_and_not_the_worker(tmp_path: Path) -> None:
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    folder = models.chat(tmp_path / "model", chat_template=loop)
+    with worker_process(tmp_path / "log") as process:
+        process.load(folder, device="cpu")
+        messages = [{"role": "user", "content": "hello"}]
+        process.ask(1, "openai.chat", {"model": "m", "messages": messages, "max_tokens": 2})
+        head, body, _ = process.answer(1)
+        assert head is not None
+        assert head.status == 400
+        assert b"processor time" in body
+        process.ask(2, "openai.completions", {"model": "m", "prompt": "hello", "max_tokens": 2})
+        head, _, _ = process.answer(2)
+        assert head is not None
+        assert head.status == 200
+
+
 # -- by content ---------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -121,6 +122,27 @@ url = "http://127.0.0.1:1/nobody"
             assert time.monotonic() - began < 5
             assert running.stop() == 0
         assert not running.tree()
+
+
+def test_the_doctor_sees_a_running_daemon() -> None:
+    with daemon(scripted=True) as running:
+        done = subprocess.run(
+            [
+                *(sys.executable, "-c", "from tursi.cli import main; main(prog_name='tursi')"),
+                *("--socket", str(running.runtime / "control.sock"), "doctor", "--json"),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={"PATH": "/usr/bin:/bin", "HOME": str(running.folder)},
+            check=False,
+        )
+        found = {each["name"]: each for each in json.loads(done.stdout)["findings"]}
+        assert running.process is not None
+        assert f"(pid {running.process.pid})" in found["daemon"]["message"]
+        assert found["control socket"]["level"] == "ok"
+        assert found["database"]["message"].startswith(str(running.state))
+        assert "port" not in found
 
 
 def test_the_parts_of_the_health() -> None:
