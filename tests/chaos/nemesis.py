@@ -182,7 +182,7 @@ class Nemesis(threading.Thread):
         with suppress(ProcessLookupError, psutil.NoSuchProcess):
             if kind.keeper:
                 pid = psutil.Process(pid).ppid()
-                if not any("keeper.py" in word for word in psutil.Process(pid).cmdline()):
+                if not is_keeper(psutil.Process(pid)):
                     return  # it has gone already
             if kind.name == "keeper stopped":
                 self._stopped.append(psutil.Process(pid))
@@ -232,9 +232,15 @@ class Nemesis(threading.Thread):
             if status != 0:
                 self._tell_violation(f"the daemon ended with {status} at SIGTERM")
         else:
+            keepers = [each for each in tree if is_keeper(each)]
+            killed = self._chance.sample(keepers, min(self._chance.choice((0, 0, 2)), len(keepers)))
+            for keeper in killed:
+                with suppress(psutil.NoSuchProcess):
+                    keeper.kill()
             self._running.kill()
-            # A stopped keeper clears nothing: that is left to the next daemon.
-            if not any(map(lives, self._stopped)) and self._chance.random() < 0.5:
+            # A keeper that is stopped or gone clears nothing: that is left to the next daemon.
+            clears = not killed and not any(map(lives, self._stopped))
+            if clears and self._chance.random() < 0.5:
                 self._wait_gone(tree, ended)
                 self.gone_seconds.append(time.monotonic() - ended)
         if self._chance.random() < 0.3:
@@ -272,6 +278,14 @@ class Nemesis(threading.Thread):
     def heal(self) -> None:
         """Undo whatever doesn't pass by itself."""
         set_clock(self._clock, 0.0)
+
+
+def is_keeper(process: psutil.Process) -> bool:
+    """Whether it is a worker's keeper."""
+    try:
+        return any("keeper.py" in word for word in process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def lives(process: psutil.Process) -> bool:
