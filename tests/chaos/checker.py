@@ -233,23 +233,42 @@ def flat(samples: Sequence[Sample]) -> tuple[Slope, Slope, list[str]]:
     return descriptors, rss, found
 
 
+def near(ask: Ask, history: History) -> str:
+    """The faults that may have to do with the fate of a request."""
+    found = [
+        f"{fault.kind} at {fault.at - ask.began:+.2f} s"
+        for fault in history.faults
+        if fault.deployment in {ask.deployment, ""}
+        and fault.at <= ask.ended
+        and fault.until >= ask.began
+    ]
+    return ", ".join(found) or "no fault near"
+
+
+def slowest(history: History, count: int = 3) -> list[str]:
+    """The answers that took longest, and what happened meanwhile."""
+    answered = [
+        ask
+        for ask, fate in judged(history)
+        if fate is Judgement.ANSWERED and history.roles[ask.deployment] is not Role.CHURN
+    ]
+    answered.sort(key=lambda ask: ask.began - ask.ended)
+    return [
+        f"slow: {ask.deployment} took {ask.ended - ask.began:.2f} s [{near(ask, history)}]"
+        for ask in answered[:count]
+    ]
+
+
 def violations(history: History) -> list[str]:
     """Every promise that was broken."""
     found = list(history.violations)
     for ask, judgement in judged(history):
         if judgement is Judgement.LOST:
             what = ask.note if ask.right else "another request's answer"
-            near = [
-                f"{fault.kind} {ask.began - fault.at:.2f} s before"
-                for fault in history.faults
-                if fault.deployment in {ask.deployment, ""}
-                and fault.at <= ask.ended
-                and fault.until >= ask.began
-            ]
             found.append(
                 f"{ask.deployment} ({history.roles[ask.deployment].value}): a request of"
                 f" {ask.ended - ask.began:.2f} s got {ask.status} {what}"
-                f" [{', '.join(near) or 'no fault near'}]"
+                f" [{near(ask, history)}]"
             )
     return found + lost_changes(history.changes) + flat(history.samples)[2]
 

@@ -32,6 +32,7 @@ from checker import (  # noqa: E402 - after the path
     Role,
     Sample,
     lost_changes,
+    slowest,
     table,
     violations,
 )
@@ -299,7 +300,7 @@ def main() -> int:
         run.go()
     finally:
         broken = violations(run.history)
-        print("\n".join([*table(run.history), *run.figures]))
+        print("\n".join([*table(run.history), *run.figures, *slowest(run.history)]))
         if broken or given.keep:
             print(f"state folder: {folder}")
         else:

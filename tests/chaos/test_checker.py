@@ -18,6 +18,7 @@ from checker import (
     judge,
     lost_changes,
     slope,
+    slowest,
     table,
     violations,
 )
@@ -141,8 +142,9 @@ def test_all_of_it_is_told() -> None:
     found = violations(history)
     assert len(found) == 3
     assert found[0] == "an orphan"
-    assert "one (hit): a request of 2.00 s got 502 worker_lost [kill -1.00 s before]" in found[1]
+    assert "one (hit): a request of 2.00 s got 502 worker_lost [kill at +1.00 s]" in found[1]
     assert "read found None" in found[2]
     text = "\n".join(table(history))
     assert "1 x kill" in text
+    assert slowest(history) == ["slow: two took 1.00 s [no fault near]"]
     assert "1 acknowledged, 0 not found, 0 unknown; 1 reads; 1 lost" in text
