@@ -6,6 +6,7 @@ import errno
 import ipaddress
 import os
 import socket
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IListeningPort, IProtocolFactory
+from twisted.internet.unix import Port as UnixPort
 from twisted.python.failure import Failure
 
 from tursi.config import Listener
@@ -177,12 +179,14 @@ def _handed_over() -> Iterator[tuple[str, int]]:
 
 def bind(reactor: Any, listener: Listener, factory: IProtocolFactory) -> IListeningPort:
     """Listen now; a failure is raised rather than left in a Deferred."""
+    if is_handed_over(listener):
+        found = _look(listener.endpoint)
+        if found.descriptor is not None and found.port is None:
+            return _adopt(reactor, found.descriptor, factory)
     outcome: list[IListeningPort | Failure] = []
     serverFromString(reactor, listener.endpoint).listen(factory).addBoth(outcome.append)
     if not outcome:
         raise ConfigurationError(f"{listener.endpoint!r} doesn't listen at once.")
-    if is_handed_over(listener) and not isinstance(outcome[0], Failure):
-        _leave_it(outcome[0])
     if isinstance(outcome[0], Failure):
         error = outcome[0].value
         if isinstance(error, CannotListenError):
@@ -191,13 +195,21 @@ def bind(reactor: Any, listener: Listener, factory: IProtocolFactory) -> IListen
     return outcome[0]
 
 
-def _leave_it(port: Any) -> None:
-    """Have a Unix port leave its socket to the service manager, as TCP ports do."""
-    # Twisted would shut the socket down and remove its file, and no later
-    # start could serve it.
-    if hasattr(port, "_bindPath"):
-        port._shouldShutdown = False  # noqa: SLF001 - no other way
-        port._bindPath = b"\0"  # noqa: SLF001 - an abstract name has no file
+def _adopt(reactor: Any, descriptor: int, factory: IProtocolFactory) -> IListeningPort:
+    """Listen on a Unix socket of the service manager, and leave it as it was."""
+    # Twisted's own way opens the socket to everybody; and with the port it would shut the
+    # socket down and remove its file, so that no later start could serve it.
+    os.set_blocking(descriptor, False)
+    port: Any = UnixPort._fromListeningDescriptor(reactor, descriptor, factory)  # noqa: SLF001 - no other way
+    os.close(descriptor)
+    path = port._preexistingSocket.getsockname()  # noqa: SLF001 - the same
+    if isinstance(path, str):
+        port.mode = stat.S_IMODE(Path(path).stat().st_mode)
+    port.startListening()
+    port._shouldShutdown = False  # noqa: SLF001 - the same
+    port._bindPath = b"\0"  # noqa: SLF001 - an abstract name has no file
+    listening: IListeningPort = port
+    return listening
 
 
 def _cannot_listen(endpoint: str, error: OSError) -> AddressInUse:

@@ -16,13 +16,13 @@ from typing import Any
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, ensureDeferred, maybeDeferred
-from twisted.internet.interfaces import IListeningPort
+from twisted.internet.interfaces import IListeningPort, IProtocolFactory
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tursi import __version__, api, sandbox, store
-from tursi.config import Configuration
+from tursi.config import Configuration, Listener
 from tursi.errors import (
     AlreadyRunning,
     ConfigurationError,
@@ -154,6 +154,7 @@ class Daemon(Service):
         others = configuration.http.listeners
         self._listeners = (control(folders.socket, others), *others)
         self._ports: list[IListeningPort] = []
+        self._late: list[tuple[Listener, IProtocolFactory]] = []
         self._notifier = Notifier(reactor, environment)
         self._lag = Lag(reactor)
         self._checks = Checks(
@@ -224,7 +225,11 @@ class Daemon(Service):
             lag=self._lag,
         )
         for listener in self._listeners:
-            self._ports.append(bind(self._reactor, listener, front.site(listener.roles)))
+            site = front.site(listener.roles)
+            if is_handed_over(listener):
+                self._late.append((listener, site))
+            else:
+                self._ports.append(bind(self._reactor, listener, site))
 
     def _contain(self) -> Encloser:
         """Find out how workers can be confined here; before any child is started."""
@@ -257,6 +262,8 @@ class Daemon(Service):
         self._monitor.startService()
         self._hooks.start(lambda tell: self._fleet.watch(None, tell))
         await self._fleet.open()
+        # Who has connected there has waited, rather than being told to come again.
+        self._ports += [bind(self._reactor, *each) for each in self._late]
         log.info(
             "tursi {version} serves on {listeners}",
             version=__version__,
