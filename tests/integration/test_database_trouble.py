@@ -304,7 +304,7 @@ def test_a_lock_that_another_holds_delays_changes_only(running: Daemon) -> None:
         slowest = 0.0
         while any(each.is_alive() for each in changing):
             begin = time.monotonic()
-            assert running.client.get("/health").status_code == 200
+            assert running.client.get("/live").status_code == 200
             assert ask(running, "echo") == 200
             slowest = max(slowest, time.monotonic() - begin)
         assert running.control.get("/events").status_code == 200
