@@ -23,7 +23,9 @@ class Floor(NamedTuple):
 
 
 WORDS = ("errors", "model", "tasks", "folder")
-PURE = (*WORDS, "heartbeat", "config", "wire", "lifecycle", "plan", "schema", "faces")
+PURE = (
+    *WORDS, "heartbeat", "config", "wire", "lifecycle", "plan", "residency", "schema", "faces"
+)  # fmt: skip
 STATE = ("store", "supervision", "hub", "lock")
 SANS_IO = ("msgspec", "automat")
 NETWORK = ("twisted", "zope", *SANS_IO)
@@ -44,6 +46,7 @@ FLOORS = {
     "config": Floor(WORDS, SANS_IO),
     "wire": Floor(WORDS, SANS_IO),
     "plan": Floor(WORDS, SANS_IO),
+    "residency": Floor(WORDS, SANS_IO),
     "schema": Floor(WORDS, SANS_IO),
     "lifecycle": Floor((*WORDS, "heartbeat", "config", "wire"), SANS_IO),
     "faces": Floor((*WORDS, "config", "wire", "schema"), SANS_IO),

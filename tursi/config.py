@@ -115,6 +115,21 @@ class Workers(_Table, frozen=True):
     """Logs of earlier lives that are kept per deployment."""
 
 
+class Memory(_Table, frozen=True):
+    """What models may take of this machine's memory."""
+
+    limit_bytes: Annotated[int, msgspec.Meta(ge=0, le=1024**5)] = 0
+    """For all workers together; 0 means what the machine has."""
+    reserve_bytes: Annotated[int, msgspec.Meta(ge=0, le=1024**5)] = 512 * 1024 * 1024
+    """Of what is free, so much stays so."""
+    keep_alive_seconds: Annotated[float, msgspec.Meta(ge=-1, le=366 * 86400)] = 300.0
+    """How long a model that is loaded on demand stays without a request; -1: for ever."""
+    max_wait_seconds: Positive = 30.0
+    """Requests that have waited so long for a model's turn go before all others."""
+    min_residency_seconds: Positive = 10.0
+    """So long a model stays at least before it makes room for another."""
+
+
 class Hub(_Table, frozen=True):
     """Where models are downloaded from."""
 
@@ -170,6 +185,7 @@ class Configuration(_Table, frozen=True):
     http: Http = Http()
     requests: Requests = Requests()
     workers: Workers = Workers()
+    memory: Memory = Memory()
     hub: Hub = Hub()
     storage: Storage = Storage()
     hooks: Hooks = ()

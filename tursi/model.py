@@ -248,6 +248,26 @@ def _unmet(name: str, why: str) -> InvalidRequest:
     return InvalidRequest(f"The limit {name} can't be met: {why}.", param=f"limits.{name}")
 
 
+class Load(StrEnum):
+    """When a deployment's workers are in memory."""
+
+    ALWAYS = "always"
+    ON_DEMAND = "on_demand"
+    """From the first request until nobody has asked for a while, or others need the memory."""
+    MANUAL = "manual"
+    """When somebody says so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """When a deployment is in memory; changing that needs no new generation."""
+
+    load: Load = Load.ALWAYS
+    keep_alive: float | None = None
+    """Seconds without a request after which it is unloaded, less than 0: never; ``None``: as
+    configured. It only matters for what is loaded on demand."""
+
+
 @dataclass(frozen=True, slots=True)
 class Trust:
     """What a model may bring besides data; whoever allows it trusts the model's author."""
@@ -339,6 +359,7 @@ class Deployment:
     generation: Generation
     created_at: float
     updated_at: float
+    schedule: Schedule = Schedule()
 
 
 @dataclass(frozen=True, slots=True)
@@ -570,6 +591,13 @@ class DeploymentStatus:
     workers: tuple[WorkerStatus, ...] = ()
     limits: Limits = Limits()
     """Of each worker, as asked for."""
+    load: Load = Load.ALWAYS
+    keep_alive: float | None = None
+    """Seconds, as asked for."""
+    unloads_at: float | None = None
+    """When it will be unloaded, unless it is used."""
+    memory: int | None = None
+    """Bytes that each worker is reckoned to need."""
     allow_pickle: bool = False
     """Whether weights in pickle files may be loaded."""
     trust_remote_code: bool = False

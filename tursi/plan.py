@@ -45,6 +45,8 @@ class Seen:
     key: Key
     phase: Phase
     retiring: bool
+    memory: int = 0
+    """Bytes that it is reckoned to need."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +81,15 @@ class Retire:
 Action: TypeAlias = Resolve | Create | Admit | Retire
 
 
-def decide(wanted: Sequence[Wanted], seen: Sequence[Seen], slots: int = LOAD_SLOTS) -> list[Action]:
+def decide(
+    wanted: Sequence[Wanted],
+    seen: Sequence[Seen],
+    slots: int = LOAD_SLOTS,
+    room: int | None = None,
+) -> list[Action]:
     """The actions that bring ``seen`` nearer to ``wanted``.
 
+    ``room`` is the memory in bytes that loads may still take; ``None`` means enough.
     Deciding again after acting yields nothing new, so it may be called at any
     time. A new generation starts beside the old one, which goes on serving
     until every replica of the new one is ready; if the new one fails, the old
@@ -96,7 +104,7 @@ def decide(wanted: Sequence[Wanted], seen: Sequence[Seen], slots: int = LOAD_SLO
         actions += _deployment(want, by_deployment.pop(want.deployment, []))
     for workers in by_deployment.values():
         actions += _retire(workers)
-    return actions + _admissions(seen, actions, slots)
+    return actions + _admissions(seen, actions, slots, room)
 
 
 def _deployment(want: Wanted, workers: Collection[Seen]) -> list[Action]:
@@ -131,12 +139,24 @@ def _retire(workers: Collection[Seen]) -> list[Action]:
     return [Retire(worker.key) for worker in workers if not worker.retiring]
 
 
-def _admissions(seen: Sequence[Seen], actions: Sequence[Action], slots: int) -> list[Action]:
+def _admissions(
+    seen: Sequence[Seen], actions: Sequence[Action], slots: int, room: int | None
+) -> list[Action]:
     leaving = {action.key for action in actions if isinstance(action, Retire)}
     free = slots - sum(1 for worker in seen if worker.phase in _LOADING)
     queued = [
-        worker.key
+        worker
         for worker in seen
         if worker.phase is Phase.QUEUED and not worker.retiring and worker.key not in leaving
     ]
-    return [Admit(key) for key in queued[: max(free, 0)]]
+    admitted: list[Action] = []
+    for worker in queued:
+        if len(admitted) >= free:
+            break
+        if room is not None:
+            # What is smaller needn't wait for what doesn't fit.
+            if worker.memory > room:
+                continue
+            room -= worker.memory
+        admitted.append(Admit(worker.key))
+    return admitted

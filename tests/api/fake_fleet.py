@@ -38,6 +38,7 @@ from tursi.model import (
     PullStatus,
     Request,
     Sample,
+    Schedule,
     StorageStatus,
     Story,
     Usage,
@@ -201,6 +202,7 @@ class FakeFleet:
     recording: Deferred[None] | None = None
     """What the next record waits for."""
     copy: Path | None = None
+    schedules: list[Schedule | None] = field(default_factory=list)
     catalogue: FakeCatalogue = field(default_factory=FakeCatalogue)
     pulls: FakePulls = field(default_factory=FakePulls)
     meanwhile: Callable[[], None] = lambda: None
@@ -230,9 +232,15 @@ class FakeFleet:
             raise DeploymentNotFound(f"There is no deployment {name!r}.") from None
 
     async def deploy(
-        self, name: str | None, request: Request, replicas: int, by: str
+        self,
+        name: str | None,
+        request: Request,
+        replicas: int,
+        by: str,
+        schedule: Schedule | None = None,
     ) -> tuple[DeploymentStatus, str]:
         self.calls.append(("deploy", name, request, replicas, by))
+        self.schedules.append(schedule)
         assert name is not None
         outcome = "unchanged" if name in self.statuses else "created"
         self.statuses[name] = status(name, model=request.model, replicas=replicas)
@@ -263,6 +271,12 @@ class FakeFleet:
     ) -> tuple[DeploymentStatus, str]:
         self.calls.append(("roll_back", name, number, by))
         return self.deployment(name), "replaced"
+
+    async def load(self, name: str, by: str) -> DeploymentStatus:
+        return await self._change("load", name, by)
+
+    async def unload(self, name: str, by: str) -> DeploymentStatus:
+        return await self._change("unload", name, by)
 
     async def generations(self, name: str) -> list[Generation]:
         return [Generation(1, Request(self.deployment(name).model), 1_700_000_000.0, "uid 0")]

@@ -10,7 +10,7 @@ from twisted.internet.defer import Deferred
 
 from tursi.errors import DatabaseFull
 from tursi.fleet import Part
-from tursi.model import DeploymentStatus, Desired, Limits, Phase, Request, Role
+from tursi.model import DeploymentStatus, Desired, Limits, Load, Phase, Request, Role, Schedule
 
 
 def test_deployments_are_listed_with_times_in_rfc_3339() -> None:
@@ -85,7 +85,28 @@ def test_post_takes_the_name_from_the_reference() -> None:
     assert house.fleet.calls[1][1] == "mine"
 
 
-@pytest.mark.parametrize("action", ["start", "stop", "restart"])
+def test_a_schedule_is_what_the_body_says_and_the_rest_as_it_was() -> None:
+    house = House()
+    for body in (
+        {},
+        {"load": "on_demand"},
+        {"keep_alive": 0},
+        {"load": "manual", "keep_alive": -1},
+    ):
+        reply = house.ask("PUT", "/deployments/small", {"model": "org/small", **body})
+        assert reply.status == 200
+    assert house.fleet.schedules == [
+        None,
+        Schedule(Load.ON_DEMAND),
+        Schedule(Load.ALWAYS, 0),
+        Schedule(Load.MANUAL, -1),
+    ]
+    for wrong in ({"load": "sometimes"}, {"keep_alive": -2}):
+        reply = house.ask("PUT", "/deployments/small", {"model": "org/small", **wrong})
+        assert reply.status == 400
+
+
+@pytest.mark.parametrize("action", ["start", "stop", "restart", "load", "unload"])
 def test_actions_are_accepted(action: str) -> None:
     house = House()
     reply = house.ask("POST", f"/deployments/small/{action}")

@@ -96,7 +96,7 @@ def deployment(phase: str = "ready", **fields: Any) -> dict[str, Any]:
         "device": "cpu", "dtype": "float32", "commit": None,
         "created_at": "2026-01-02T03:04:05Z", "updated_at": "2026-01-02T03:04:05Z",
         "reason": None, "failure": None, "next_try_at": None, "progress": None, "queued": 0,
-        "in_flight": 0, "workers": [worker(phase)], **fields,
+        "in_flight": 0, "workers": [worker(phase)], "load": "always", "keep_alive": None, **fields,
     }  # fmt: skip
 
 

@@ -158,6 +158,7 @@ class Bench:
         self.store.start()
         self.hub = FakeHub()
         self.workers: list[FakeWorker] = []
+        self.available: int | None = None
         self.fleet = Fleet(
             store=self.store,
             hub=self.hub,  # type: ignore[arg-type] # a fake
@@ -166,7 +167,8 @@ class Bench:
             logs=folder / "logs",
             reactor=self.reactor,
             now=lambda: NOW,
-            host=Host(memory=2**30, cores=4, files=1024),
+            host=Host(memory=2**36, cores=4, files=1024),
+            available=lambda: self.available,
         )
 
     def make(
@@ -565,8 +567,8 @@ def test_limits_reach_the_worker_and_the_status(bench: Bench) -> None:
     (worker,) = bench.workers
     assert (worker.limits, worker.order.threads) == (limits, 3)
     assert bench.fleet.deployment("a").limits == limits
-    with pytest.raises(InvalidRequest, match=r"1\.0 GiB here"):
-        bench.deploy(limits=Limits(memory=2**31))
+    with pytest.raises(InvalidRequest, match=r"64\.0 GiB here"):
+        bench.deploy(limits=Limits(memory=2**37))
 
 
 def test_what_a_model_may_bring_reaches_the_hub_the_worker_and_the_status(bench: Bench) -> None:
@@ -631,6 +633,33 @@ def test_threads_beyond_the_cores_are_told_when_it_comes_to_that(bench: Bench) -
     bench.workers[2].become(Phase.LOADING)
     bench.turn()
     assert len(told()) == 2
+
+
+def test_a_load_waits_until_the_machine_has_memory_for_it(bench: Bench) -> None:
+    bench.available = 2**30
+    bench.deploy()
+    bench.found(size=2**30)
+    status = bench.fleet.deployment("a")
+    assert status.phase is Phase.QUEUED
+    assert status.reason == "It waits for memory: it needs about 1.6 GiB, 512.0 MiB are free."
+    # What others on the machine give back tells nobody: it is looked for.
+    bench.available = 2**32
+    bench.reactor.advance(1.1)
+    bench.turn()
+    assert bench.phase() is Phase.SPAWNING
+
+
+def test_what_a_model_has_needed_is_remembered(bench: Bench, tmp_path: Path) -> None:
+    bench.deploy()
+    bench.found(size=1000)
+    (worker,) = bench.workers
+    life = WorkerLife("u", "a", 1, 0, "boot", NOW, ready_at=NOW + 7, ended_at=NOW + 9)
+    worker.observer.life(replace(life, peak_rss=3 * 2**30))
+    assert bench.fleet.deployment("a").memory == 3 * 2**30
+    bench.available = 2**30
+    worker.become(Phase.QUEUED)
+    bench.turn()
+    assert "it needs about 3.0 GiB" in (bench.fleet.deployment("a").reason or "")
 
 
 def test_what_a_worker_warns_of_is_an_event(bench: Bench) -> None:

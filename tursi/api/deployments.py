@@ -33,7 +33,18 @@ from tursi.api.messages import (
 )
 from tursi.api.stream import Follow
 from tursi.errors import CrashNotFound, DeploymentNotFound
-from tursi.model import DeploymentStatus, Dossier, Event, Limits, Reference, Request, Role, Story
+from tursi.model import (
+    DeploymentStatus,
+    Dossier,
+    Event,
+    Limits,
+    Load,
+    Reference,
+    Request,
+    Role,
+    Schedule,
+    Story,
+)
 
 _CONTROL: dict[str, Any] = {"role": Role.CONTROL}
 _ACCEPTED: dict[str, Any] = {**_CONTROL, "reply": DeploymentStatus, "statuses": (202,)}
@@ -62,24 +73,11 @@ class DeploymentControl:
         **_CONTROL,
     )
     async def create(
-        self,
-        name: str | None,
-        model: str,
-        task: str | None,
-        device: str | None,
-        dtype: str | None,
-        replicas: int | None,
-        limits: LimitsBody | None,
-        allow_pickle: bool | None,
-        trust_remote_code: bool | None,
-        by: str,
+        self, name: str | None, model: str, by: str, **rest: Any
     ) -> Deployed | Status[Deployed]:
         """Deploy a model, or change its deployment, under its own or a given name."""
         chosen = name if name is not None else Reference.parse(model).short_name
-        return await self.put(
-            chosen, model, task, device, dtype, replicas, limits, allow_pickle, trust_remote_code,
-            by,
-        )  # fmt: skip
+        return await self.put(chosen, model, by=by, **rest)
 
     @endpoint(
         "PUT", "/deployments/<name>", body=DeploymentBody, reply=Deployed, statuses=(200, 201),
@@ -96,6 +94,8 @@ class DeploymentControl:
         limits: LimitsBody | None,
         allow_pickle: bool | None,
         trust_remote_code: bool | None,
+        load: Load | None,
+        keep_alive: float | None,
         by: str,
     ) -> Deployed | Status[Deployed]:
         """Create the deployment, or change it; the answer comes once that is durable."""
@@ -108,17 +108,22 @@ class DeploymentControl:
             allow_pickle=bool(allow_pickle),
             trust_remote_code=bool(trust_remote_code),
         )
+        before = self._before(name)
         deployment, outcome = await self._fleet.deploy(
-            name, request, replicas or self._replicas(name), by
+            name,
+            request,
+            replicas or (before.replicas if before else 1),
+            by,
+            _schedule(before, load, keep_alive),
         )
         reply = Deployed(deployment, outcome)
         return Status(201, reply) if outcome == "created" else reply
 
-    def _replicas(self, name: str) -> int:
+    def _before(self, name: str) -> DeploymentStatus | None:
         try:
-            return self._fleet.deployment(name).replicas
+            return self._fleet.deployment(name)
         except DeploymentNotFound:
-            return 1
+            return None
 
     @endpoint("GET", "/deployments/<name>", reply=DeploymentStatus, **_CONTROL)
     def show(self, name: str) -> DeploymentStatus:
@@ -139,6 +144,16 @@ class DeploymentControl:
     async def stop(self, name: str, by: str) -> DeploymentStatus:
         """Stop the deployment; its workers finish what they are at."""
         return await self._fleet.stop(name, by)
+
+    @endpoint("POST", "/deployments/<name>/load", **_ACCEPTED)
+    async def load(self, name: str, by: str) -> DeploymentStatus:
+        """Have the deployment in memory now, whatever its schedule."""
+        return await self._fleet.load(name, by)
+
+    @endpoint("POST", "/deployments/<name>/unload", **_ACCEPTED)
+    async def unload(self, name: str, by: str) -> DeploymentStatus:
+        """Free the deployment's memory after its running requests."""
+        return await self._fleet.unload(name, by)
 
     @endpoint("POST", "/deployments/<name>/restart", **_ACCEPTED)
     async def restart(self, name: str, by: str) -> DeploymentStatus:
@@ -245,6 +260,16 @@ class DeploymentControl:
             unseen=_later,
             encode=_event,
         )
+
+
+def _schedule(
+    before: DeploymentStatus | None, load: Load | None, keep_alive: float | None
+) -> Schedule | None:
+    """What a body says of it, the rest as it was; ``None`` if it says nothing."""
+    if load is None and keep_alive is None:
+        return None
+    was = Schedule(before.load, before.keep_alive) if before else Schedule()
+    return Schedule(load or was.load, was.keep_alive if keep_alive is None else keep_alive)
 
 
 def _beyond(history: Sequence[str], early: Sequence[str]) -> Sequence[str]:

@@ -21,6 +21,7 @@ from tursi.model import (
     Minute,
     PullStatus,
     Request,
+    Schedule,
     StorageStatus,
     Story,
     Usage,
@@ -153,7 +154,12 @@ class Fleet(Protocol):
         ...
 
     async def deploy(
-        self, name: str | None, request: Request, replicas: int, by: str
+        self,
+        name: str | None,
+        request: Request,
+        replicas: int,
+        by: str,
+        schedule: Schedule | None = None,
     ) -> tuple[DeploymentStatus, str]:
         """Create or change a deployment; says which it was."""
         ...
@@ -174,6 +180,14 @@ class Fleet(Protocol):
 
     async def stop(self, name: str, by: str) -> DeploymentStatus:
         """Want it stopped."""
+        ...
+
+    async def load(self, name: str, by: str) -> DeploymentStatus:
+        """Have it in memory."""
+        ...
+
+    async def unload(self, name: str, by: str) -> DeploymentStatus:
+        """Free its memory."""
         ...
 
     async def restart(self, name: str, by: str) -> DeploymentStatus:

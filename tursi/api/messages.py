@@ -17,6 +17,7 @@ from tursi.model import (
     Event,
     Generation,
     Limits,
+    Load,
     Minute,
     PullStatus,
     Role,
@@ -66,6 +67,10 @@ class DeploymentBody(_Body):
     """Load weights from pickle files, where the model has no others."""
     trust_remote_code: bool | None = None
     """Run Python code from the model's own files, with all that the worker may do."""
+    load: Load | None = None
+    """When it is in memory; absent: as it was, or always."""
+    keep_alive: Annotated[float, msgspec.Meta(ge=-1, le=366 * 86400)] | None = None
+    """Seconds without a request after which what is loaded on demand is unloaded; -1: never."""
 
 
 class NewDeploymentBody(DeploymentBody):

@@ -53,6 +53,8 @@ for _command in (
     deployments.up,
     deployments.down,
     deployments.ps,
+    deployments.load,
+    deployments.unload,
     apply.apply,
     generations.history,
     generations.diff,

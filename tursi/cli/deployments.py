@@ -16,7 +16,7 @@ from tursi.cli.options import Size, as_json
 from tursi.cli.progress import Verdict, display, look, wait
 from tursi.cli.terminal import dump, line, note, size, table
 from tursi.errors import InvalidRequest
-from tursi.model import Limits, Phase, Reference, deployment_name
+from tursi.model import Limits, Load, Phase, Reference, deployment_name
 
 READY_SECONDS = 3600.0
 """How long ``up`` waits unless told otherwise: the daemon's own limit for a load."""
@@ -56,6 +56,16 @@ def waiting(command: Command) -> Command:
 @click.option("--threads", type=click.IntRange(min=1), help="Threads to compute with.")
 @click.option("--files", type=click.IntRange(min=1), help="Most open files of each worker.")
 @click.option("--processes", type=click.IntRange(min=1), help="Most processes and threads.")
+@click.option(
+    "--load",
+    type=click.Choice([each.value for each in Load]),
+    help="When it is in memory (default: as it was, or always).",
+)
+@click.option(
+    "--keep-alive",
+    type=click.FloatRange(min=-1),
+    help="Seconds without a request until what is loaded on demand is unloaded; -1: never.",
+)
 @click.option("--allow-pickle", is_flag=True, help="Load pickle weights: they can run code.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that is in the model.")
 @waiting
@@ -79,7 +89,9 @@ def up(
     same again does nothing.
     """
     connection: Connection = context.obj
-    given = {key: value for key, value in options.items() if value not in {None, False}}
+    given = {
+        key: value for key, value in options.items() if value is not None and value is not False
+    }
     limits = {key: given.pop(key) for key in _LIMITS if key in given}
     asked: dict[str, Any] = {"model": str(reference(model)), **given}
     if limits:
@@ -134,6 +146,35 @@ def down(connection: Connection, *, name: str, json: bool) -> None:
         )
     if not json:
         line(f"{name} is removed.")
+
+
+@click.command()
+@click.argument("name")
+@waiting
+@as_json
+@click.pass_context
+def load(
+    context: click.Context, /, *, name: str, no_wait: bool, timeout: float, json: bool
+) -> None:
+    """Load the deployment NAME into memory now, whatever its schedule."""
+    status = context.obj.call("POST", path("deployments", name, "load")).body
+    answer = {"deployment": status, "outcome": "loaded"}
+    if not json and look(status).verdict is Verdict.READY:
+        line(_ready(status))
+    await_ready(context, answer, no_wait=no_wait, timeout=timeout, json=json)
+
+
+@click.command()
+@click.argument("name")
+@as_json
+@click.pass_obj
+def unload(connection: Connection, *, name: str, json: bool) -> None:
+    """Free the memory of the deployment NAME, after its running requests."""
+    status = connection.call("POST", path("deployments", name, "unload")).body
+    if json:
+        dump(status)
+    else:
+        line(f"{name} is unloaded; it is loaded again {_load(status)}.")
 
 
 @click.command()
@@ -215,6 +256,8 @@ def _risks(status: dict[str, Any]) -> list[str]:
 def _announcement(status: dict[str, Any], outcome: str, *, ready: bool) -> str:
     name, number = status["name"], status["generation"]
     if outcome == "unchanged":
+        if ready and not status["ready"]:
+            return f"{name}: nothing to do, it is loaded when it is asked for."
         if ready:
             return f"{name}: nothing to do, it is serving (generation {number})."
         return f"{name}: nothing to change, it is still coming up (generation {number})."
@@ -222,9 +265,18 @@ def _announcement(status: dict[str, Any], outcome: str, *, ready: bool) -> str:
         "created": f"{name}: created from {status['model']}.",
         "replaced": f"{name}: changed, generation {number} takes over when it is ready.",
         "scaled": f"{name}: scaled to {status['replicas']} replicas.",
+        "scheduled": f"{name}: is now loaded {_load(status)}.",
         "started": f"{name}: started again (generation {number}).",
         "retried": f"{name}: nothing has changed, but it had failed; it tries again.",
     }.get(outcome, f"{name}: {outcome}.")
+
+
+def _load(status: dict[str, Any]) -> str:
+    return {
+        Load.ALWAYS.value: "always",
+        Load.ON_DEMAND.value: "by the first request",
+        Load.MANUAL.value: "by `tursi load`",
+    }[status["load"]]
 
 
 def _ready(status: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Self, TypeAlias
 
 from tursi.cli.connection import Connection, Exit, Failure, path
 from tursi.cli.terminal import local_time, note, safe, size
-from tursi.model import Desired, Phase
+from tursi.model import Desired, Load, Phase
 
 POLL_SECONDS = 0.25
 LINE_SECONDS = 5.0
@@ -74,6 +74,8 @@ def look(status: Mapping[str, Any]) -> Look:
     """
     if status["desired"] == Desired.STOPPED:
         return Look(Verdict.STOPPED, "stopped")
+    if status["phase"] == Phase.STOPPED and status.get("load", Load.ALWAYS) != Load.ALWAYS:
+        return Look(Verdict.READY, "not loaded now")
     phases = [
         worker["phase"]
         for worker in status["workers"]

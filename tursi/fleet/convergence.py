@@ -17,6 +17,7 @@ from tursi.fleet.governor import Governor
 from tursi.fleet.journal import Journal
 from tursi.fleet.logs import Logs
 from tursi.fleet.member import Fetch, Member
+from tursi.fleet.memory import Memory
 from tursi.hub import Hub
 from tursi.model import (
     Dossier,
@@ -73,6 +74,7 @@ class Convergence:
         make_worker: MakeWorker,
         settings: Workers,
         host: Host,
+        memory: Memory,
         reactor: Any,
         now: Callable[[], float],
     ) -> None:
@@ -85,11 +87,13 @@ class Convergence:
         self._make_worker = make_worker
         self._settings = settings
         self._host = host
+        self._memory = memory
         self._overcommitted = False
         self._reactor = reactor
         self._now = now
         self.governor = Governor(reactor.seconds)
         self._resuming: Any = None
+        self._looking: Any = None
         self._past: dict[Key, list[WorkerLife]] = {}
         self._phases: dict[str, Phase] = {}
         self._lives: set[str] = set()
@@ -114,8 +118,9 @@ class Convergence:
         if self._scheduled is not None:
             self._scheduled.cancel()
             self._scheduled = None
-        if self._resuming is not None and self._resuming.active():
-            self._resuming.cancel()
+        for timer in (self._resuming, self._looking):
+            if timer is not None and timer.active():
+                timer.cancel()
         stopping: list[Deferred[None]] = []
         for member in self._members.values():
             member.drop_fetch()
@@ -141,6 +146,16 @@ class Convergence:
                 retried = True
         return retried
 
+    def unload(self, member: Member, reason: str) -> None:
+        """Have it in memory no longer; the next request for it, or somebody, loads it again."""
+        if not member.awake:
+            return
+        member.awake = False
+        member.woken_at = member.loaded_at = None
+        name = member.deployment.name
+        self._journal.note("unload", f"{name} is unloaded", deployment=name, cause=reason)
+        self.soon()
+
     def forget(self, member: Member) -> None:
         """Drop a removed deployment once its last worker has gone."""
         if member.leaving and not member.workers:
@@ -150,13 +165,36 @@ class Convergence:
 
     def _converge(self) -> None:
         self._scheduled = None
+        for member, reason in (*self._memory.idle(), *self._memory.evictions()):
+            self.unload(member, reason)
         wanted = [want for member in self._members.values() if (want := member.wanted())]
-        seen = [worker for member in self._members.values() for worker in member.seen()]
-        for action in decide(wanted, seen, self.governor.slots(LOAD_SLOTS)):
+        seen = [
+            worker
+            for member in self._members.values()
+            for worker in member.seen(self._memory.need(member))
+        ]
+        room = self._memory.room()
+        for member in self._members.values():
+            member.waits = self._memory.explain(member, room)
+            deadline = self._memory.deadline(member)
+            ahead = None if deadline is None else deadline - self._reactor.seconds()
+            member.unloads_at = None if ahead is None else self._now() + ahead
+        for action in decide(wanted, seen, self.governor.slots(LOAD_SLOTS), room):
             try:
                 self._act(action)
             except Exception:  # noqa: BLE001 - one deployment's defect must not hold up the others
                 log.failure("could not {action}", action=action)
+        self._look_again()
+
+    def _look_again(self) -> None:
+        """Converge when time alone changes what is to be in memory."""
+        if self._looking is not None and self._looking.active():
+            self._looking.cancel()
+        seconds = self._memory.next_look()
+        self._looking = None
+        if seconds is not None and self._open:
+            # A little later, so that the moment has passed.
+            self._looking = self._reactor.callLater(seconds + 0.01, self.soon)
 
     def _act(self, action: Action) -> None:
         match action:
@@ -299,6 +337,10 @@ class Convergence:
             if phase is Phase.READY:
                 self.governor.served()
                 member.crash = None
+                member.loaded_at = self._reactor.seconds()
+                used = worker.status().rss
+                if used is not None and worker.generation == member.deployment.generation.number:
+                    member.peak = max(member.peak or 0, used)
                 self._ready(member, worker)
             self.soon()
         member.queue.pump()
@@ -328,6 +370,9 @@ class Convergence:
     def life(self, life: WorkerLife) -> None:
         """Keep a worker life's record."""
         self._journal.life(life)
+        member = self._members.get(life.deployment)
+        if member is not None:
+            member.learn(life)
         if life.uuid not in self._lives:
             self._begun(life)
         if life.ended_at is not None and life.uuid in self._lives:

@@ -15,6 +15,8 @@ from tursi import wire
 from tursi.config import Configuration
 from tursi.errors import (
     DeploymentNotFound,
+    DeploymentUnavailable,
+    InvalidRequest,
     ModelNotFound,
     StartingUp,
     TursiError,
@@ -25,6 +27,7 @@ from tursi.fleet.crashes import Crashes
 from tursi.fleet.journal import Journal
 from tursi.fleet.logs import Logs
 from tursi.fleet.member import Member
+from tursi.fleet.memory import Memory, available
 from tursi.fleet.passage import Passage, Work
 from tursi.fleet.pulls import Pulls
 from tursi.fleet.queue import RequestQueue, shutting_down
@@ -43,10 +46,12 @@ from tursi.model import (
     Event,
     Generation,
     Host,
+    Load,
     Minute,
     Phase,
     Reference,
     Request,
+    Schedule,
     StorageStatus,
     Story,
     WorkerLife,
@@ -97,6 +102,7 @@ class Fleet:
         reactor: Any,
         now: Callable[[], float],
         host: Host = Host(),  # noqa: B008 - a frozen value
+        available: Callable[[], int | None] = available,
     ) -> None:
         self._store = store
         self._hub = hub
@@ -117,6 +123,14 @@ class Fleet:
             journal=self._journal,
             limit=configuration.hub.cache_bytes,
         )
+        self._memory = Memory(
+            members=self._members,
+            settings=configuration.memory,
+            host=host,
+            available=available,
+            # Looked up each time: the service replaces it before anything runs.
+            clock=lambda: float(reactor.seconds()),
+        )
         self._convergence = Convergence(
             members=self._members,
             journal=self._journal,
@@ -127,6 +141,7 @@ class Fleet:
             make_worker=make_worker,
             settings=configuration.workers,
             host=host,
+            memory=self._memory,
             reactor=reactor,
             now=now,
         )
@@ -156,6 +171,8 @@ class Fleet:
         since = max((event.at for event in events if event.kind == RESET), default=0.0)
         lives = await self._store.lives(name, REMEMBERED_LIVES)
         self._convergence.remember([life for life in reversed(lives) if life.spawned_at > since])
+        for life in reversed(lives):
+            self._members[name].learn(life)
 
     async def close(self) -> None:
         """Refuse new requests, drain and stop every worker, and store what is counted."""
@@ -176,7 +193,21 @@ class Fleet:
         """Hand a request to the deployment ``model`` names; raises what to answer instead."""
         if self._closed is not None:
             raise self._closed.with_traceback(None)
-        return self._find(model).queue.submit(work, sink)
+        member = self._find(model)
+        if member.deployment.schedule.load is Load.ON_DEMAND:
+            self._use(member)
+        return member.queue.submit(work, sink)
+
+    def _use(self, member: Member) -> None:
+        """Note that it is used, and have it loaded if it isn't."""
+        now = self._reactor.seconds()
+        member.used_at = now
+        member.uses.add(now)
+        if not member.awake and member.deployment.desired is Desired.RUNNING:
+            member.wake(now)
+            name = member.deployment.name
+            self._journal.note("load", f"{name} is loaded", deployment=name, cause="a request")
+            self._convergence.soon()
 
     def find(self, model: str) -> str:
         """The deployment's name for its name or full reference; ``ModelNotFound``."""
@@ -200,6 +231,10 @@ class Fleet:
 
         def finished(status: int, seconds: float, end: wire.End | None) -> None:
             self._statistics.count(name, status, seconds, end)
+            if member.deployment.schedule.load is Load.ON_DEMAND:
+                member.used_at = self._reactor.seconds()
+                if not member.queue.waiting:
+                    self._convergence.soon()
 
         def poisoned(request_id: str) -> None:
             self._journal.note(
@@ -224,11 +259,17 @@ class Fleet:
     # -- control ----------------------------------------------------------------------
 
     async def deploy(
-        self, name: str | None, request: Request, replicas: int | None, by: str
+        self,
+        name: str | None,
+        request: Request,
+        replicas: int | None,
+        by: str,
+        schedule: Schedule | None = None,
     ) -> tuple[DeploymentStatus, str]:
         """Create the deployment, or change it to ``request``; says which it was.
 
-        Without ``replicas`` an existing deployment keeps its number.
+        Without ``replicas`` an existing deployment keeps its number, and without
+        ``schedule`` when it is loaded. A new one is loaded at once, to see whether it can be.
         """
         self._check_open()
         checked = request.checked(self._host)
@@ -239,7 +280,9 @@ class Fleet:
             member = self._members.get(name)
             replicas = member.deployment.replicas if member and not member.leaving else 1
         check_replicas(replicas)
-        deployment, outcome = await self._store.save(name, checked, replicas, by=by, at=self._now())
+        deployment, outcome = await self._store.save(
+            name, checked, replicas, by=by, at=self._now(), schedule=schedule
+        )
         return self._changed(deployment, outcome)
 
     async def roll_back(
@@ -292,6 +335,32 @@ class Fleet:
         member.drop_fetch()
         member.queue.pump()
         self._convergence.soon()
+        return member.status()
+
+    async def load(self, name: str, by: str) -> DeploymentStatus:
+        """Have it in memory, whatever its schedule; ``DeploymentUnavailable`` if it is stopped."""
+        self._check_open()
+        member = self._member(name)
+        if member.deployment.desired is Desired.STOPPED:
+            raise DeploymentUnavailable(
+                f"The deployment {name} is stopped; `tursi up` starts it again."
+            )
+        if not member.awake:
+            member.wake(self._reactor.seconds())
+            self._journal.note("load", f"{by} loads {name}", deployment=name, cause=by)
+        member.used_at = self._reactor.seconds()
+        self._convergence.soon()
+        return member.status()
+
+    async def unload(self, name: str, by: str) -> DeploymentStatus:
+        """Free its memory, unless it is to be there always (``InvalidRequest``)."""
+        self._check_open()
+        member = self._member(name)
+        if member.deployment.schedule.load is Load.ALWAYS:
+            raise InvalidRequest(
+                f"{name} is to be loaded always; change that with `tursi up --load`, or stop it."
+            )
+        self._convergence.unload(member, by)
         return member.status()
 
     async def restart(self, name: str, by: str) -> DeploymentStatus:
@@ -458,6 +527,7 @@ class Fleet:
         member = self._members.get(deployment.name)
         if member is None:
             member = self._members[deployment.name] = Member(deployment, self._queue)
+            member.wake(self._reactor.seconds())
         elif member.leaving:
             # Removed a moment ago and wanted again: its old workers still retire.
             member.leaving = False
@@ -465,6 +535,11 @@ class Fleet:
         if deployment.generation.number != member.deployment.generation.number:
             member.drop_fetch()
             member.queue.forgive()
+            member.peak = member.load_seconds = None
+            member.wake(self._reactor.seconds())
+        started = member.deployment.desired is not deployment.desired
+        if deployment.schedule.load is Load.ALWAYS or started:
+            member.wake(self._reactor.seconds())
         member.deployment = deployment
         return member
 

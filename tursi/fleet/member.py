@@ -16,12 +16,15 @@ from tursi.model import (
     Deployment,
     DeploymentStatus,
     Desired,
+    Load,
     Phase,
     Progress,
     Resolution,
+    WorkerLife,
     WorkerStatus,
 )
 from tursi.plan import Key, Seen, Wanted
+from tursi.residency import Uses
 from tursi.supervision.worker import Worker
 
 _COMING = (
@@ -78,7 +81,40 @@ class Member:
         self.fetch: Fetch | None = None
         self.crash: Crash | None = None
         """The last one, until a worker serves again."""
+        self.awake = deployment.schedule.load is Load.ALWAYS
+        """Whether it is to be in memory."""
+        self.woken_at: float | None = None
+        self.loaded_at: float | None = None
+        self.used_at = 0.0
+        """When the last request came or ended; as the two above in monotonic seconds."""
+        self.uses = Uses()
+        self.peak: int | None = None
+        """The most memory in bytes that a worker of this generation has had."""
+        self.load_seconds: float | None = None
+        """What the last load took."""
+        self.waits: str | None = None
+        """Why what is queued isn't loaded, if it isn't its turn."""
+        self.unloads_at: float | None = None
+        """UTC epoch seconds, if nobody uses it until then."""
         self.queue = make_queue(self)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request waits for it or is with it."""
+        return bool(self.queue.waiting) or any(worker.in_flight for worker in self.workers.values())
+
+    def wake(self, now: float) -> None:
+        """Have it in memory."""
+        if not self.awake:
+            self.awake, self.woken_at, self.loaded_at = True, now, None
+
+    def learn(self, life: WorkerLife) -> None:
+        """Remember what a worker of the present generation has needed."""
+        if life.generation != self.deployment.generation.number or life.ready_at is None:
+            return
+        self.load_seconds = life.ready_at - life.spawned_at
+        if life.peak_rss is not None:
+            self.peak = max(self.peak or 0, life.peak_rss)
 
     def drop_fetch(self) -> None:
         """Stop looking for its files."""
@@ -93,7 +129,7 @@ class Member:
         if self.leaving:
             return None
         deployment = self.deployment
-        running = deployment.desired is Desired.RUNNING
+        running = deployment.desired is Desired.RUNNING and self.awake
         return Wanted(
             deployment.name,
             deployment.generation.number,
@@ -101,10 +137,11 @@ class Member:
             deployment.generation.resolution is not None,
         )
 
-    def seen(self) -> Iterable[Seen]:
-        """Its workers as the plan sees them."""
+    def seen(self, memory: int) -> Iterable[Seen]:
+        """Its workers as the plan sees them, each of which needs ``memory`` bytes."""
         return [
-            Seen(key, worker.phase, key in self.retiring) for key, worker in self.workers.items()
+            Seen(key, worker.phase, key in self.retiring, memory)
+            for key, worker in self.workers.items()
         ]
 
     # -- for the queue ------------------------------------------------------------
@@ -119,6 +156,10 @@ class Member:
         if self.deployment.desired is Desired.STOPPED:
             return DeploymentUnavailable(
                 f"The deployment {name} is stopped; `tursi up` starts it again."
+            )
+        if not self.awake:
+            return DeploymentUnavailable(
+                f"The model {name} is not loaded; `tursi load {name}` loads it."
             )
         if any(worker.phase in _COMING for worker in self.serving()):
             return None
@@ -145,7 +186,7 @@ class Member:
         status = self.status()
         progress = status.progress
         if progress is None:
-            waiting = status.reason if status.phase is Phase.BACKOFF else None
+            waiting = status.reason if status.phase in {Phase.BACKOFF, Phase.QUEUED} else None
             if waiting is None:
                 return status.phase.value
             return f"{status.phase.value}: {self._discreet(waiting)}"
@@ -175,7 +216,9 @@ class Member:
         if best is not None:
             phase, reason, failure = best.phase, best.reason, best.failure
             next_try_at, progress = best.next_try_at, best.progress
-        elif deployment.desired is Desired.STOPPED or self.leaving:
+            if phase is Phase.QUEUED and self.waits is not None:
+                reason = self.waits
+        elif deployment.desired is Desired.STOPPED or self.leaving or not self.awake:
             phase = min(
                 (status.phase for status in workers), key=_ORDER.index, default=Phase.STOPPED
             )
@@ -217,6 +260,10 @@ class Member:
             limits=generation.request.limits,
             allow_pickle=generation.request.allow_pickle,
             trust_remote_code=generation.request.trust_remote_code,
+            load=deployment.schedule.load,
+            keep_alive=deployment.schedule.keep_alive,
+            unloads_at=self.unloads_at,
+            memory=self.peak,
         )
 
     def health(self) -> str:

@@ -92,6 +92,12 @@ class RequestQueue:
         """How many requests wait."""
         return len(self._waiting) + len(self._suspected)
 
+    @property
+    def oldest(self) -> float | None:
+        """When the request began that has waited longest, in monotonic seconds."""
+        first = next(iter(self._waiting.values()), None)
+        return first.began if first is not None else None
+
     def submit(self, work: Work, sink: Sink) -> Passage:
         """Dispatch or enqueue; raises the error to answer with where neither is possible."""
         if self._closed is not None:

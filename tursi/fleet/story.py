@@ -15,6 +15,7 @@ from tursi.model import (
     Desired,
     Event,
     FailureClass,
+    Load,
     Phase,
     Progress,
     Story,
@@ -124,7 +125,8 @@ def _state(
     status: DeploymentStatus, lead: WorkerStatus | None, events: Sequence[Event], now: float
 ) -> str:
     since = lead.since if lead else _last_wish_at(status, events)
-    doing = f"{_DOING[status.phase]}{_progress(status.progress)}"
+    asleep = status.phase is Phase.STOPPED and status.desired is Desired.RUNNING
+    doing = "not loaded" if asleep else f"{_DOING[status.phase]}{_progress(status.progress)}"
     sentence = f"{status.name} is {doing}, since {_moment(since, now)}"
     if status.phase is Phase.READY:
         sentence += f": {status.ready} of {_count(status.replicas, 'replica')} serving"
@@ -273,6 +275,10 @@ def _next(
         case Phase.STOPPED:
             if status.desired is Desired.STOPPED:
                 yield "It stays so until somebody starts it, such as by deploying it again."
+            elif status.load is Load.ON_DEMAND:
+                yield "The next request for it loads it."
+            else:
+                yield f"`tursi load {status.name}` loads it."
         case Phase.WEDGED:
             yield "Another attempt to kill it is made every 30 s; only the kernel can let it go."
         case Phase.READY if lead is not None and lead.failures:

@@ -8,7 +8,17 @@ from enum import StrEnum
 from typing import Any
 
 from tursi.errors import DeploymentNotFound, GenerationNotFound
-from tursi.model import Deployment, Desired, Event, Generation, Limits, Request, Resolution
+from tursi.model import (
+    Deployment,
+    Desired,
+    Event,
+    Generation,
+    Limits,
+    Load,
+    Request,
+    Resolution,
+    Schedule,
+)
 from tursi.store.events import record
 
 Change = tuple[Deployment, Event | None]
@@ -24,6 +34,8 @@ class Outcome(StrEnum):
     """Asked for something else: a new generation."""
     SCALED = "scaled"
     """Only the number of replicas differs."""
+    SCHEDULED = "scheduled"
+    """Only when it is in memory differs."""
     STARTED = "started"
     """The same request, and it was stopped."""
 
@@ -59,9 +71,19 @@ def generations(txn: Any, name: str) -> list[Generation]:
 
 
 def save(
-    txn: Any, name: str, request: Request, replicas: int, *, by: str, at: float
+    txn: Any,
+    name: str,
+    request: Request,
+    replicas: int,
+    *,
+    by: str,
+    at: float,
+    schedule: Schedule | None = None,
 ) -> tuple[Deployment, Outcome, Event | None]:
-    """Create or replace; whichever it is, the deployment is to run from now on."""
+    """Create or replace; whichever it is, the deployment is to run from now on.
+
+    Without ``schedule`` an existing one keeps its own.
+    """
     before = _find(txn, name)
     shown = f"{request.model}, {replicas} {'replica' if replicas == 1 else 'replicas'}"
     if request.allow_pickle:
@@ -77,6 +99,7 @@ def save(
             " updated_at = excluded.updated_at, deleted_at = NULL",
             (name, Desired.RUNNING.value, replicas, at, at),
         )
+        _schedule(txn, name, schedule or Schedule())
     else:
         if before.generation.request != request:
             outcome, kind, message = Outcome.REPLACED, "replace", f"{by} changes {name}: {shown}"
@@ -84,8 +107,13 @@ def save(
             outcome, kind, message = Outcome.STARTED, "start", f"{by} starts {name}: {shown}"
         elif before.replicas != replicas:
             outcome, kind, message = Outcome.SCALED, "scale", f"{by} scales {name}: {shown}"
+        elif schedule is not None and before.schedule != schedule:
+            outcome, kind = Outcome.SCHEDULED, "schedule"
+            message = f"{by} has {name} loaded {schedule.load.value.replace('_', ' ')}"
         else:
             return before, Outcome.UNCHANGED, None
+        if schedule is not None:
+            _schedule(txn, name, schedule)
         _update(txn, name, Desired.RUNNING, replicas, at)
     if outcome in {Outcome.CREATED, Outcome.REPLACED}:
         _append(txn, name, request, by=by, at=at)
@@ -224,7 +252,8 @@ def _mean(txn: Any, name: str, number: int, found: Resolution, *, at: float) -> 
 
 def _find(txn: Any, name: str) -> Deployment | None:
     txn.execute(
-        "SELECT name, desired, replicas, created_at, updated_at FROM deployments"
+        "SELECT name, desired, replicas, created_at, updated_at, load, keep_alive"
+        " FROM deployments"
         " WHERE name = ? AND deleted_at IS NULL",
         (name,),
     )
@@ -233,8 +262,11 @@ def _find(txn: Any, name: str) -> Deployment | None:
         return None
     txn.execute(f"{_GENERATIONS} ORDER BY g.number DESC LIMIT 1", (name,))
     generation = _generation(txn.fetchone())
-    name, desired, replicas, created_at, updated_at = row
-    return Deployment(name, Desired(desired), replicas, generation, created_at, updated_at)
+    name, desired, replicas, created_at, updated_at, load, keep_alive = row
+    schedule = Schedule(Load(load), keep_alive)
+    return Deployment(
+        name, Desired(desired), replicas, generation, created_at, updated_at, schedule
+    )
 
 
 def _load(txn: Any, name: str) -> Deployment:
@@ -248,6 +280,13 @@ def _update(txn: Any, name: str, desired: Desired, replicas: int, at: float) -> 
     txn.execute(
         "UPDATE deployments SET desired = ?, replicas = ?, updated_at = ? WHERE name = ?",
         (desired.value, replicas, at, name),
+    )
+
+
+def _schedule(txn: Any, name: str, schedule: Schedule) -> None:
+    txn.execute(
+        "UPDATE deployments SET load = ?, keep_alive = ? WHERE name = ?",
+        (schedule.load.value, schedule.keep_alive, name),
     )
 
 

@@ -240,10 +240,20 @@ _PULLS = (
     "CREATE UNIQUE INDEX pulls_going ON pulls (model) WHERE state IN ('running', 'paused')",
 )
 
+_SCHEDULES = (
+    """
+    ALTER TABLE deployments ADD COLUMN load TEXT NOT NULL DEFAULT 'always'
+        CHECK (load IN ('always', 'on_demand', 'manual'))
+    """,
+    # Seconds, below 0: for ever; null: as configured.
+    "ALTER TABLE deployments ADD COLUMN keep_alive REAL",
+)
+
 UPGRADES: tuple[Upgrade, ...] = (
     Upgrade("the first schema", _FIRST),
     Upgrade("pickle and remote code by generation", _TRUST),
     Upgrade("the audit", _AUDIT),
     Upgrade("pulls", _PULLS),
+    Upgrade("when deployments are in memory", _SCHEDULES),
 )
 """``UPGRADES[n]`` brings version ``n`` to ``n + 1``."""

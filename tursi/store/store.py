@@ -30,6 +30,7 @@ from tursi.model import (
     Pull,
     Request,
     Resolution,
+    Schedule,
     WorkerLife,
 )
 from tursi.store import (
@@ -120,10 +121,22 @@ class Store:
         return self._read(deployments.generations, name)
 
     def save(
-        self, name: str, request: Request, replicas: int, *, by: str, at: float
+        self,
+        name: str,
+        request: Request,
+        replicas: int,
+        *,
+        by: str,
+        at: float,
+        schedule: Schedule | None = None,
     ) -> Deferred[tuple[Deployment, Outcome]]:
-        """Create or replace a deployment, which is to run from now on."""
-        saved = self._write(deployments.save, name, request, replicas, by=by, at=at)
+        """Create or replace a deployment, which is to run from now on.
+
+        Without ``schedule`` an existing one keeps its own.
+        """
+        saved = self._write(
+            deployments.save, name, request, replicas, by=by, at=at, schedule=schedule
+        )
         return saved.addCallback(self._announced_last)
 
     def roll_back(

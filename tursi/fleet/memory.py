@@ -1,0 +1,208 @@
+"""The memory of this machine: what models need of it, who may load, and who makes room."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+
+from tursi import config
+from tursi.fleet.member import Member
+from tursi.model import Host, Load, Phase, mebibytes
+from tursi.residency import Resident, Rules, Waiting, decide, next_change
+from tursi.supervision.worker import Worker
+
+_OVERHEAD = 400 * 1024 * 1024
+"""Python, torch and transformers, before any model."""
+_ACTIVATIONS = 1.2
+_CONVERSION = 1.75
+"""Times the files' size: while a load changes the dtype, old and new weights are there."""
+_THERE = frozenset({Phase.READY, Phase.SUSPECT, Phase.DRAINING, Phase.STOPPING, Phase.KILLING})
+_LOADING = frozenset({Phase.SPAWNING, Phase.LOADING, Phase.WARMING})
+_LOAD_SECONDS = 10.0
+"""Of a model that has never been loaded."""
+
+
+class Memory:
+    """Reckons with memory in bytes; ``clock`` gives monotonic seconds.
+
+    ``available`` tells what the machine has free just now, ``None`` where that can't
+    be known.
+    """
+
+    def __init__(
+        self,
+        *,
+        members: Mapping[str, Member],
+        settings: config.Memory,
+        host: Host,
+        available: Callable[[], int | None],
+        clock: Callable[[], float],
+    ) -> None:
+        self._members = members
+        self._settings = settings
+        self._limit = settings.limit_bytes or host.memory
+        self._available = available
+        self._clock = clock
+        self._rules = Rules(settings.max_wait_seconds, settings.min_residency_seconds)
+
+    def need(self, member: Member) -> int:
+        """What one of its workers needs: as measured before, or else by the files' size."""
+        resolution = member.deployment.generation.resolution
+        size = (resolution.size if resolution else None) or 0
+        if member.peak is not None:
+            return max(member.peak, size)
+        request = member.deployment.generation.request
+        factor = _ACTIVATIONS if request.dtype == "auto" else _CONVERSION
+        return _OVERHEAD + int(size * factor)
+
+    def room(self) -> int | None:
+        """What loads may still take; ``None`` if nothing is known of this machine's memory."""
+        free: list[int] = []
+        if self._limit is not None:
+            free.append(self._limit - sum(self.need(member) for member, _ in self._workers()))
+        available = self._available()
+        if available is not None:
+            # What is loading has not taken all of it yet.
+            coming = sum(
+                max(0, self.need(member) - (worker.status().rss or 0))
+                for member, worker in self._workers()
+                if worker.phase in _LOADING
+            )
+            free.append(available - self._settings.reserve_bytes - coming)
+        return max(0, min(free)) if free else None
+
+    def explain(self, member: Member, room: int | None) -> str | None:
+        """Why a worker that is queued isn't loaded, if memory is the reason."""
+        need = self.need(member)
+        if room is None or need <= room:
+            return None
+        if self._limit is not None and need > self._limit:
+            return (
+                f"It needs about {mebibytes(need)}, more than the {mebibytes(self._limit)} that "
+                "models may take here; deploy it with a smaller dtype, or another model."
+            )
+        return f"It waits for memory: it needs about {mebibytes(need)}, {mebibytes(room)} are free."
+
+    def idle(self) -> list[tuple[Member, str]]:
+        """What is loaded on demand and has not been used for long enough, with the reason."""
+        now, found = self._clock(), []
+        for member in self._awake():
+            deadline = self.deadline(member)
+            if deadline is not None and deadline <= now and not member.busy:
+                seconds = self._keep_alive(member)
+                found.append((member, f"nobody has used it for {seconds:g} s"))
+        return found
+
+    def deadline(self, member: Member) -> float | None:
+        """When it will be unloaded if it isn't used, on the monotonic clock."""
+        seconds = self._keep_alive(member)
+        if member.deployment.schedule.load is not Load.ON_DEMAND or not member.awake or seconds < 0:
+            return None
+        if member.loaded_at is None:
+            return None
+        return max(member.used_at, member.loaded_at) + seconds
+
+    def evictions(self) -> list[tuple[Member, str]]:
+        """What makes room for a model that is waited for, with the reason."""
+        room = self.room()
+        if room is None:
+            return []
+        waiting = self._waiting(room)
+        chosen = decide(waiting, self._residents(), room=room, now=self._clock(), rules=self._rules)
+        if chosen.load is None:
+            return []
+        need = self.need(self._members[chosen.load])
+        reason = f"{chosen.load} needs about {mebibytes(need)} of memory"
+        return [(self._members[name], reason) for name in chosen.evict]
+
+    def next_look(self) -> float | None:
+        """Seconds until time alone may change anything; ``None`` if it can't."""
+        now = self._clock()
+        ahead = [
+            max(deadline - now, 0.0)
+            for member in self._awake()
+            if not member.busy and (deadline := self.deadline(member)) is not None
+        ]
+        room = self.room()
+        if room is not None:
+            waiting = self._waiting(room)
+            turn = next_change(waiting, self._residents(), now, self._rules)
+            if turn is not None:
+                ahead.append(turn)
+            if waiting:
+                # What others on this machine do with its memory tells nobody.
+                ahead.append(1.0)
+        return min(ahead, default=None)
+
+    # -- inside --------------------------------------------------------------------
+
+    def _waiting(self, room: int) -> list[Waiting]:
+        """Members whose workers wait for nothing but memory."""
+        return [
+            Waiting(
+                member.deployment.name,
+                self.need(member),
+                member.queue.oldest or self._since(member),
+                max(1, member.queue.waiting),
+                member.load_seconds or _LOAD_SECONDS,
+            )
+            for member in self._members.values()
+            if self.need(member) > room
+            and any(worker.phase is Phase.QUEUED for worker in member.serving())
+        ]
+
+    def _residents(self) -> list[Resident]:
+        now = self._clock()
+        return [
+            Resident(
+                member.deployment.name,
+                self.need(member) * len(workers),
+                member.loaded_at if member.loaded_at is not None else now,
+                member.uses.value(now),
+                member.load_seconds or _LOAD_SECONDS,
+                held=self._held(member, workers),
+            )
+            for member in self._members.values()
+            if (workers := [worker for worker in member.workers.values() if _there(worker)])
+        ]
+
+    def _held(self, member: Member, workers: Collection[Worker]) -> bool:
+        return (
+            member.deployment.schedule.load is not Load.ON_DEMAND
+            or not member.awake
+            or member.busy
+            or any(worker.phase in _LOADING for worker in workers)
+        )
+
+    def _since(self, member: Member) -> float:
+        return member.woken_at if member.woken_at is not None else self._clock()
+
+    def _keep_alive(self, member: Member) -> float:
+        wanted = member.deployment.schedule.keep_alive
+        return self._settings.keep_alive_seconds if wanted is None else wanted
+
+    def _awake(self) -> Iterable[Member]:
+        return [member for member in self._members.values() if member.awake and not member.leaving]
+
+    def _workers(self) -> Iterable[tuple[Member, Worker]]:
+        return [
+            (member, worker)
+            for member in self._members.values()
+            for worker in member.workers.values()
+            if _there(worker)
+        ]
+
+
+def _there(worker: Worker) -> bool:
+    return worker.phase in _THERE or worker.phase in _LOADING
+
+
+def available() -> int | None:
+    """``MemAvailable`` of this machine in bytes: what can be taken without swapping."""
+    try:
+        for line in Path("/proc/meminfo").read_text("ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
