@@ -195,7 +195,7 @@ def test_the_dead_of_others_are_buried() -> None:
         while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        clock.advance(10)
+        clock.advance(5)
         with pytest.raises(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)
     finally:

@@ -34,7 +34,7 @@ _SLICE = 32
 """Processes looked at in one turn of the reactor: less than a millisecond."""
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 """With these the system doesn't say that a process is gone, but nothing at all."""
-_BURIAL_SECONDS = 10.0
+_BURIAL_SECONDS = 5.0
 _FIRST_PAUSE = 0.001
 _LONGEST_PAUSE = 0.25
 """Seconds between two looks at what doesn't die."""
