@@ -196,9 +196,9 @@ def test_a_worker_reaches_nothing_of_the_daemons(running: Daemon, tmp_path: Path
     assert attempt(running, "curious", *forbidden) == ["PermissionError"] * len(forbidden)
 
 
-def test_a_worker_has_its_model_and_a_folder_of_its_own(running: Daemon, tmp_path: Path) -> None:
+def test_a_worker_has_its_model_and_a_folder_of_its_own(running: Daemon) -> None:
     linked = running.script("linked", attempt=True)
-    blob = tmp_path / "blob"
+    blob = linked / "blob"
     shutil.move(linked / "config.json", blob)
     (linked / "config.json").symlink_to(blob)
     running.deploy("linked", linked)
