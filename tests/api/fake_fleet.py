@@ -29,6 +29,7 @@ from tursi.model import (
     Dossier,
     Event,
     FailureClass,
+    Fit,
     Generation,
     LoadOrder,
     Minute,
@@ -42,6 +43,7 @@ from tursi.model import (
     StorageStatus,
     Story,
     Usage,
+    Verdict,
     WorkerLife,
     WorkerStatus,
 )
@@ -271,6 +273,10 @@ class FakeFleet:
     ) -> tuple[DeploymentStatus, str]:
         self.calls.append(("roll_back", name, number, by))
         return self.deployment(name), "replaced"
+
+    async def fit(self, name: str | None, request: Request, replicas: int | None) -> Fit:
+        self.calls.append(("fit", name, request.model, replicas))
+        return Fit(Verdict.FITS, "It fits.", 1000)
 
     async def load(self, name: str, by: str) -> DeploymentStatus:
         return await self._change("load", name, by)

@@ -106,6 +106,14 @@ def test_a_schedule_is_what_the_body_says_and_the_rest_as_it_was() -> None:
         assert reply.status == 400
 
 
+def test_a_dry_run_changes_nothing() -> None:
+    house = House()
+    for method, path in (("POST", "/deployments"), ("PUT", "/deployments/small")):
+        reply = house.ask(method, f"{path}?dry_run=1", {"model": "org/small", "replicas": 3})
+        assert (reply.status, reply.json()["verdict"]) == (200, "fits")
+    assert [call[0] for call in house.fleet.calls] == ["fit", "fit"]
+
+
 @pytest.mark.parametrize("action", ["start", "stop", "restart", "load", "unload"])
 def test_actions_are_accepted(action: str) -> None:
     house = House()

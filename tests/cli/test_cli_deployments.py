@@ -367,3 +367,14 @@ def test_what_a_model_may_bring_is_asked_for_and_its_risk_said(api: Api) -> None
     api.on("POST", "/deployments", created(deployment()))
     api.tursi("up", "org/mini")
     assert api.asked[-1].body == {"model": "org/mini"}
+
+
+def test_up_dry_run_only_tells_whether_there_is_room(api: Api) -> None:
+    found = {"verdict": "evicts", "message": "It fits if other is unloaded: ...", "memory": 1}
+    api.on("POST", "/deployments", found)
+    api.on("PUT", "/deployments/mine", found)
+    result = api.tursi("up", "org/mini", "--dry-run")
+    assert (result.exit_code, result.stdout) == (Exit.OK, f"{found['message']}\n")
+    assert api.asked[-1].parameters == {"dry_run": "1"}
+    shown = json.loads(api.tursi("up", "org/mini", "--name", "mine", "--dry-run", "--json").stdout)
+    assert shown == found

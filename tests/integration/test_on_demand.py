@@ -120,6 +120,25 @@ def test_manual_loads_when_it_is_told_to(running: Daemon) -> None:
     assert running.control.post("/deployments/mine/unload").status_code == 400
 
 
+def fit(running: Daemon, model: str, **fields: Any) -> tuple[str, list[str]]:
+    body = {"model": model, **fields}
+    found = running.control.post("/deployments", json=body, params={"dry_run": 1}).json()
+    assert found["memory"] > GIB
+    return found["verdict"], found["evicts"]
+
+
+def test_a_dry_run_tells_whether_it_would_find_room(running: Daemon) -> None:
+    model = script(running, "model")
+    assert fit(running, model) == ("fits", [])
+    assert fit(running, model, replicas=2) == ("never", [])
+    running.deploy("lazy", script(running, "lazy", 2 * GIB), load="on_demand")
+    running.wait("lazy")
+    assert fit(running, model) == ("evicts", ["lazy"])
+    running.deploy("lazy", str(running.folder / "lazy"), load="always")
+    assert fit(running, model) == ("waits", [])
+    assert running.control.get("/deployments/model").status_code == 404
+
+
 def test_what_can_never_fit_says_so(running: Daemon) -> None:
     running.deploy("huge", script(running, "huge", 64 * GIB))
     until(lambda: running.status("huge")["reason"], "there is a reason")

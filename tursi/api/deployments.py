@@ -16,6 +16,7 @@ from tursi.api.messages import (
     Deployed,
     DeploymentBody,
     Deployments,
+    DeployQuery,
     Events,
     EventsQuery,
     Generations,
@@ -37,6 +38,7 @@ from tursi.model import (
     DeploymentStatus,
     Dossier,
     Event,
+    Fit,
     Limits,
     Load,
     Reference,
@@ -68,20 +70,21 @@ class DeploymentControl:
         "POST",
         "/deployments",
         body=NewDeploymentBody,
-        reply=Deployed,
+        query=DeployQuery,
+        reply=(Deployed, Fit),
         statuses=(200, 201),
         **_CONTROL,
     )
     async def create(
         self, name: str | None, model: str, by: str, **rest: Any
-    ) -> Deployed | Status[Deployed]:
+    ) -> Deployed | Status[Deployed] | Fit:
         """Deploy a model, or change its deployment, under its own or a given name."""
         chosen = name if name is not None else Reference.parse(model).short_name
         return await self.put(chosen, model, by=by, **rest)
 
     @endpoint(
-        "PUT", "/deployments/<name>", body=DeploymentBody, reply=Deployed, statuses=(200, 201),
-        **_CONTROL,
+        "PUT", "/deployments/<name>", body=DeploymentBody, query=DeployQuery,
+        reply=(Deployed, Fit), statuses=(200, 201), **_CONTROL,
     )  # fmt: skip
     async def put(
         self,
@@ -96,8 +99,9 @@ class DeploymentControl:
         trust_remote_code: bool | None,
         load: Load | None,
         keep_alive: float | None,
+        dry_run: bool,
         by: str,
-    ) -> Deployed | Status[Deployed]:
+    ) -> Deployed | Status[Deployed] | Fit:
         """Create the deployment, or change it; the answer comes once that is durable."""
         request = Request(
             model=model,
@@ -108,6 +112,8 @@ class DeploymentControl:
             allow_pickle=bool(allow_pickle),
             trust_remote_code=bool(trust_remote_code),
         )
+        if dry_run:
+            return await self._fleet.fit(name, request, replicas)
         before = self._before(name)
         deployment, outcome = await self._fleet.deploy(
             name,

@@ -47,7 +47,7 @@ class Contract:
     role: Role | None
     """The role that the listener needs; ``None`` means that any will do."""
     reply: Any
-    """Type of the reply; ``bytes`` where it isn't JSON."""
+    """Its type, or a tuple of the types that it may have; ``bytes`` where it isn't JSON."""
     body: type[msgspec.Struct] | None = None
     query: type[msgspec.Struct] | None = None
     statuses: tuple[int, ...] = (200,)
@@ -55,6 +55,12 @@ class Contract:
     follow: Any = None
     """Type of the events that ``follow=1`` streams."""
     media: str = "application/json"
+
+    @property
+    def replies(self) -> tuple[Any, ...]:
+        """The types of a reply in JSON."""
+        found = self.reply if isinstance(self.reply, tuple) else (self.reply,)
+        return tuple(each for each in found if each is not bytes)
 
     @property
     def name(self) -> str:

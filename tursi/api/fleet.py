@@ -17,6 +17,7 @@ from tursi.model import (
     DeploymentStatus,
     Dossier,
     Event,
+    Fit,
     Generation,
     Minute,
     PullStatus,
@@ -168,6 +169,10 @@ class Fleet(Protocol):
         self, name: str, number: int | None, by: str
     ) -> tuple[DeploymentStatus, str]:
         """Go back to an earlier generation; ``None``: the last other one."""
+        ...
+
+    async def fit(self, name: str | None, request: Request, replicas: int | None) -> Fit:
+        """Whether ``deploy`` of the same would find room; it changes nothing."""
         ...
 
     async def remove(self, name: str, by: str) -> DeploymentStatus:

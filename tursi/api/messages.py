@@ -79,6 +79,13 @@ class NewDeploymentBody(DeploymentBody):
     name: str | None = None
 
 
+class DeployQuery(_Body):
+    """How to take a deployment's body."""
+
+    dry_run: bool = False
+    """Only tell whether it would find room in memory."""
+
+
 class ScaleBody(_Body):
     """How many replicas to run."""
 

@@ -31,7 +31,7 @@ def document(
     types: list[Any] = [ErrorBody, PipelineError]
     for contract, _ in handlers:
         types += [each for each in (contract.body, contract.query) if each is not None]
-        types += [each for each in (contract.reply, contract.follow) if each not in (None, bytes)]
+        types += [*contract.replies, *([contract.follow] if contract.follow is not None else [])]
     for route in routes:
         types += [*route.body, *route.reply]
     schemas, components = msgspec.json.schema_components(types, ref_template=_REFERENCE)
@@ -81,7 +81,7 @@ def _endpoint(
     if contract.reply is bytes:
         content = {contract.media: {"schema": {"type": "string"}}}
     else:
-        content = {contract.media: {"schema": schemas.of(contract.reply)}}
+        content = {contract.media: {"schema": schemas.of(*contract.replies)}}
     if contract.follow is not None:
         content["text/event-stream"] = _STREAM
     operation: dict[str, Any] = {

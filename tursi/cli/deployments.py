@@ -66,6 +66,7 @@ def waiting(command: Command) -> Command:
     type=click.FloatRange(min=-1),
     help="Seconds without a request until what is loaded on demand is unloaded; -1: never.",
 )
+@click.option("--dry-run", is_flag=True, help="Only tell whether it would find room in memory.")
 @click.option("--allow-pickle", is_flag=True, help="Load pickle weights: they can run code.")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that is in the model.")
 @waiting
@@ -77,6 +78,7 @@ def up(
     *,
     model: str,
     name: str | None,
+    dry_run: bool,
     no_wait: bool,
     timeout: float,
     json: bool,
@@ -96,10 +98,12 @@ def up(
     asked: dict[str, Any] = {"model": str(reference(model)), **given}
     if limits:
         asked["limits"] = limits
-    if name is None:
-        answer = connection.call("POST", "/deployments", body=asked).body
-    else:
-        answer = connection.call("PUT", path("deployments", _name(name)), body=asked).body
+    method, place = ("POST", "/deployments") if name is None else ("PUT", _place(name))
+    parameters = {"dry_run": 1} if dry_run else None
+    answer = connection.call(method, place, body=asked, parameters=parameters).body
+    if dry_run:
+        dump(answer) if json else line(answer["message"])
+        return
     status = answer["deployment"]
     if not json:
         ready = look(status).verdict is Verdict.READY
@@ -230,9 +234,9 @@ def reference(text: str) -> Reference:
         raise click.BadParameter(error.message, param_hint="MODEL") from None
 
 
-def _name(text: str) -> str:
+def _place(name: str) -> str:
     try:
-        return deployment_name(text)
+        return path("deployments", deployment_name(name))
     except InvalidRequest as error:
         raise click.BadParameter(error.message, param_hint="--name") from None
 

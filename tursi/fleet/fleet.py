@@ -44,6 +44,7 @@ from tursi.model import (
     Desired,
     Dossier,
     Event,
+    Fit,
     Generation,
     Host,
     Load,
@@ -54,6 +55,7 @@ from tursi.model import (
     Schedule,
     StorageStatus,
     Story,
+    Verdict,
     WorkerLife,
     check_replicas,
     deployment_name,
@@ -284,6 +286,37 @@ class Fleet:
             name, checked, replicas, by=by, at=self._now(), schedule=schedule
         )
         return self._changed(deployment, outcome)
+
+    async def fit(self, name: str | None, request: Request, replicas: int | None) -> Fit:
+        """Whether ``deploy`` of the same would find room; it changes and downloads nothing."""
+        checked = request.checked(self._host)
+        reference = Reference.parse(checked.model)
+        member = self._members.get(name or reference.short_name)
+        if replicas is None:
+            replicas = member.deployment.replicas if member else 1
+        check_replicas(replicas)
+        peak = None
+        if member is not None and member.deployment.generation.request == checked:
+            peak = member.peak
+        if reference.folder is not None:
+            found = await self._hub.resolve(reference, lambda _: None, checked.trust)
+            size = found.size
+        else:
+            entries = await self._hub.catalogue()
+            sizes = [
+                entry.size
+                for entry in sorted(entries, key=lambda entry: entry.used_at or 0.0)
+                if entry.name == reference.repository and reference.revision in {None, entry.commit}
+            ]
+            size = sizes[-1] if sizes else None
+        if size is None:
+            return Fit(
+                Verdict.UNKNOWN,
+                f"{checked.model} isn't on the disk, so that its size isn't known; "
+                f"`tursi pull {checked.model}` downloads it.",
+                replicas=replicas,
+            )
+        return self._memory.fit(size, checked.dtype, peak, replicas)
 
     async def roll_back(
         self, name: str, number: int | None, by: str

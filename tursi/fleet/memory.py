@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tursi import config
 from tursi.fleet.member import Member
-from tursi.model import Host, Load, Phase, mebibytes
+from tursi.model import Fit, Host, Load, Phase, Verdict, mebibytes
 from tursi.residency import Resident, Rules, Waiting, decide, next_change
 from tursi.supervision.worker import Worker
 
@@ -47,13 +47,36 @@ class Memory:
 
     def need(self, member: Member) -> int:
         """What one of its workers needs: as measured before, or else by the files' size."""
-        resolution = member.deployment.generation.resolution
-        size = (resolution.size if resolution else None) or 0
-        if member.peak is not None:
-            return max(member.peak, size)
-        request = member.deployment.generation.request
-        factor = _ACTIVATIONS if request.dtype == "auto" else _CONVERSION
-        return _OVERHEAD + int(size * factor)
+        generation = member.deployment.generation
+        size = generation.resolution.size if generation.resolution else None
+        return reckon(size or 0, generation.request.dtype, member.peak)
+
+    def fit(self, size: int, dtype: str, peak: int | None, replicas: int) -> Fit:
+        """Whether so many workers of a model would find room."""
+        need = reckon(size, dtype, peak)
+        room, total = self.room(), need * replicas
+        free = "" if room is None else f", {mebibytes(room)} are free"
+        said = f"{replicas} x about {mebibytes(need)}{free}"
+        verdict = Verdict.FITS
+        evicts: tuple[str, ...] = ()
+        if self._limit is not None and total > self._limit:
+            verdict = Verdict.NEVER
+            message = f"It can't fit: {said}, and models may take {mebibytes(self._limit)} here."
+        elif room is None or total <= room:
+            message = f"It fits: {said}."
+        else:
+            # As for somebody who has waited long enough.
+            asking = Waiting("", total, self._clock() - self._rules.max_wait, 1, _LOAD_SECONDS)
+            chosen = decide(
+                [asking], self._residents(), room=room, now=self._clock(), rules=self._rules
+            )
+            if chosen.load is None:
+                verdict = Verdict.WAITS
+                message = f"It would wait for memory: {said}, and what is loaded stays."
+            else:
+                verdict, evicts = Verdict.EVICTS, chosen.evict
+                message = f"It fits if {', '.join(evicts)} is unloaded: {said}."
+        return Fit(verdict, message, need, peak is not None, replicas, room, self._limit, evicts)
 
     def room(self) -> int | None:
         """What loads may still take; ``None`` if nothing is known of this machine's memory."""
@@ -191,6 +214,14 @@ class Memory:
             for worker in member.workers.values()
             if _there(worker)
         ]
+
+
+def reckon(size: int, dtype: str, peak: int | None) -> int:
+    """Bytes that a worker needs for a model of ``size`` bytes; ``peak`` is what one has needed."""
+    if peak is not None:
+        return max(peak, size)
+    factor = _ACTIVATIONS if dtype == "auto" else _CONVERSION
+    return _OVERHEAD + int(size * factor)
 
 
 def _there(worker: Worker) -> bool:
