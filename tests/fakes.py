@@ -10,6 +10,7 @@ from typing import Any
 from zope.interface import implementer
 
 from twisted.enterprise.adbapi import ConnectionPool
+from twisted.internet.defer import Deferred
 from twisted.internet.error import ProcessDone, ProcessExitedAlready
 from twisted.internet.interfaces import IReactorProcess
 from twisted.internet.task import Clock
@@ -185,6 +186,7 @@ class Recorder:
     """An observer of workers; keeps what they tell."""
 
     def __init__(self) -> None:
+        self.refusals: list[str] = []
         self.phases: list[Phase] = []
         """Of all workers, without repetition."""
         self.causes: list[str] = []
@@ -202,9 +204,14 @@ class Recorder:
         """Keep kind and sentence."""
         self.warnings.append((kind, message))
 
-    def life(self, life: WorkerLife) -> None:
+    def life(self, life: WorkerLife) -> Deferred[None] | None:
         """Keep the row."""
         self.lives[life.uuid] = life
+        return None
+
+    def refused(self, worker: object, why: str) -> None:
+        """Keep what the system said."""
+        self.refusals.append(why)
 
     def crashed(self, dossier: Dossier) -> None:
         """Keep the evidence."""

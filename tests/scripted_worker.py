@@ -16,6 +16,7 @@ import heapq
 import itertools
 import json
 import os
+import runpy
 import select
 import signal
 import socket
@@ -71,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--delay", type=float, default=0.0, help="seconds before each answer")
     one.add_argument("--stream", type=int, default=0, help="answer with that many events")
     one.add_argument("--interval", type=float, default=0.02, help="seconds between two of them")
+    one.add_argument("--device", default="cpu", help="what it says it computes on")
     one.add_argument("--task", default="feature-extraction")
     return one
 
@@ -188,7 +190,7 @@ class ScriptedWorker:
             warm = msgspec.msgpack.encode(Progress("warm"))
             loaded = Loaded(
                 task=(self.order and self.order.task) or self.options.task,
-                device="cpu",
+                device=self.options.device,
                 dtype="float32",
                 load_seconds=total,
                 versions={"scripted": "1"},
@@ -328,6 +330,7 @@ def attempt(what: str, where: str) -> str | int:
         "tcp": lambda: socket.create_connection(("127.0.0.1", int(where))),
         "signal": lambda: os.kill(int(where), 0),
         "variable": lambda: os.environ[where],
+        "run": lambda: run_program(where),
     }
     if what == "files":
         return open_files()
@@ -336,6 +339,12 @@ def attempt(what: str, where: str) -> str | int:
     except (OSError, KeyError) as error:
         return type(error).__name__
     return answer if isinstance(answer, str) else "done"
+
+
+def run_program(path: str) -> str:
+    """What an attacker's program in this very process finds out: it calls that ``found``."""
+    found: str = runpy.run_path(path)["found"]
+    return found
 
 
 def open_files() -> int:

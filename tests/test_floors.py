@@ -24,14 +24,15 @@ class Floor(NamedTuple):
 
 WORDS = ("errors", "model", "tasks", "folder")
 PURE = (
-    *WORDS, "heartbeat", "config", "wire", "lifecycle", "plan", "residency", "schema", "faces"
+    *WORDS, "heartbeat", "config", "wire", "claims", "lifecycle", "plan", "residency", "schema",
+    "faces",
 )  # fmt: skip
 STATE = ("store", "supervision", "hub", "lock")
 SANS_IO = ("msgspec", "automat")
 NETWORK = ("twisted", "zope", *SANS_IO)
 DAEMON = (
     *PURE, *STATE, "fleet", "api", "listen", "notify", "lag", "health", "hooks", "service",
-    "keeper", "sandbox",
+    "keeper", "sandbox", "removal",
 )  # fmt: skip
 
 FLOORS = {
@@ -45,6 +46,7 @@ FLOORS = {
     # 1: pure thought
     "config": Floor(WORDS, SANS_IO),
     "wire": Floor(WORDS, SANS_IO),
+    "claims": Floor((*WORDS, "wire")),
     "plan": Floor(WORDS, SANS_IO),
     "residency": Floor(WORDS, SANS_IO),
     "schema": Floor(WORDS, SANS_IO),
@@ -54,7 +56,7 @@ FLOORS = {
     "lock": Floor(PURE, NETWORK),
     "store": Floor(PURE, NETWORK),
     "hub": Floor(PURE, NETWORK),
-    "supervision": Floor(PURE, (*NETWORK, "psutil")),
+    "supervision": Floor((*PURE, "removal"), (*NETWORK, "psutil")),
     "notify": Floor(PURE, NETWORK),
     "lag": Floor(PURE, NETWORK),
     "hooks": Floor(PURE, NETWORK),
@@ -73,7 +75,8 @@ FLOORS = {
     "database": Floor((*WORDS, "store", "lock")),
     "tap": Floor(DAEMON, NETWORK),
     # the children
-    "keeper": Floor(("sandbox",)),
+    "keeper": Floor(("sandbox", "removal")),
+    "removal": Floor(),
     "sandbox": Floor(),
     "hook": Floor(),
     "inference": Floor(

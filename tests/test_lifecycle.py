@@ -17,7 +17,15 @@ from tursi.config import Workers
 from tursi.lifecycle.inputs import Lifecycle
 from tursi.lifecycle.machine import lifecycle
 from tursi.lifecycle.tally import Tally, backoff
-from tursi.lifecycle.verdict import Intent, Policy, Verdict, classify, not_spawned, too_much
+from tursi.lifecycle.verdict import (
+    Intent,
+    Policy,
+    Refusal,
+    Verdict,
+    classify,
+    not_spawned,
+    too_much,
+)
 from tursi.model import FailureClass, Phase, WorkerLife
 from tursi.wire import LastWords
 
@@ -491,6 +499,7 @@ class Ending:
     signal: int | None = None
     peak_rss: int | None = None
     reported: bool = True
+    refusal: Refusal | None = None
 
 
 def words(code: str, traceback: str = "") -> LastWords:

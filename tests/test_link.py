@@ -15,7 +15,7 @@ from twisted.python.failure import Failure
 from tursi import wire
 from tursi.errors import QueueFull
 from tursi.model import Loaded, LoadOrder, Progress, Usage
-from tursi.supervision.link import MAX_STRUCTURED, WorkerLink
+from tursi.supervision.link import MAX_PROGRESS, MAX_STRUCTURED, WorkerLink
 from tursi.wire import Ask, Decoder, End, Frame, Head, Hello, Kind, LastWords
 
 HELLO = wire.encode(Kind.HELLO, 0, msgspec.msgpack.encode(Hello(1, 7, 8)))
@@ -129,7 +129,7 @@ class Linked:
 
 
 def head(id_: int) -> bytes:
-    body = wire.encode_head(Head(200, "application/json", {"a": "b"}))
+    body = wire.encode_head(Head(200, "application/json", {"Retry-After": "1"}))
     return wire.encode(Kind.HEAD, id_, body)
 
 
@@ -147,7 +147,7 @@ def test_requests_of_a_turn_leave_in_one_write_and_answers_find_their_sinks() ->
     assert [(frame.kind, frame.id) for frame in frames] == [(Kind.REQUEST, 1), (Kind.REQUEST, 2)]
     assert wire.decode_ask(frames[1].body).body == b"22"
     it.receive(head(two), wire.encode(Kind.BODY, two, b"xy"), end(two), head(one))
-    assert second.heads == [Head(200, "application/json", {"a": "b"})]
+    assert second.heads == [Head(200, "application/json", {"Retry-After": "1"})]
     assert second.pieces == [b"xy"]
     assert second.ends == [End(Usage(3, 4), "")]
     assert (it.link.in_flight, it.link.queued_bytes) == (1, 1)
@@ -252,20 +252,41 @@ def test_what_the_worker_says_of_itself_is_passed_on() -> None:
     it = Linked()
     words = LastWords("weights_corrupt", "They are damaged.", "Traceback")
     loaded = Loaded("fill-mask", "cpu", "float32")
+    it.link.ping()
+    (ping,) = it.turn()
     it.receive(
         HELLO,
         wire.encode(Kind.PROGRESS, 0, msgspec.msgpack.encode(Progress("load", 1, 2))),
         wire.encode(Kind.READY, 0, msgspec.msgpack.encode(loaded)),
-        wire.encode(Kind.PONG, 3),
+        wire.encode(Kind.PONG, ping.id),
         wire.encode(Kind.FAILED, 0, msgspec.msgpack.encode(words)),
     )
     assert it.owner.told == [Hello(1, 7, 8), Progress("load", 1, 2), loaded, "pong", words]
     order = LoadOrder("echo", "/model")
     it.link.load(order)
-    it.link.ping()
-    load, ping = it.turn()
+    (load,) = it.turn()
     assert msgspec.msgpack.decode(load.body, type=LoadOrder) == order
     assert ping.kind == Kind.PING
+
+
+def wire_head(
+    status: int = 200, content_type: str = "application/json", headers: dict[str, str] | None = None
+) -> bytes:
+    return wire.encode(Kind.HEAD, 1, wire.encode_head(Head(status, content_type, headers or {})))
+
+
+def endless() -> bytes:
+    return wire.encode(Kind.END, 1, wire.encode_end(End(Usage(queue_seconds=float("nan")), "")))
+
+
+def test_a_flood_of_progress_is_passed_on_as_far_as_there_is_time() -> None:
+    it = Linked()
+    step = wire.encode(Kind.PROGRESS, 0, msgspec.msgpack.encode(Progress("load")))
+    it.receive(HELLO, step * 10_000)
+    assert len(it.owner.told) == 1 + MAX_PROGRESS
+    it.clock.advance(1)
+    it.receive(step)
+    assert len(it.owner.told) == 2 + MAX_PROGRESS
 
 
 BROKEN = {
@@ -283,6 +304,28 @@ BROKEN = {
     "a short head": (wire.encode(Kind.HEAD, 1, b"\0"), "a HEAD frame can't be read"),
     "a short end": (head(1) + wire.encode(Kind.END, 1, b"\0"), "an END frame can't be read"),
     "cut tokens": (wire.encode(Kind.TOKENS, 0, bytes(9)), "a TOKENS frame can't be read"),
+    "a status of its own": (wire_head(status=101), "an answer has the status 101"),
+    "a header of its own": (wire_head(headers={"Set-Cookie": "a=b"}), "header 'Set-Cookie'"),
+    "two headers in one": (wire_head(content_type="a/b\r\nX: y"), "the type 'a/b"),
+    "a time that is no number": (head(1) + endless(), "an answer took nan s"),
+    "a pong for nothing": (HELLO + wire.encode(Kind.PONG, 1), "that nobody has sent"),
+    "too many tokens": (
+        wire.encode(Kind.TOKENS, 0, wire.encode_tokens([(9, b"")] * (wire.MAX_PIECES + 1))),
+        "more than 4096 pieces",
+    ),
+    "too large tokens": (
+        wire.encode(Kind.TOKENS, 0, wire.encode_tokens([(9, bytes(MAX_STRUCTURED))])),
+        "a frame of tokens has",
+    ),
+    "a model of no kind": (
+        HELLO + wire.encode(Kind.READY, 0, msgspec.msgpack.encode(Loaded("x\n", "cpu", "y"))),
+        "a model for 'x",
+    ),
+    "progress without end": (
+        HELLO
+        + wire.encode(Kind.PROGRESS, 0, msgspec.msgpack.encode(Progress("load", float("inf")))),
+        "as far as inf",
+    ),
     "much to say": (
         HELLO + wire.encode(Kind.PROGRESS, 0, bytes(MAX_STRUCTURED + 1)),
         "a frame of kind 17 has 1048577 bytes",

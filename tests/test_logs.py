@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tursi.supervision import lines
 from tursi.supervision.logs import LifeLog, tail
 
 START = 1_700_000_000.25
@@ -190,3 +192,47 @@ def test_tail_reads_both_files_from_their_end(path: Path) -> None:
 
 def test_tail_of_nothing(tmp_path: Path) -> None:
     assert tail(tmp_path / "none.log", 10) == []
+
+
+# -- as JSON ---------------------------------------------------------------------------------
+
+
+def test_a_line_as_an_object(path: Path) -> None:
+    form = lines.structured("echo", 3, 1, "abc")
+    log = LifeLog(path, clock=lambda: START, size=100_000, rate=100_000, form=form)
+    seen: list[str] = []
+    log.subscribe(seen.append)
+    log.feed("err", b'WARNING: a "quote", \x1b[31m and \xff\n')
+    log.line("the worker has been asked to stop")
+    log.close()
+    whose = {"deployment": "echo", "generation": 3, "replica": 1, "worker": "abc"}
+    first, second = (json.loads(line) for line in path.read_text().splitlines())
+    text = 'WARNING: a "quote", \\x1b[31m and \\xff'
+    assert first == {"time": STAMP, "stream": "err", **whose, "message": text, "level": "warning"}
+    assert second == {
+        "time": STAMP, "stream": "tursi", **whose, "message": "the worker has been asked to stop",
+    }  # fmt: skip
+    assert seen == path.read_text().splitlines()
+    assert seen[0].startswith('{"time":"')
+    assert [lines.words(line) for line in seen] == [
+        ("err", text), ("tursi", "the worker has been asked to stop"),
+    ]  # fmt: skip
+    assert lines.words(f"{STAMP} out some more words") == ("out", "some more words")
+
+
+@pytest.mark.parametrize(
+    ("text", "level"),
+    [
+        ("ERROR: it failed", "error"),
+        ("[WARN] look", "warning"),
+        ("INFO loading", "info"),
+        ("FATAL", "critical"),
+        ("(DEBUG) x", "debug"),
+        ("ERRORS are many", None),
+        ("an ERROR", None),
+        ("error: lower case may be a word", None),
+        ("", None),
+    ],
+)
+def test_a_level_is_what_a_line_plainly_begins_with(text: str, level: str | None) -> None:
+    assert lines.level_of(text) == level

@@ -495,9 +495,13 @@ def test_calls_that_wait_are_bounded_and_stop_waits_for_them(
     first, second = store.record(1.0, "note", "x"), store.record(2.0, "note", "y")
     with pytest.raises(DatabaseBusy):
         result(store.record(3.0, "note", "z"))
+    # These are few, and must not be lost.
+    kept = store.put_life(LIFE)
+    assert not kept.called
     first.addErrback(lambda failure: None)
     first.cancel()
-    monkeypatch.setattr(store_module, "MAX_PENDING", 3)
+    monkeypatch.setattr(store_module, "MAX_PENDING", 4)
+    kept.addErrback(lambda failure: None)  # nothing is deployed that it could refer to
     stopped, again = store.stop(), store.stop()
     with pytest.raises(ShuttingDown):
         result(store.record(3.0, "note", "z"))

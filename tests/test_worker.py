@@ -22,7 +22,7 @@ from tursi.errors import QueueFull
 from tursi.model import FailureClass, Limits, Loaded, LoadOrder, Phase, Progress, WorkerLife
 from tursi.supervision.cgroup import Groups
 from tursi.supervision.containment import Encloser
-from tursi.supervision.life import Exit, Launch, Life
+from tursi.supervision.life import Exit, Launch, Life, Refusal
 from tursi.supervision.link import WorkerLink
 from tursi.supervision.worker import Worker
 from tursi.wire import Ask, End, Frame, Head, Hello, Kind, LastWords
@@ -252,7 +252,7 @@ def test_requests_pass_only_while_it_is_ready(world: World) -> None:
     sink = RecordedSink()
     id_ = world.worker.submit(ASK, sink)
     assert (world.worker.in_flight, world.worker.queued_bytes) == (1, 2)
-    world.say(Kind.HEAD, wire.encode_head(Head(200, "text/plain", {})), id_)
+    world.say(Kind.HEAD, wire.encode_head(Head(200, "application/json", {})), id_)
     world.say(Kind.END, wire.encode_end(End(wire.NO_USAGE, "")), id_)
     assert sink.done
     world.worker.submit(ASK, RecordedSink())
@@ -310,7 +310,7 @@ def test_stop_drains_terminates_and_forgets(world: World) -> None:
     stopped = world.worker.stop()
     assert (world.worker.phase, world.monitor.signals) == (Phase.DRAINING, [])
     assert world.life().intent == "stop"
-    world.say(Kind.HEAD, wire.encode_head(Head(200, "text/plain", {})), id_)
+    world.say(Kind.HEAD, wire.encode_head(Head(200, "application/json", {})), id_)
     world.say(Kind.END, wire.encode_end(End(wire.NO_USAGE, "")), id_)
     assert (sink.done, world.monitor.signals) == (True, ["TERM"])
     assert not stopped.called
@@ -390,6 +390,7 @@ def test_reset_and_start_lead_out_of_failure(world: World) -> None:
 def test_a_spawn_that_fails_is_tried_again_in_five_seconds(world: World) -> None:
     world.monitor.refusal = OSError(24, "Too many open files")
     world.spawn()
+    assert world.observer.refusals == ["Too many open files"]
     status = world.worker.status()
     assert (status.phase, status.failure) == (Phase.BACKOFF, FailureClass.HOST)
     assert status.reason == "the worker couldn't be started: Too many open files"
@@ -397,6 +398,87 @@ def test_a_spawn_that_fails_is_tried_again_in_five_seconds(world: World) -> None
     world.reactor.advance(5)
     world.worker.admit()
     assert world.worker.phase is Phase.SPAWNING
+
+
+@pytest.mark.parametrize(
+    ("number", "shortage"),
+    [(12, "Cannot allocate memory"), (11, "Resource temporarily unavailable"), (2, None)],
+)
+def test_what_keeps_a_keeper_from_starting_its_worker(
+    world: World, number: int, shortage: str | None
+) -> None:
+    world.spawn()
+    world.monitor.end(world.name, refusal=Refusal(number, "what it says"))
+    status = world.worker.status()
+    assert (status.phase, status.failure) == (Phase.BACKOFF, FailureClass.HOST)
+    assert status.reason == "the worker couldn't be started: what it says"
+    assert world.observer.refusals == ([shortage] if shortage else [])
+
+
+class SlowRecorder(Recorder):
+    """Writes rows that are on the disk when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writing: list[Deferred[None]] = []
+
+    def life(self, life: Any) -> Deferred[None]:
+        super().life(life)
+        self.writing.append(Deferred())
+        return self.writing[-1]
+
+
+def test_no_signal_is_sent_before_its_reason_is_on_the_disk(tmp_path: Path) -> None:
+    observer = SlowRecorder()
+    world = World(tmp_path, observer)
+    world.ready()
+    world.worker.stop()
+    assert (world.life().intent, world.monitor.signals) == ("stop", [])
+    observer.writing[-1].callback(None)
+    assert world.monitor.signals == ["TERM"]
+    world.reactor.advance(10)
+    assert world.monitor.signals == ["TERM", "KILL"]
+
+
+def test_a_signal_waits_a_second_for_a_database_that_does_not_answer(tmp_path: Path) -> None:
+    observer = SlowRecorder()
+    world = World(tmp_path, observer)
+    world.ready()
+    world.say(Kind.HELLO, Hello(1, 7, 8))
+    assert (world.life().intent, world.monitor.signals) == ("protocol", [])
+    world.reactor.advance(0.9)
+    assert world.monitor.signals == []
+    world.reactor.advance(0.1)
+    assert world.monitor.signals == ["KILL"]
+    observer.writing[-1].callback(None)
+    assert world.monitor.signals == ["KILL"]
+
+
+def test_a_signal_that_comes_too_late_does_not_meet_the_next_life(tmp_path: Path) -> None:
+    observer = SlowRecorder()
+    world = World(tmp_path, observer)
+    world.ready()
+    world.worker.restart()
+    late = observer.writing[-1]
+    world.monitor.end(world.name, exit_status=0)
+    world.reactor.advance(0)
+    world.worker.admit()
+    assert world.worker.phase is Phase.SPAWNING
+    late.callback(None)
+    world.reactor.advance(2)
+    assert world.monitor.signals == []
+
+
+def test_the_device_is_chosen_at_each_start(tmp_path: Path) -> None:
+    chosen = iter(["cuda:0", "cuda:1"])
+    world = World(tmp_path, place=lambda asked: next(chosen))
+    for expected in ("cuda:0", "cuda:1"):
+        world.spawn() if expected == "cuda:0" else world.worker.admit()
+        world.load()
+        [load] = [each for each in world.heard() if each.kind == Kind.LOAD]
+        assert msgspec.msgpack.decode(load.body, type=LoadOrder).device == expected
+        world.monitor.end(world.name, exit_status=86)
+        world.reactor.advance(2)
 
 
 def test_a_monitor_that_does_not_run_spawns_nothing_and_keeps_nobody_waiting(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -111,6 +111,8 @@ class Workers(_Table, frozen=True):
     log_bytes: Size = 8 * 1024 * 1024
     """Size of one worker life's log, half of it in each of two files."""
     log_bytes_per_second: Size = 1024 * 1024
+    log_format: Literal["text", "json"] = "text"
+    """Of each line in the log of a worker life."""
     log_lives: Count = 20
     """Logs of earlier lives that are kept per deployment."""
 

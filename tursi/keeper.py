@@ -1,8 +1,8 @@
 """The keeper: the process between the daemon and one worker, so that nothing is ever orphaned.
 
 Run as ``python -I -S -c "from tursi import keeper; ..." ORDER ARGV...``
-(``supervision.life.KEEPER``), with nothing but the standard library and
-``tursi.sandbox``. ORDER is JSON: the daemon's pid as
+(``supervision.life.KEEPER``), with nothing but the standard library,
+``tursi.sandbox`` and ``tursi.removal``. ORDER is JSON: the daemon's pid as
 ``parent``, and the fields of ``supervision.life.Confinement``. ARGV is the
 worker's command, whose first element is an absolute path.
 
@@ -13,6 +13,10 @@ status pipe, onto which go JSON lines::
     {"event": "started", "pid": 71, "start_time": 123456}
     {"event": "exited", "exit_status": null, "signal": 9, "peak_rss": 9437184, "cpu_seconds": 0.4}
     {"event": "cleared", "killed": 2}
+    {"event": "refused", "number": 11, "message": "Resource temporarily unavailable"}
+
+The last one says why there is no worker: what the worker should be confined by, or
+the worker itself, could not be had.
 
 SIGTERM is passed on to the worker's process group, SIGUSR2 to the worker itself,
 which then writes down where its threads stand; both also continue it, should it
@@ -33,6 +37,7 @@ import signal
 import time
 
 from tursi import sandbox
+from tursi.removal import remove_tree
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,6 +53,15 @@ MAX_PAUSE = 0.05
 
 def main(argv: list[str]) -> int:
     """Keep one worker; the answer is the keeper's exit status."""
+    try:
+        return keep(argv)
+    except OSError as error:
+        refuse(error)
+        raise
+
+
+def keep(argv: list[str]) -> int:
+    """From the first preparation until nothing is left."""
     order, command = json.loads(argv[0]), argv[1:]
     for fd in (LIFELINE, STATUS):
         os.set_inheritable(fd, False)
@@ -102,6 +116,7 @@ def start(command: list[str], order: dict[str, Any]) -> int:
             become_worker(keeper, command, order)
         except BaseException as error:  # noqa: BLE001 - a forked child never returns
             os.write(2, f"{command[0]} can't be started: {error}\n".encode())
+            refuse(error)
         os._exit(127)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
     # The daemon must see the end of the worker's socket at once.
@@ -134,13 +149,15 @@ def become_worker(keeper: int, command: list[str], order: dict[str, Any]) -> Non
 
 def confine(order: dict[str, Any]) -> None:
     """Give up what the worker doesn't need."""
+    if order["drop_capabilities"]:
+        sandbox.drop_capabilities()
     if order["landlock"]:
         rights = [(path, sandbox.READ) for path in order["read"]]
         rights += [(path, sandbox.LIST) for path in order["listed"]]
         rights += [(path, sandbox.WRITE) for path in (*order["write"], order["temporary"])]
         sandbox.restrict(order["landlock"], rights + sandbox.model_rights(order["model"]))
     if order["deny_sockets"]:
-        sandbox.deny_sockets()
+        sandbox.filter_calls()
 
 
 def wait(worker: int, wakeups: int) -> bool:
@@ -233,12 +250,9 @@ def kill_group(group: str) -> None:
 def remove(temporary: str) -> None:
     """Remove the worker's private folder with what it has left there."""
     if temporary:
-        try:
-            os.rmdir(temporary)  # noqa: PTH106 - pathlib is slow to import
-        except OSError:
-            import shutil  # slow to import, and mostly not needed
-
-            shutil.rmtree(temporary, ignore_errors=True)
+        # The next daemon tries again.
+        with contextlib.suppress(OSError):
+            remove_tree(temporary)
 
 
 def waitable() -> bool:
@@ -288,3 +302,8 @@ def report(**event: int | float | str | None) -> None:
     """Tell the daemon, if it is still there."""
     with contextlib.suppress(OSError):
         os.write(STATUS, json.dumps(event).encode() + b"\n")
+
+
+def refuse(error: BaseException) -> None:
+    """Tell the daemon why there is no worker."""
+    report(event="refused", number=getattr(error, "errno", None) or 0, message=str(error)[:500])

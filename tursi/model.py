@@ -190,6 +190,8 @@ class Host:
     cores: int | None = None
     files: int | None = None
     """Descriptors that a process may be allowed to have open."""
+    gpus: tuple[str, ...] = ()
+    """The devices that workers may compute on besides the processor, as far as known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from tursi.model import Phase
 LOAD_SLOTS = 2
 """Workers that may load at the same time on one host: loading is bound by disk and memory."""
 
-_LOADING = frozenset({Phase.SPAWNING, Phase.LOADING, Phase.WARMING})
+LOADING = frozenset({Phase.SPAWNING, Phase.LOADING, Phase.WARMING})
+"""The phases that take a slot."""
 _SERVING = frozenset({Phase.READY, Phase.SUSPECT})
 
 
@@ -143,7 +144,7 @@ def _admissions(
     seen: Sequence[Seen], actions: Sequence[Action], slots: int, room: int | None
 ) -> list[Action]:
     leaving = {action.key for action in actions if isinstance(action, Retire)}
-    free = slots - sum(1 for worker in seen if worker.phase in _LOADING)
+    free = slots - sum(1 for worker in seen if worker.phase in LOADING)
     queued = [
         worker
         for worker in seen

@@ -149,7 +149,7 @@ class Daemon(Service):
             logs=folders.logs,
             reactor=reactor,
             now=time.time,
-            host=_host(),
+            host=_host(environment),
         )
         others = configuration.http.listeners
         self._listeners = (control(folders.socket, others), *others)
@@ -337,7 +337,14 @@ class Daemon(Service):
     # -- children -----------------------------------------------------------------------
 
     def _make_worker(
-        self, *, name: str, key: Key, order: LoadOrder, limits: Limits, observer: Observer
+        self,
+        *,
+        name: str,
+        key: Key,
+        order: LoadOrder,
+        limits: Limits,
+        observer: Observer,
+        place: Callable[[str], str],
     ) -> Worker:
         threads = str(order.threads)
         return Worker(
@@ -366,6 +373,7 @@ class Daemon(Service):
             observer=observer,
             limits=limits,
             encloser=self._encloser,
+            place=place,
         )
 
     def _spawn_fetcher(
@@ -404,14 +412,22 @@ class Daemon(Service):
         )
 
 
-def _host() -> Host:
+def _host(environment: Mapping[str, str]) -> Host:
     """What this machine has."""
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     return Host(
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         cores=len(os.sched_getaffinity(0)),
         files=None if files == resource.RLIM_INFINITY else files,
+        gpus=tuple(f"cuda:{index}" for index in range(_gpus(environment))),
     )
+
+
+def _gpus(environment: Mapping[str, str]) -> int:
+    """How many GPUs workers can see."""
+    here = len([*Path("/dev").glob("nvidia[0-9]*")])
+    chosen = environment.get("CUDA_VISIBLE_DEVICES")
+    return here if chosen is None else min(here, len([*filter(None, chosen.split(","))]))
 
 
 def _make_folder(folder: Path) -> None:

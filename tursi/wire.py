@@ -24,6 +24,8 @@ from tursi.model import Usage
 PROTOCOL_VERSION = 1
 MAX_FRAME = 64 * 1024 * 1024
 """Largest ``length`` in bytes that either side accepts."""
+MAX_PIECES = 4096
+"""Streams that one TOKENS frame may add to."""
 
 
 class Kind(IntEnum):
@@ -263,6 +265,8 @@ def decode_tokens(body: bytes) -> list[tuple[int, bytes]]:
             position = start + length
             if position > len(body):
                 raise WireError("a TOKENS frame is cut short")
+            if len(pieces) == MAX_PIECES:
+                raise WireError(f"a TOKENS frame has more than {MAX_PIECES} pieces")
             pieces.append((id_, body[start:position]))
     except struct.error as error:
         raise WireError(f"a TOKENS frame can't be read: {error}") from error

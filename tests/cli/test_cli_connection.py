@@ -196,3 +196,16 @@ def test_help_needs_neither_a_daemon_nor_slow_imports() -> None:
         env={**os.environ, "TURSI_SOCKET": "/nowhere"},
     )
     assert finished.returncode == 0, finished.stderr
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly(api: Api) -> None:
+    api.on("GET", "/deployments/mini/logs", {"lines": ["x" * 1000] * 1000})
+    script = "import sys; from tursi.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", script, "--socket", str(api.socket), "logs", "mini"]
+    with child(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(3) == b"xxx"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == Exit.OK

@@ -339,6 +339,24 @@ def test_ps_lists_deployments_with_the_reasons_of_those_that_fail(api: Api) -> N
     assert lines[3] == "broken: No safetensors [b]here[/b]."
 
 
+@pytest.mark.parametrize(
+    ("phase", "progress", "shown"),
+    [
+        ("queued", {"stage": "download", "done": 43, "total": 100}, "fetching 43 %"),
+        ("queued", {"stage": "resolve", "done": None}, "asking the hub"),
+        ("loading", {"stage": "load", "done": 1, "total": 3}, "loading 33 %"),
+        ("loading", {"stage": "import"}, "starting the worker"),
+        ("queued", None, "queued"),
+        ("ready", None, "ready"),
+    ],
+)  # fmt: skip
+def test_ps_shows_how_far_it_is(
+    api: Api, phase: str, progress: dict[str, object] | None, shown: str
+) -> None:
+    api.on("GET", "/deployments", {"deployments": [deployment(phase, progress=progress)]})
+    assert f" {shown} " in api.tursi("ps").output
+
+
 def test_ps_escapes_what_could_take_over_the_terminal(api: Api) -> None:
     nasty = deployment(model="/m/\x1b]0;owned\x07\x9b2J\u202e\ud800", name="a\rb")
     api.on("GET", "/deployments", {"deployments": [nasty]})

@@ -50,6 +50,20 @@ def test_logs_prints_lines_made_harmless(api: Api) -> None:
     assert json.loads(api.tursi("logs", "mini", "--json").stdout)["lines"][0] == "one"
 
 
+def test_logs_of_objects_read_like_lines_and_are_objects_for_programs(api: Api) -> None:
+    line = {"time": "2026-01-02T03:04:05Z", "stream": "err", "replica": 0, "message": "oh \x1b[2J"}
+    texts = [json.dumps(line), "{no object", '{"message": 1}']
+    api.on("GET", "/deployments/mini/logs", {"lines": texts})
+    assert api.tursi("logs", "mini").stdout.splitlines() == [
+        "2026-01-02T03:04:05Z err oh \\x1b[2J", "{no object", '{"message": 1}',
+    ]  # fmt: skip
+    assert json.loads(api.tursi("logs", "mini", "--json").stdout)["lines"] == [line, *texts[1:]]
+    pieces = [f"data: {json.dumps(text)}\n\n" for text in texts[:2]]
+    api.on("GET", "/deployments/mini/logs", Reply(pieces=pieces))
+    followed = api.tursi("logs", "mini", "-f", "--json").stdout.splitlines()
+    assert [json.loads(each) for each in followed] == [line, "{no object"]
+
+
 def test_logs_follows_until_the_daemon_ends_the_stream(api: Api) -> None:
     # U+2028 is no line end in an event stream, whatever str.splitlines thinks.
     pieces = [

@@ -38,6 +38,7 @@ from tursi.errors import (
 from tursi.fleet import Fleet, Work
 from tursi.model import (
     CatalogueEntry,
+    Dossier,
     Event,
     FailureClass,
     Host,
@@ -69,8 +70,9 @@ class FakeWorker:
     loaded = Loaded(task="feature-extraction", device="cpu", dtype="float32")
 
     def __init__(
-        self, name: str, key: Key, order: LoadOrder, limits: Limits, observer: Any
+        self, name: str, key: Key, order: LoadOrder, limits: Limits, observer: Any, place: Any
     ) -> None:
+        self.place = place
         self.name, self.order, self.limits = name, order, limits
         self.threads = order.threads
         self.folder = order.folder
@@ -167,14 +169,14 @@ class Bench:
             logs=folder / "logs",
             reactor=self.reactor,
             now=lambda: NOW,
-            host=Host(memory=2**36, cores=4, files=1024),
+            host=Host(memory=2**36, cores=4, files=1024, gpus=("cuda:0", "cuda:1")),
             available=lambda: self.available,
         )
 
     def make(
-        self, *, name: str, key: Key, order: LoadOrder, limits: Limits, observer: Any
+        self, *, name: str, key: Key, order: LoadOrder, limits: Limits, observer: Any, place: Any
     ) -> FakeWorker:
-        worker = FakeWorker(name, key, order, limits, observer)
+        worker = FakeWorker(name, key, order, limits, observer, place)
         self.workers.append(worker)
         return worker
 
@@ -491,6 +493,66 @@ def test_when_workers_die_everywhere_nothing_is_started_for_a_minute(bench: Benc
     bench.turn()
     assert [worker.phase for worker in bench.workers].count(Phase.SPAWNING) == 2
     assert "starts" not in [part.name for part in bench.fleet.health()[1]]
+
+
+def told(bench: Bench, kind: str) -> list[Event]:
+    return [each for each in bench.do(bench.fleet.events(None, 0, 1000)) if each.kind == kind]
+
+
+def test_when_the_system_refuses_processes_nothing_is_started_until_it_has_some(
+    bench: Bench,
+) -> None:
+    bench.deploy(replicas=3)
+    bench.found()
+    first, second, third = bench.workers
+    for _ in range(3):
+        first.observer.refused(first, "Too many open files")
+        first.become(Phase.QUEUED)
+        second.become(Phase.QUEUED)
+        bench.turn()
+        assert first.phase is second.phase is third.phase is Phase.QUEUED
+        part = bench.fleet.health()[1][-1]
+        assert (part.name, part.healthy) == ("starts", False)
+        assert part.message == (
+            "The system refuses another process (Too many open files): nothing is started for "
+            "another 5 s."
+        )
+        bench.reactor.advance(5.2)
+        bench.turn()
+        assert [worker.phase for worker in bench.workers].count(Phase.SPAWNING) == 1
+    assert len(told(bench, "starts.paused")) == 1, "told once, however long it lasts"
+    first.become(Phase.READY)
+    assert bench.fleet.health()[1][-1].name == "a"
+    first.observer.refused(first, "Cannot allocate memory")
+    assert len(told(bench, "starts.paused")) == 2
+
+
+def crash(number: int, device: str, worker: str) -> Dossier:
+    return Dossier(
+        id=0, deployment="a", generation=1, replica=0, worker=worker, at=NOW + number,
+        failure=FailureClass.GPU_CONTEXT, reason="the GPU's context is lost", phase=Phase.READY,
+        spawned_at=NOW, order=LoadOrder("a", "/models/a", device=device),
+    )  # fmt: skip
+
+
+def test_a_gpu_that_loses_contexts_is_told_of_and_avoided(bench: Bench) -> None:
+    bench.deploy()
+    bench.found()
+    [worker] = bench.workers
+    for number in range(3):
+        assert worker.place("auto") == "auto"
+        worker.observer.life(replace(life(f"lost-{number}", NOW), ended_at=None))
+        worker.observer.crashed(crash(number, "auto", f"lost-{number}"))
+    assert worker.place("auto") == "cuda:1"
+    [event] = told(bench, "device.suspect")
+    assert event.message.startswith("cuda:0 is suspect: ")
+    assert event.cause == "the GPU's context is lost"
+    status, parts = bench.fleet.health()
+    assert status == "degraded"
+    assert [part.message for part in parts if part.name == "cuda:0"] == [event.message]
+    bench.reactor.advance(3601)
+    assert worker.place("auto") == "auto"
+    assert "cuda:0" not in [part.name for part in bench.fleet.health()[1]]
 
 
 def test_the_catalogue_says_who_uses_what(bench: Bench) -> None:

@@ -15,7 +15,14 @@ from tursi.fleet import journal as journal_module
 from tursi.fleet import statistics as statistics_module
 from tursi.fleet.journal import RETRY_SECONDS, Journal
 from tursi.fleet.statistics import Statistics
-from tursi.model import AuditEntry
+from tursi.model import AuditEntry, Dossier, FailureClass, LoadOrder, Phase, WorkerLife
+
+LIFE = WorkerLife("a", "echo", 1, 0, "boot", 1.0)
+DOSSIER = Dossier(
+    id=1, deployment="echo", generation=1, replica=0, worker="a", at=2.0,
+    failure=FailureClass.CRASH, reason="it crashed", phase=Phase.READY, spawned_at=1.0,
+    order=LoadOrder("echo", "/model"),
+)  # fmt: skip
 
 
 class FakeStore:
@@ -33,6 +40,12 @@ class FakeStore:
 
     def record(self, at: float, kind: str, message: str, **more: object) -> Deferred[Any]:
         return self._write((at, message))
+
+    def put_life(self, life: WorkerLife) -> Deferred[Any]:
+        return self._write(life)
+
+    def add_crash(self, dossier: Dossier, *, keep: int) -> Deferred[Any]:
+        return self._write(dossier)
 
     def add_audit(self, entry: AuditEntry) -> Deferred[Any]:
         return self._write(entry)
@@ -89,9 +102,13 @@ def test_too_many_notes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(5):
         house.journal.note("note", str(number))
     assert (house.journal.waiting, house.journal.dropped) == (2, 3)
+    # These are few, and must not be lost.
+    assert house.journal.life(LIFE).called
+    house.journal.crash(DOSSIER, 5)
+    assert (house.journal.waiting, house.journal.dropped) == (4, 3)
     house.store.trouble = None
     house.clock.advance(RETRY_SECONDS)
-    assert house.store.written == [(0.0, "0"), (0.0, "1")]
+    assert house.store.written == [(0.0, "0"), (0.0, "1"), LIFE, DOSSIER]
 
 
 @pytest.mark.parametrize("recovered", [True, False])

@@ -118,7 +118,7 @@ def test_a_crash_and_the_next_try() -> None:
         "mini is waiting before it is started again, since 07:59:00 UTC (60 s ago).",
         "Its worker ended 60 s ago, after 7 min in service: crashed with signal 11 (SIGSEGV).",
         "It held 2 requests then: a, b.",
-        "That was failure 1 in a row; 5 lead to quarantine.",
+        "That was its first failure; 5 in a row lead to quarantine.",
         (
             "Crash 7 has the evidence: it used up to 1.5 GiB of memory; `tursi "
             "crashes mini 7` shows "
@@ -143,6 +143,8 @@ def test_a_crash_loop_in_quarantine_tells_of_each() -> None:
     assert "Each time the reason was the same (crashes 5, 6)." in same.sentences
     assert same.sentences[-1].startswith("A single try follows at 08:14:00 UTC, in 14 min.")
     other = crash(6, reason="killed by signal 9 (SIGKILL) from outside", at=NOW - 90)
+    two = story(status(replace(quarantined, failures=2)), crash(), crash(6), crash(5))
+    assert "The one before had the same reason (crash 6)." in two.sentences
     mixed = story(status(quarantined), crash(), other)
     assert (
         "Before that: 90 s ago killed by signal 9 (SIGKILL) from outside (crash 6)."
@@ -204,9 +206,10 @@ def test_an_older_generation_that_keeps_serving_is_told() -> None:
             generation=2,
         )
     )
-    assert told.sentences[0].startswith("mini is loading the model (load, 40 %), since")
-    assert told.sentences[-1] == (
-        "Replica 0 of generation 1 is ready, since 07:59:00 UTC (60 s ago)."
+    assert told.sentences[0].startswith("mini is loading the model (40 %), since")
+    assert told.sentences[-2:] == (
+        "If nothing moves for 5 min, it is ended and tried again.",
+        "Replica 0 of generation 1 is ready, since 07:59:00 UTC (60 s ago).",
     )
 
 
@@ -217,11 +220,91 @@ def test_the_stopped_and_those_without_files() -> None:
         "mini is stopped, since 2027-01-13 08:00:00 UTC (2 days ago).",
         "The last order came 2 days ago: uid 0 stops mini.",
     )
+    assert (
+        "mini is down for want of its files, and not tried again"
+        in (story(status(phase=Phase.FAILED, reason="There is no folder /x.")).sentences[0])
+    )
     missing = story(status(phase=Phase.FAILED, reason="There is no folder /x."))
     assert missing.sentences[1:3] == (
         "The reason: There is no folder /x.",
         "It began 10 min ago: uid 0 deploys mini: org/mini, 1 replica.",
     )
+
+
+def test_files_that_come_from_the_hub_or_do_not() -> None:
+    progress = Progress("download", 9 * 2**20, 20 * 2**20)
+    fetching = story(status(phase=Phase.QUEUED, progress=progress))
+    assert fetching.sentences[0].startswith(
+        "mini is fetching its files from the hub (45 %, 9.0 MiB of 20.0 MiB), since"
+    )
+    asking = story(status(phase=Phase.QUEUED, progress=Progress("resolve")))
+    assert asking.sentences[0].startswith("mini is asking the hub for its files, since")
+    failed = Event(2, NOW - 5, "fetch.failed", "mini", "the files of mini can't be had", "no net")
+    away = story(
+        status(phase=Phase.BACKOFF, reason="no net", next_try_at=NOW + 3, progress=progress),
+        events=(CREATED, failed),
+    )
+    assert away.sentences[0] == (
+        "mini is waiting before the hub is asked again for its files, since 07:59:55 UTC (5 s ago)."
+    )
+    assert away.sentences[-1].startswith("The next try is at 08:00:03 UTC, in 3 s;")
+
+
+def test_the_queued_is_told_what_it_waits_for() -> None:
+    waiting = status(worker(Phase.QUEUED))
+
+    def told(**fields: Any) -> tuple[str, ...]:
+        return tell(waiting, (CREATED,), (), Workers(), NOW, **fields).sentences
+
+    assert (
+        told(loading=["a", "b", "mini"])[-1] == "It waits for what is being loaded just now: a, b."
+    )
+    assert told(loading=list("abcdefgh"))[-1].endswith(": a, b, c, d, e and 3 more.")
+    assert told(loading=["a"], paused="Too many died: nothing is started.")[-1] == (
+        "Too many died: nothing is started."
+    )
+
+
+def test_a_hung_one_was_killed_for_it_and_a_suspect_may_be() -> None:
+    waiting = worker(Phase.BACKOFF, failure=FailureClass.HUNG, failures=1, next_try_at=NOW + 1)
+    hung = crash(failure=FailureClass.HUNG, intent="hung", reason="its heartbeat has stood still")
+    told = story(status(waiting), hung)
+    assert told.sentences[1] == (
+        "Its worker was killed 60 s ago, after 7 min in service, because it hung: its heartbeat "
+        "has stood still."
+    )
+    assert "The stacks in there show where it stood." in told.sentences
+    suspect = story(status(worker(Phase.SUSPECT, reason="its heartbeat has stood still for 5 s")))
+    assert suspect.sentences[1] == "The reason: its heartbeat has stood still for 5 s."
+    assert suspect.sentences[-1].startswith("It gets nothing new meanwhile.")
+
+
+def test_requests_that_are_refused_are_told_until_that_is_over() -> None:
+    refused = Event(
+        5, NOW - 60, "request.refused", "mini", "request r1 is refused for an hour",
+        "two workers ended while they held it",
+    )  # fmt: skip
+    sentence = (
+        "Request r1 is refused for an hour since 07:59:00 UTC (60 s ago): two workers ended while "
+        "they held it."
+    )
+    assert sentence in story(status(worker()), events=(CREATED, refused)).sentences
+    restart = Event(6, NOW - 30, "restart", "mini", "uid 0 restarts mini", "uid 0")
+    assert sentence not in story(status(worker()), events=(CREATED, refused, restart)).sentences
+    early = replace(refused, at=NOW - 3700)
+    assert len(story(status(worker()), events=(CREATED, early)).sentences) == 3
+
+
+def test_a_device_that_may_be_failing_is_told_to_who_uses_it() -> None:
+    sentence = "cuda:0 is suspect: workers have lost their GPU context on it 3 times within 1 h."
+
+    def told(device: str, *crashes: Crash) -> tuple[str, ...]:
+        shown = status(worker(device=device), device=device)
+        suspects = {"cuda:0": sentence}
+        return tell(shown, (CREATED,), crashes, Workers(), NOW, suspects=suspects).sentences
+
+    assert sentence in told("cuda:0")
+    assert sentence not in told("cpu")
 
 
 def test_the_chain_leaves_out_what_only_passes_by() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import resource
 import shutil
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +199,168 @@ def test_a_worker_reaches_nothing_of_the_daemons(running: Daemon, tmp_path: Path
     assert attempt(running, "curious", *forbidden) == ["PermissionError"] * len(forbidden)
 
 
+def test_a_worker_that_was_taken_over_reaches_nothing(running: Daemon) -> None:
+    assert running.process is not None
+    pid = running.process.pid
+    folder = running.script("evil", attempt=True)
+    shutil.copy(Path(__file__).with_name("attacker.py"), folder)
+    version = sandbox.landlock_version() or 0
+    given: dict[str, Any] = {
+        "daemon": pid,
+        "database": str(running.state / "tursi.sqlite"),
+        "configuration": str(running.configuration),
+        "socket": str(running.runtime / "control.sock"),
+        "state": str(running.state),
+        # What this kernel can't keep it from is told in the status, and tested there.
+        "landlock": version > 0,
+        "scope": version >= 6,
+        "filter": sandbox.sockets_deniable(),
+    }
+    (folder / "args.json").write_text(json.dumps(given))
+    before = {name: Path(given[name]).stat() for name in ("database", "configuration", "state")}
+    running.deploy("evil", folder)
+    running.wait("evil")
+    (answer,) = attempt(running, "evil", ("run", folder / "attacker.py"))
+    found = json.loads(answer)
+    assert len(found["attempts"]) > 3
+    assert {name: each for name, each in found["attempts"].items() if each != "refused"} == {}
+    read_anything = 1 << 2
+    assert found["capabilities"] & ~read_anything == 0
+    if os.getuid() == 0:
+        assert found["bounding"] == read_anything
+    # Its socket, its log, the page of its heartbeat and what it opened just now.
+    assert found["highest"] <= 8
+    assert [each.split(":")[0] for each in found["descriptors"]] == [
+        "/dev/null", "pipe", "pipe", "socket",
+    ]  # fmt: skip
+    assert not [name for name in found["variables"] if name.endswith("TOKEN") or "NOTIFY" in name]
+    for name, was in before.items():
+        now = Path(given[name]).stat()
+        assert (now.st_mode, now.st_uid, now.st_gid) == (was.st_mode, was.st_uid, was.st_gid)
+    assert running.status("evil")["phase"] == "ready"
+
+
+LIES = {
+    # What it writes to the daemon, and what that is told to be.
+    "a head with a header too many": (
+        "encode(Kind.HEAD, held, encode_head(Head(200, 'application/json', {'Set-Cookie': 'a'})))",
+        "an answer has the header 'Set-Cookie'",
+    ),
+    "a head that divides": (
+        "encode(Kind.HEAD, held, encode_head(Head(200, 'text/html\\r\\n\\r\\n<h1>', {})))",
+        "an answer is of the type",
+    ),
+    "a time that is no number": (
+        (
+            "encode(Kind.HEAD, held, encode_head(Head(200, 'application/json', {})))"
+            " + encode(Kind.END, held, encode_end(End(Usage(queue_seconds=float('nan')), '')))"
+        ),
+        "an answer took nan s",
+    ),
+    "pongs": ("encode(Kind.PONG, 1) * 10_000", "a PING that nobody has sent"),
+    "a huge frame": ("bytes([255] * 16)", "a frame announces"),
+    "many descriptors": ("None", "a descriptor that nobody asked for"),
+}
+LIAR = """
+import os, socket, time
+from tursi.model import Usage
+from tursi.wire import End, Head, Kind, encode, encode_end, encode_head
+held = 1
+data = {lie}
+ours = socket.socket(fileno=os.dup(3))
+if data is None:
+    page = os.memfd_create("page")
+    socket.send_fds(ours, [b"x"], [page] * 200)
+else:
+    ours.sendall(data)
+time.sleep(30)
+found = "survived"
+"""
+
+
+def held(pid: int) -> list[str]:
+    """What the daemon's descriptors are, those of its database left out: they come as needed."""
+    found = []
+    for each in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            found.append(str(each.readlink()))
+    return [each for each in found if ".sqlite" not in each]
+
+
+def test_a_worker_that_lies_is_ended_and_deceives_nobody(running: Daemon) -> None:
+    assert running.process is not None
+    running.deploy("other", running.script("other"))
+    running.wait("other")
+    process = psutil.Process(running.process.pid)
+    files = held(process.pid)
+    for number, (lie, sentence) in enumerate(LIES.values()):
+        name = f"liar{number}"
+        folder = running.script(name, attempt=True)
+        (folder / "lie.py").write_text(LIAR.format(lie=lie))
+        running.deploy(name, folder)
+        running.wait(name)
+        answer = ask(running, name, attempt=[["run", str(folder / "lie.py")]])
+        assert answer.status_code in {422, 502}, answer.text
+        assert "Set-Cookie" not in answer.headers
+        assert answer.headers["content-type"].startswith("application/json")
+        life = next(each for each in lives(running, name) if each["ended_at"])
+        assert life["failure"] == "protocol", life
+        assert sentence in life["reason"], life
+        assert "\n" not in life["reason"]
+        running.control.delete(f"/deployments/{name}")
+    until(lambda: len(running.control.get("/deployments").json()["deployments"]) == 1, "they go")
+    assert ask(running, "other").status_code == 200
+    assert running.client.get("/health").json()["status"] == "healthy"
+    with suppress(AssertionError):
+        until(lambda: len(held(process.pid)) <= len(files) + 3, "nothing is held", 15)
+    # A client's connection or two; it was sent 200 descriptors.
+    assert len(held(process.pid)) <= len(files) + 3, (files, held(process.pid))
+
+
+def test_a_private_folder_of_any_depth_is_removed(running: Daemon) -> None:
+    folder = running.script("deep", attempt=True)
+    (folder / "deep.py").write_text(DEEP)
+    running.deploy("deep", folder)
+    running.wait("deep")
+    (private,) = (running.state / "tmp").iterdir()
+    assert attempt(running, "deep", ("run", folder / "deep.py")) == ["dug"]
+    running.control.delete("/deployments/deep")
+    until(lambda: not private.exists(), "its folder goes with it", 15)
+    assert running.state.exists()
+
+
+DEEP = """
+import os
+place = os.open(os.environ["TMPDIR"], os.O_RDONLY)
+os.symlink("..", "up", dir_fd=place)
+for _ in range(2000):
+    os.mkdir("x" * 100, 0o700, dir_fd=place)
+    below = os.open("x" * 100, os.O_RDONLY, dir_fd=place)
+    os.close(place)
+    place = below
+os.mkdir("locked", 0, dir_fd=place)
+found = "dug"
+"""
+
+
+def test_a_link_in_a_model_opens_nothing_else(running: Daemon, tmp_path: Path) -> None:
+    if sandbox.landlock_version() is None:
+        pytest.skip("this kernel has no Landlock")
+    folder = running.script("linked", attempt=True)
+    (tmp_path / "weights.safetensors").write_text("x")
+    # Deeper than the daemon itself looks.
+    deep = folder / "a/b/c/d/e"
+    deep.mkdir(parents=True)
+    (deep / "weights.safetensors").symlink_to(tmp_path / "weights.safetensors")
+    (deep / "all").symlink_to("/")
+    (deep / "config.json").symlink_to(folder / "config.json")
+    running.deploy("linked", folder)
+    running.wait("linked")
+    tried = (("read", deep / "weights.safetensors"), ("list", deep / "all"))
+    assert attempt(running, "linked", *tried) == ["PermissionError"] * 2
+    assert attempt(running, "linked", ("read", deep / "config.json")) == ["done"]
+
+
 def test_a_worker_has_its_model_and_a_folder_of_its_own(running: Daemon) -> None:
     linked = running.script("linked", attempt=True)
     blob = linked / "blob"
@@ -212,13 +377,9 @@ def test_a_worker_has_its_model_and_a_folder_of_its_own(running: Daemon) -> None
         ("read", linked / "config.json"),
         ("write", private / "mine"),
         ("write", "/dev/null"),
-        ("write", "/dev/shm/tursi-test"),
         ("read", "/proc/cpuinfo"),
     )
-    try:
-        assert attempt(running, "linked", *allowed) == ["done"] * len(allowed)
-    finally:
-        Path("/dev/shm/tursi-test").unlink(missing_ok=True)
+    assert attempt(running, "linked", *allowed) == ["done"] * len(allowed)
     assert (private / "mine").exists()
     running.control.delete("/deployments/linked")
     until(lambda: not private.exists(), "its folder goes with it", 15)
@@ -253,7 +414,9 @@ def test_a_model_of_the_hubs_cache_loads_through_its_links() -> None:
                 blob = blobs / str(len(list(blobs.iterdir())))
                 shutil.copy(source, blob)
                 link.symlink_to(blob)
-        one.deploy("minilm", snapshot, limits={"memory": 2**31})
+        # The threads are OpenMP's, which would set on which cores they run.
+        threads = min(2, len(psutil.Process().cpu_affinity() or "1"))
+        one.deploy("minilm", snapshot, limits={"memory": 2**31, "threads": threads})
         one.wait("minilm", seconds=120)
         embedding = ask(one, "minilm").json()["data"][0]["embedding"]
         assert len(embedding) == 384

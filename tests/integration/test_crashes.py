@@ -218,7 +218,7 @@ def test_the_dossier_and_what_is_told_of_it(running: Daemon) -> None:
     assert story["crash"] == short["id"]
     told = tursi(running, "why", "echo")
     for part in (
-        "echo is given up, since ",
+        "echo is down, and not tried again, since ",
         "before it was ready: The weights are damaged.",
         f"`tursi crashes echo {short['id']}`",
         "Nothing is tried by itself any more",

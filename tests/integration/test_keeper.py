@@ -190,6 +190,42 @@ def test_nothing_survives_not_even_what_has_left_the_session(
     assert kept.wait() == 0
 
 
+HIDES = """
+import ctypes, os, sys
+prctl = ctypes.CDLL(None).prctl
+prctl(1, 0, 0, 0, 0)   # no signal at the death of its parent
+prctl(36, 1, 0, 0, 0)  # whoever is below it stays so
+for _ in range(3):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            with open(sys.argv[1], "a") as file:
+                file.write(f"{os.getpid()} ")
+            os.closerange(0, 256)
+            # Neither its environment nor its name tell where it is from.
+            os.execve("/bin/sleep", ["harmless", "300"], {})
+        os._exit(0)
+for _ in range(3):
+    os.wait()
+os.write(1, b"hidden")
+"""
+
+
+@pytest.mark.parametrize("how", ["lifeline", "the worker ends"])
+def test_who_hides_is_found(keep: Keep, tmp_path: Path, how: str) -> None:
+    names = tmp_path / "pids"
+    then = "import time; time.sleep(300)" if how == "lifeline" else "os._exit(0)"
+    kept = keep(*python(HIDES + then), str(names))
+    kept.read(lambda text: "hidden" in text)
+    wait_until(lambda: names.exists() and len(names.read_text().split()) == 3)
+    pids = [int(word) for word in names.read_text().split()]
+    if how == "lifeline":
+        assert all(alive(pid) for pid in pids)
+        kept.cut_lifeline()
+    assert wait_until(lambda: not any(map(alive, pids))) < 1.0
+    assert kept.report("cleared")["killed"] == 3
+
+
 def test_a_tree_that_keeps_forking_is_cleared(keep: Keep, mark: str) -> None:
     program = """
 import os, time
@@ -284,11 +320,14 @@ def test_a_keeper_whose_parent_is_gone_starts_nothing(keep: Keep) -> None:
 def test_a_command_that_is_not_there(keep: Keep) -> None:
     kept = keep("/nowhere/worker")
     assert kept.report("exited")["exit_status"] == 127
+    assert kept.report("refused")["number"] == 2
     assert "/nowhere/worker can't be started: [Errno 2] No such file" in kept.read()
 
 
 def test_a_folder_that_is_not_there(keep: Keep) -> None:
     kept = keep("/bin/true", directory="/nowhere")
+    refused = kept.report("refused")
+    assert (refused["number"], "/nowhere" in refused["message"]) == (2, True)
     assert kept.wait() == 1
     assert "No such file or directory: '/nowhere'" in kept.read()
 
@@ -336,6 +375,7 @@ def test_without_its_group_the_worker_does_not_start(keep: Keep) -> None:
     assert "hello" not in text
     assert "can't be started" in text
     assert kept.report("exited")["exit_status"] == 127
+    assert "/nowhere/cgroup.procs" in kept.report("refused")["message"]
 
 
 def test_a_confinement_that_fails_lets_nothing_start(keep: Keep) -> None:

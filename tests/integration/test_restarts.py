@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import sqlite3
+import threading
+import time
+from contextlib import closing, suppress
+
+import httpx
+import psutil
 from daemon import Daemon, daemon, until
 
 EAGER = """
@@ -67,6 +74,45 @@ def test_a_lost_accelerator_ends_the_process_and_a_fresh_one_answers() -> None:
         lives = running.control.get("/deployments/gpu/lives").json()["lives"]
         (life,) = (life for life in lives if life["uuid"] == before)
         assert (life["failure"], life["exit_status"]) == ("gpu-context", 86)
+
+
+def test_a_gpu_that_loses_contexts_is_suspect() -> None:
+    with daemon(scripted=True, settings=EAGER) as running:
+        running.deploy("gpu", running.script(exit=86, device="cuda:0"), device="cuda:0")
+        running.wait("gpu", "quarantined")
+        health = running.client.get("/health").json()
+        (part,) = (part for part in health["parts"] if part["name"] == "cuda:0")
+        assert (health["status"], part["healthy"]) == ("degraded", False)
+        events = running.control.get("/events", params={"limit": 1000}).json()["events"]
+        (event,) = (event for event in events if event["kind"] == "device.suspect")
+        assert event["message"] == part["message"]
+        assert part["message"] in running.control.get("/deployments/gpu/why").json()["sentences"]
+
+
+def test_the_reason_for_a_signal_is_on_the_disk_before_it() -> None:
+    with daemon(scripted=True, settings=EAGER) as running:
+        for number in range(5):
+            name = f"ends{number}"
+            running.deploy(name, running.script(name))
+            (worker,) = running.wait(name)["workers"]
+            # Whoever stops it gets no answer: the daemon dies with the worker.
+            stop = threading.Thread(target=ask_to_stop, args=(running, name))
+            stop.start()
+            while psutil.pid_exists(worker["pid"]):
+                time.sleep(0.0002)
+            running.kill()
+            stop.join()
+            with closing(sqlite3.connect(running.state / "tursi.sqlite")) as database:
+                (intent,) = database.execute(
+                    "SELECT intent FROM workers WHERE uuid = ?", (worker["uuid"],)
+                ).fetchone()
+            assert intent == "stop"
+            running.start()
+
+
+def ask_to_stop(running: Daemon, name: str) -> None:
+    with suppress(httpx.HTTPError):
+        running.control.post(f"/deployments/{name}/stop")
 
 
 def test_a_storm_of_deaths_pauses_all_starts_and_degrades_health() -> None:

@@ -61,6 +61,11 @@ class Daemon:
                 in_flight=sum(each.in_flight for each in deployments),
             ),
             containment=info.containment,
+            trouble=[
+                f"{part.name}: {part.message}"
+                for part in self._fleet.health()[1]
+                if not part.healthy
+            ],
         )
 
     @endpoint("GET", "/health", role=Role.HEALTH, reply=Health, statuses=(200, 503))

@@ -212,7 +212,7 @@ class Minutes(msgspec.Struct, frozen=True):
 
 
 class Lines(msgspec.Struct, frozen=True):
-    """Lines of a log: time in RFC 3339, stream, text."""
+    """Lines of a log: time in RFC 3339, stream, text; or as JSON objects, if so configured."""
 
     lines: list[str]
 
@@ -272,6 +272,8 @@ class DaemonStatus(msgspec.Struct, frozen=True):
     versions: dict[str, str]
     counts: Counts
     containment: Containment
+    trouble: list[str]
+    """What is not well, in sentences; the parts of ``/health`` that aren't healthy."""
 
 
 class Health(msgspec.Struct, frozen=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import click
@@ -32,6 +33,11 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             note("tursi: interrupted")
             ctx.exit(Exit.INTERRUPTED)
+        except BrokenPipeError:
+            # Who read it has seen enough (head, less). What Python would still
+            # flush at its end goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(Exit.OK)
 
 
 @click.group("tursi", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -200,7 +200,7 @@ def ps(connection: Connection, *, json: bool) -> None:
             (
                 status["name"],
                 status["task"],
-                status["phase"],
+                _phase(status),
                 f"{status['ready']}/{status['replicas']}",
                 status["device"],
                 size(_memory(status)),
@@ -286,6 +286,17 @@ def _load(status: dict[str, Any]) -> str:
 def _ready(status: dict[str, Any]) -> str:
     what = ", ".join(str(status[key]) for key in ("task", "device", "dtype") if status[key])
     return f"{status['name']} is ready ({what})." if what else f"{status['name']} is ready."
+
+
+def _phase(status: dict[str, Any]) -> str:
+    """The phase; while files are fetched, or a model loads, how far that is."""
+    progress = status.get("progress")
+    if progress is None or status["phase"] not in {Phase.QUEUED, Phase.LOADING, Phase.WARMING}:
+        return str(status["phase"])
+    seen = look(status)
+    if not seen.total or seen.done is None:
+        return seen.stage
+    return f"{seen.stage} {100 * min(seen.done / seen.total, 1):.0f} %"
 
 
 def _memory(status: dict[str, Any]) -> int | None:

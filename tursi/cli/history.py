@@ -27,17 +27,18 @@ def logs(connection: Connection, *, name: str, follow: bool, lines: int, json: b
     place = path("deployments", name, "logs")
     if not follow:
         answer = connection.get(place, lines=lines)
+        found = [_log_line(text) for text in answer["lines"]]
         if json:
-            dump(answer)
+            dump({**answer, "lines": found})
             return
-        for text in answer["lines"]:
-            line(text)
+        for each in found:
+            line(_read(each))
         return
     for text in _followed(connection, place, {"lines": lines, "follow": 1}):
         if json:
-            dump(text, indent=None)
+            dump(_log_line(text), indent=None)
         else:
-            line(text)
+            line(_read(_log_line(text)))
 
 
 @click.command()
@@ -222,6 +223,25 @@ _COUNTS = (
 )  # fmt: skip
 
 
+def _log_line(text: str) -> str | dict[str, Any]:
+    """A line of a log; an object where the daemon writes them as such."""
+    if text.startswith("{"):
+        try:
+            found = jsonlib.loads(text)
+        except ValueError:
+            return text
+        if isinstance(found, dict) and {"time", "stream", "message"} <= found.keys():
+            return found
+    return text
+
+
+def _read(text: str | dict[str, Any]) -> str:
+    """The same for people."""
+    if isinstance(text, str):
+        return text
+    return f"{text['time']} {text['stream']} {text['message']}"
+
+
 def _statistics(row: Mapping[str, Any]) -> Sequence[object]:
     requests = row["requests"]
     return (
@@ -235,7 +255,9 @@ def _statistics(row: Mapping[str, Any]) -> Sequence[object]:
 
 
 def _event(event: Mapping[str, Any]) -> str:
-    cause = f" (cause: {event['cause']})" if event.get("cause") else ""
+    cause = event.get("cause")
+    # Where the message says it already, once is enough.
+    cause = f" (cause: {cause})" if cause and cause not in event["message"] else ""
     about = f"{event['deployment']}: " if event.get("deployment") else ""
     return f"{local_time(event['at'])}  {event['kind']}  {about}{event['message']}{cause}"
 
@@ -301,7 +323,7 @@ def _dossier(found: Mapping[str, Any]) -> None:
             ],
         )
     if found["log"]:
-        _section("log", found["log"])
+        _section("log", [_read(_log_line(text)) for text in found["log"]])
 
 
 def _section(title: str, lines: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from twisted.python.failure import Failure
 from tursi.config import Workers
 from tursi.errors import FetchInterrupted, HubUnreachable, InternalError, TursiError
 from tursi.fleet.crashes import Crashes
+from tursi.fleet.devices import Devices
 from tursi.fleet.governor import Governor
 from tursi.fleet.journal import Journal
 from tursi.fleet.logs import Logs
@@ -21,6 +22,7 @@ from tursi.fleet.memory import Memory
 from tursi.hub import Hub
 from tursi.model import (
     Dossier,
+    FailureClass,
     Host,
     Limits,
     LoadOrder,
@@ -50,7 +52,14 @@ class MakeWorker(Protocol):
     """Builds a replica; the service knows the monitor, the command and the folders."""
 
     def __call__(
-        self, *, name: str, key: Key, order: LoadOrder, limits: Limits, observer: Observer
+        self,
+        *,
+        name: str,
+        key: Key,
+        order: LoadOrder,
+        limits: Limits,
+        observer: Observer,
+        place: Callable[[str], str],
     ) -> Worker:
         """A worker that has not been started."""
         ...
@@ -92,8 +101,11 @@ class Convergence:
         self._reactor = reactor
         self._now = now
         self.governor = Governor(reactor.seconds)
+        self.devices = Devices(reactor.seconds, host.gpus)
         self._resuming: Any = None
         self._looking: Any = None
+        self._refused = False
+        """Whether it has been told that the system refuses processes."""
         self._past: dict[Key, list[WorkerLife]] = {}
         self._phases: dict[str, Phase] = {}
         self._lives: set[str] = set()
@@ -231,7 +243,12 @@ class Convergence:
         self._serial += 1
         name = f"{key.deployment}.{key.generation}.{key.replica}#{self._serial}"
         worker = self._make_worker(
-            name=name, key=key, order=order, limits=request.limits, observer=self
+            name=name,
+            key=key,
+            order=order,
+            limits=request.limits,
+            observer=self,
+            place=self.devices.place,
         )
         member.workers[key] = worker
         past = self._past.pop(key, None)
@@ -301,13 +318,13 @@ class Convergence:
             log.failure("finding the files of {name} failed", failure, name=name)
             error = InternalError(f"Finding the model's files failed: {error}")
         fetch.error = error
-        message = f"{name} can't be fetched: {error.message}"
+        message = f"the files of {name} can't be had"
         if isinstance(error, HubUnreachable | FetchInterrupted):
             first, most = _FETCH_RETRY_SECONDS
             delay = max(min(most, first * 2**fetch.attempts), float(error.retry_after or 0))
             fetch.attempts += 1
             fetch.retry_at = self._now() + delay
-            message += f" The next try is in {delay:.0f} s."
+            message += f"; the next try is in {delay:.0f} s"
             fetch.timer = self._reactor.callLater(delay, self._fetch_again, fetch)
         self._journal.note("fetch.failed", message, deployment=name, cause=error.message)
         member.queue.pump()
@@ -336,6 +353,7 @@ class Convergence:
             self._count_threads()
             if phase is Phase.READY:
                 self.governor.served()
+                self._refused = False
                 member.crash = None
                 member.loaded_at = self._reactor.seconds()
                 used = worker.status().rss
@@ -367,9 +385,16 @@ class Convergence:
             )
         self._overcommitted = threads > cores
 
-    def life(self, life: WorkerLife) -> None:
-        """Keep a worker life's record."""
-        self._journal.life(life)
+    def refused(self, worker: Worker, why: str) -> None:
+        """The system has no room for another process: start nothing for a while."""
+        if self.governor.refused(why):
+            # While it lasts, one event is enough.
+            self._pause(f"{worker.name} could not be started", told=self._refused)
+            self._refused = True
+
+    def life(self, life: WorkerLife) -> Deferred[None]:
+        """Keep a worker life's record; fires when it is on the disk, or can't be."""
+        written = self._journal.life(life)
         member = self._members.get(life.deployment)
         if member is not None:
             member.learn(life)
@@ -378,18 +403,34 @@ class Convergence:
         if life.ended_at is not None and life.uuid in self._lives:
             self._lives.discard(life.uuid)
             if life.failure is not None and self.governor.died():
-                self._pause()
+                self._pause(life.reason or "")
+        return written
 
     def crashed(self, dossier: Dossier) -> None:
         """Keep the evidence, and tell the requests that were lost with the worker."""
         crash = self._crashes.add(dossier)
         member = self._members.get(crash.deployment)
+        if crash.failure is FailureClass.GPU_CONTEXT:
+            self._lost_context(crash, member)
         if member is not None:
             member.crash = crash
             member.queue.crashed(crash)
 
-    def _pause(self) -> None:
-        self._journal.note("starts.paused", self.governor.trouble or "")
+    def _lost_context(self, crash: Dossier, member: Member | None) -> None:
+        workers = member.workers.values() if member else ()
+        loaded = next((each.loaded for each in workers if each.uuid == crash.worker), None)
+        if self.devices.lost(loaded.device if loaded else crash.order.device):
+            for device, sentence in self.devices.suspects.items():
+                self._journal.note(
+                    "device.suspect", sentence, deployment=crash.deployment, cause=crash.reason
+                )
+                log.warn("{device}: {sentence}", device=device, sentence=sentence)
+
+    def _pause(self, cause: str, *, told: bool = False) -> None:
+        if not told:
+            self._journal.note("starts.paused", self.governor.trouble or "", cause=cause)
+        if self._resuming is not None and self._resuming.active():
+            self._resuming.cancel()
         # A moment later than the pause ends, so that it has.
         self._resuming = self._reactor.callLater(self.governor.paused_seconds + 0.1, self.soon)
 

@@ -33,7 +33,7 @@ class Crashes:
         """Record a crash; the same with its number."""
         self._last += 1
         numbered = replace(dossier, id=self._last)
-        self._journal.hold(lambda: self._store.add_crash(numbered, keep=self._keep))
+        self._journal.crash(numbered, self._keep)
         self._journal.note(
             CRASHED,
             f"replica {numbered.replica} ended while {numbered.phase.value} (crash {numbered.id})",

@@ -60,6 +60,7 @@ from tursi.model import (
     check_replicas,
     deployment_name,
 )
+from tursi.plan import LOADING
 from tursi.store import Outcome, Store
 from tursi.supervision.link import Sink
 from tursi.supervision.logs import LifeLog
@@ -84,7 +85,7 @@ class Part:
     healthy: bool
     message: str
     kind: str = "deployment"
-    """``deployment``, ``starts``, or of the daemon itself: database, loop, disk, drops."""
+    """``deployment``, ``starts``, ``device``, or of the daemon: database, loop, disk, drops."""
 
 
 class Fleet:
@@ -461,6 +462,16 @@ class Fleet:
             crashes,
             self._configuration.workers,
             self._now(),
+            suspects=self._convergence.devices.suspects,
+            loading=sorted(
+                {
+                    worker.deployment
+                    for each in self._members.values()
+                    for worker in each.workers.values()
+                    if worker.phase in LOADING
+                }
+            ),
+            paused=self._convergence.governor.trouble,
         )
 
     async def events(self, deployment: str | None, after: int, limit: int) -> list[Event]:
@@ -533,6 +544,8 @@ class Fleet:
         trouble = self._convergence.governor.trouble
         if trouble is not None:
             parts.append(Part("starts", healthy=False, message=trouble, kind="starts"))
+        for device, sentence in self._convergence.devices.suspects.items():
+            parts.append(Part(device, healthy=False, message=sentence, kind="device"))
         return "healthy" if all(part.healthy for part in parts) else "degraded", parts
 
     def _statuses(self) -> list[tuple[Member, DeploymentStatus]]:

@@ -1,7 +1,8 @@
 """Stops starting workers when they die all over the place: then it isn't the models.
 
 A host without memory, a driver that is gone or a disk that is full kills every
-worker, and restarting them all makes it worse. Pure: the clock comes in.
+worker, and restarting them all makes it worse. So does asking a system for
+processes again and again that has none left. Pure: the clock comes in.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ WINDOW_SECONDS = 60.0
 """More deaths than that within this time, and nothing is started"""
 PAUSE_SECONDS = 60.0
 """for this long; then one at a time, until one serves or none has died for the window."""
+REFUSED_SECONDS = 5.0
+"""The same after the system had no process, descriptor or memory for another worker."""
 
 
 class _State(Enum):
@@ -31,6 +34,8 @@ class Governor:
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS + 1)
         self._state = _State.OPEN
         self._until = 0.0
+        self._why = ""
+        self._storm = False
 
     def died(self) -> bool:
         """A worker died unasked; whether this begins a pause."""
@@ -38,10 +43,25 @@ class Governor:
         now = self._clock()
         self._deaths.append(now)
         storm = len(self._deaths) > MAX_DEATHS and now - self._deaths[0] <= WINDOW_SECONDS
-        if self._state is _State.PAUSED or (self._state is _State.OPEN and not storm):
+        tried = self._state is _State.TRYING and self._storm
+        if self._state is _State.PAUSED or not (storm or tried):
             return False
-        self._state, self._until = _State.PAUSED, now + PAUSE_SECONDS
+        self._pause(
+            PAUSE_SECONDS, f"More than {MAX_DEATHS} workers died within {WINDOW_SECONDS:.0f} s"
+        )
+        self._storm = True
         return True
+
+    def refused(self, why: str) -> bool:
+        """The system could not start another worker; whether this begins a pause."""
+        self._look()
+        if self._state is _State.PAUSED:
+            return False
+        self._pause(REFUSED_SECONDS, f"The system refuses another process ({why})")
+        return True
+
+    def _pause(self, seconds: float, why: str) -> None:
+        self._state, self._until, self._why = _State.PAUSED, self._clock() + seconds, why
 
     def served(self) -> None:
         """A worker has come up; after a pause that is what was waited for."""
@@ -71,7 +91,7 @@ class Governor:
             if self._state is _State.PAUSED
             else "workers are started one at a time until one serves"
         )
-        return f"More than {MAX_DEATHS} workers died within {WINDOW_SECONDS:.0f} s: {how}."
+        return f"{self._why}: {how}."
 
     def _look(self) -> None:
         now = self._clock()
@@ -82,4 +102,5 @@ class Governor:
 
     def _open(self) -> None:
         self._state = _State.OPEN
+        self._storm = False
         self._deaths.clear()

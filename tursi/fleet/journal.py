@@ -11,13 +11,14 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tursi.errors import DatabaseBusy, DatabaseFull
-from tursi.model import AuditEntry, Event, WorkerLife
+from tursi.model import AuditEntry, Dossier, Event, WorkerLife
 from tursi.store import Store
 
 log = Logger()
 
 MAX_WAITING = 1000
-"""Notes that wait for a full disk or a busy database; more are counted and dropped."""
+"""Notes that wait for a full disk or a busy database; more are counted and dropped, but for
+the lives of workers and their crashes."""
 RETRY_SECONDS = 2.0
 
 Write = Callable[[], Deferred[Any]]
@@ -62,9 +63,13 @@ class Journal:
             )
         )
 
-    def life(self, life: WorkerLife) -> None:
-        """Keep a worker life's record as it is now."""
-        self.hold(lambda: self._store.put_life(life))
+    def life(self, life: WorkerLife) -> Deferred[None]:
+        """Keep a worker life's record as it is now; fires when it is written, or has to wait."""
+        return self.hold(lambda: self._store.put_life(life), must=True)
+
+    def crash(self, dossier: Dossier, keep: int) -> None:
+        """Keep a crash, whose life has been told before."""
+        self.hold(lambda: self._store.add_crash(dossier, keep=keep), must=True)
 
     def audit(self, entry: AuditEntry) -> Deferred[None]:
         """Keep who did what; fires when that is on the disk, or has to wait."""
@@ -81,18 +86,19 @@ class Journal:
 
         return self._store.watch(tell)
 
-    def hold(self, write: Write) -> Deferred[None]:
+    def hold(self, write: Write, *, must: bool = False) -> Deferred[None]:
         """Let a write go on by itself, but not past ``close`` and not unheard.
 
-        Fires, with nothing, when it is done or has to wait.
+        What ``must`` be written is never dropped. Fires, with nothing, when it is
+        done or has to wait.
         """
         if self._waiting:
-            self._keep(write)
+            self._keep(write, must=must)
             return succeed(None)
 
         def tried(done: bool) -> None:
             if not done:
-                self._keep(write)
+                self._keep(write, must=must)
 
         return self._try(write).addCallback(tried)
 
@@ -139,8 +145,8 @@ class Journal:
         writing.addBoth(done)
         return tried
 
-    def _keep(self, write: Write) -> None:
-        if len(self._waiting) >= MAX_WAITING:
+    def _keep(self, write: Write, *, must: bool) -> None:
+        if len(self._waiting) >= MAX_WAITING and not must:
             if not self.dropped:
                 log.error("the database takes nothing; notes are lost from now on")
             self.dropped += 1

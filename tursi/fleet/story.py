@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from types import MappingProxyType
 
 from tursi.config import Workers
 from tursi.model import (
@@ -25,6 +26,12 @@ from tursi.model import (
 
 MAX_EVENTS = 10
 _MAX_REQUESTS = 5
+_MAX_REFUSED = 3
+_MAX_LOADING = 5
+_REFUSED_SECONDS = 3600.0
+_COMING = frozenset({Phase.QUEUED, Phase.LOADING, Phase.WARMING})
+_FORGIVING = frozenset({"create", "replace", "restart", "worker.reset"})
+"""Kinds of what makes refused requests be let in again."""
 
 _PASSING = {
     f"worker.{phase.value}"
@@ -49,8 +56,17 @@ _DOING: Mapping[Phase, str] = {
     Phase.SETTLING: "giving back its memory",
     Phase.BACKOFF: "waiting before it is started again",
     Phase.QUARANTINED: "in quarantine",
-    Phase.FAILED: "given up",
+    Phase.FAILED: "down, and not tried again",
     Phase.WEDGED: "stuck: not even SIGKILL ends its process",
+}
+_FETCHING: Mapping[Phase, str] = {
+    Phase.QUEUED: "looking for its files",
+    Phase.BACKOFF: "waiting before the hub is asked again for its files",
+    Phase.FAILED: "down for want of its files, and not tried again",
+}
+_STAGES: Mapping[str, str] = {
+    # Those that the phase doesn't name already.
+    "import": "importing its libraries",
 }
 _ADVICE: Mapping[FailureClass, str] = {
     FailureClass.CONFIGURATION: "Deploy it with other settings, or another model",
@@ -64,7 +80,7 @@ _ADVICE: Mapping[FailureClass, str] = {
     ),
     FailureClass.CRASH: "A library crashed: another version, dtype or device may not",
     FailureClass.GPU_CONTEXT: "If it goes on, look at the GPU with nvidia-smi and the kernel log",
-    FailureClass.HUNG: "Its stacks show where it stood",
+    FailureClass.HUNG: "The stacks in there show where it stood",
     FailureClass.HOST: "Look at the limits on processes and open files",
     FailureClass.PROTOCOL: "Look whether the daemon and its workers are the same version of Tursi",
     FailureClass.EXTERNAL_KILL: "Somebody or something outside Tursi did that",
@@ -77,8 +93,17 @@ def tell(
     crashes: Sequence[Crash],
     settings: Workers,
     now: float,
+    *,
+    suspects: Mapping[str, str] = MappingProxyType({}),
+    loading: Sequence[str] = (),
+    paused: str | None = None,
 ) -> Story:
-    """``events`` are the last ones in ascending order, ``crashes`` newest first."""
+    """``events`` are the last ones in ascending order, ``crashes`` newest first.
+
+    ``suspects`` are the devices that may be failing, each with a sentence on it,
+    ``loading`` the deployments that are being loaded, ``paused`` says why nothing is
+    started at all.
+    """
     lead = _lead(status)
     troubled = _troubled(status, lead)
     crash = _cause(troubled, crashes)
@@ -86,6 +111,9 @@ def tell(
         _state(status, lead, events, now),
         *_happened(status, troubled, crash, crashes, events, settings, now),
         *_evidence(status, crash),
+        *_devices(status, crash, suspects),
+        *_refused(events, now),
+        *_turn(status, lead, loading, paused),
         *_next(status, lead, settings, now),
         *_others(status, lead, now),
     )
@@ -126,8 +154,18 @@ def _state(
 ) -> str:
     since = lead.since if lead else _last_wish_at(status, events)
     asleep = status.phase is Phase.STOPPED and status.desired is Desired.RUNNING
-    doing = "not loaded" if asleep else f"{_DOING[status.phase]}{_progress(status.progress)}"
-    sentence = f"{status.name} is {doing}, since {_moment(since, now)}"
+    doing = "not loaded" if asleep else _DOING[status.phase]
+    if lead is None and status.desired is Desired.RUNNING and status.phase in _FETCHING:
+        doing = _FETCHING[status.phase]
+        if status.phase is Phase.QUEUED and status.progress:
+            doing = "asking the hub for its files"
+            if status.progress.stage == "download":
+                doing = "fetching its files from the hub"
+        failed = [event.at for event in events if event.kind == "fetch.failed"]
+        if status.phase is not Phase.QUEUED and failed:
+            since = max(since, failed[-1])
+    told = _progress(status.progress) if status.phase in _COMING else ""
+    sentence = f"{status.name} is {doing}{told}, since {_moment(since, now)}"
     if status.phase is Phase.READY:
         sentence += f": {status.ready} of {_count(status.replicas, 'replica')} serving"
         sentence += f", {_count(status.in_flight, 'request')} in flight"
@@ -148,9 +186,14 @@ def _last_wish(events: Sequence[Event]) -> Event | None:
 def _progress(progress: Progress | None) -> str:
     if progress is None:
         return ""
-    if progress.done is None or not progress.total:
-        return f" ({progress.stage})"
-    return f" ({progress.stage}, {100 * progress.done / progress.total:.0f} %)"
+    found = []
+    if progress.stage in _STAGES:
+        found.append(_STAGES[progress.stage])
+    if progress.done is not None and progress.total:
+        found.append(f"{100 * min(progress.done / progress.total, 1):.0f} %")
+        if progress.unit == "bytes" and progress.stage == "download":
+            found.append(f"{mebibytes(int(progress.done))} of {mebibytes(int(progress.total))}")
+    return f" ({', '.join(found)})" if found else ""
 
 
 # -- what happened ----------------------------------------------------------------------
@@ -194,9 +237,14 @@ def _crashed(status: DeploymentStatus, crash: Crash, now: float) -> Iterator[str
         after = f"{_duration(seconds)} after" if seconds >= 1 else "right after"
         lived = f"{after} its start, before it was ready"
     else:
-        lived = f"after {_duration(crash.at - crash.ready_at)} in service"
+        seconds = crash.at - crash.ready_at
+        lived = f"after {_duration(seconds)} in service" if seconds >= 1 else "as soon as it served"
     which = f"The worker of replica {crash.replica}" if status.replicas > 1 else "Its worker"
-    yield f"{which} ended {_ago(crash.at, now)}, {lived}: {_clause(crash.reason)}."
+    # Where the daemon has ended it, it was for this reason.
+    ended = "was killed" if crash.intent else "ended"
+    if crash.failure is FailureClass.HUNG:
+        lived += ", because it hung"
+    yield f"{which} {ended} {_ago(crash.at, now)}, {lived}: {_clause(crash.reason)}."
     if crash.requests:
         shown = ", ".join(crash.requests[:_MAX_REQUESTS])
         more = len(crash.requests) - _MAX_REQUESTS
@@ -210,15 +258,23 @@ def _again(
     if troubled.failures > 0:
         quarantine = ""
         if troubled.phase not in {Phase.QUARANTINED, Phase.FAILED}:
-            quarantine = f"; {settings.max_failures} lead to quarantine"
-        yield f"That was failure {troubled.failures} in a row{quarantine}."
+            row = " in a row" if troubled.failures == 1 else ""
+            quarantine = f"; {settings.max_failures}{row} lead to quarantine"
+        which = (
+            "its first failure"
+            if troubled.failures == 1
+            else f"failure {troubled.failures} in a row"
+        )
+        yield f"That was {which}{quarantine}."
     alike = (crash.generation, crash.replica)
     earlier = [
         each for each in crashes if (each.generation, each.replica) == alike and each.id < crash.id
     ][: max(troubled.failures - 1, 0)]
     if not earlier:
         return
-    if all(each.reason == crash.reason for each in earlier):
+    if len(earlier) == 1 and earlier[0].reason == crash.reason:
+        yield f"The one before had the same reason (crash {earlier[0].id})."
+    elif all(each.reason == crash.reason for each in earlier):
         numbers = ", ".join(str(each.id) for each in reversed(earlier))
         yield f"Each time the reason was the same ({_noun(len(earlier), 'crash')} {numbers})."
     else:
@@ -251,6 +307,48 @@ def _evidence(status: DeploymentStatus, crash: Crash | None) -> Iterator[str]:
         yield f"{advice}."
 
 
+def _devices(
+    status: DeploymentStatus, crash: Crash | None, suspects: Mapping[str, str]
+) -> Iterator[str]:
+    """What is to be said of the device, where that may be the cause."""
+    used = {status.device, *(each.device for each in status.workers)}
+    lost = crash is not None and crash.failure is FailureClass.GPU_CONTEXT
+    for device, sentence in suspects.items():
+        if lost or device in used:
+            yield sentence
+
+
+def _refused(events: Sequence[Event], now: float) -> Iterator[str]:
+    """Requests that are held to be what workers end of."""
+    since = max((event.at for event in events if event.kind in _FORGIVING), default=0.0)
+    refused = [
+        event
+        for event in events
+        if event.kind == "request.refused" and event.at >= max(since, now - _REFUSED_SECONDS)
+    ]
+    for event in refused[-_MAX_REFUSED:]:
+        cause = f": {_clause(event.cause)}" if event.cause else ""
+        message = _clause(event.message)
+        yield f"{message[:1].upper()}{message[1:]} since {_moment(event.at, now)}{cause}."
+
+
+def _turn(
+    status: DeploymentStatus, lead: WorkerStatus | None, loading: Sequence[str], paused: str | None
+) -> Iterator[str]:
+    """What it waits for, where that lies with others."""
+    if lead is None or status.phase is not Phase.QUEUED or status.reason:
+        return
+    if paused is not None:
+        yield paused
+        return
+    others = [name for name in loading if name != status.name]
+    if others:
+        shown = ", ".join(others[:_MAX_LOADING])
+        more = len(others) - _MAX_LOADING
+        also = f" and {more} more" if more > 0 else ""
+        yield f"It waits for what is being loaded just now: {shown}{also}."
+
+
 # -- what comes next -----------------------------------------------------------------------
 
 
@@ -272,13 +370,16 @@ def _next(
             )
         case Phase.FAILED:
             yield f"Nothing is tried by itself any more; {again} does."
+        case Phase.LOADING if lead is not None:
+            stall = _duration(settings.load_stall_seconds)
+            yield f"If nothing moves for {stall}, it is ended and tried again."
+        case Phase.SUSPECT:
+            yield (
+                "It gets nothing new meanwhile. If it gives signs of life again all is well, "
+                "if not it is killed within seconds, with its stacks taken, and started again."
+            )
         case Phase.STOPPED:
-            if status.desired is Desired.STOPPED:
-                yield "It stays so until somebody starts it, such as by deploying it again."
-            elif status.load is Load.ON_DEMAND:
-                yield "The next request for it loads it."
-            else:
-                yield f"`tursi load {status.name}` loads it."
+            yield _wakes(status)
         case Phase.WEDGED:
             yield "Another attempt to kill it is made every 30 s; only the kernel can let it go."
         case Phase.READY if lead is not None and lead.failures:
@@ -289,6 +390,15 @@ def _next(
             )
         case _:
             pass
+
+
+def _wakes(status: DeploymentStatus) -> str:
+    """What brings one back that rests."""
+    if status.desired is Desired.STOPPED:
+        return "It stays so until somebody starts it, such as by deploying it again."
+    if status.load is Load.ON_DEMAND:
+        return "The next request for it loads it."
+    return f"`tursi load {status.name}` loads it."
 
 
 def _others(status: DeploymentStatus, lead: WorkerStatus | None, now: float) -> Iterator[str]:

@@ -58,6 +58,14 @@ class Verdict:
     """Of the traceback with which loading failed, if it did."""
 
 
+class Refusal(Protocol):
+    """Why a worker could not be started (``supervision.life.Refusal``)."""
+
+    @property
+    def message(self) -> str:
+        """One clause, as the system has it."""
+
+
 class Ending(Protocol):
     """What is known of the process's end (``supervision.life.Exit``)."""
 
@@ -76,6 +84,10 @@ class Ending(Protocol):
     @property
     def reported(self) -> bool:
         """Whether the keeper could tell."""
+
+    @property
+    def refusal(self) -> Refusal | None:
+        """Why there never was a worker."""
 
 
 _STATUSES: dict[int, tuple[Policy, FailureClass, str]] = {
@@ -117,6 +129,8 @@ def classify(
     """
     if intent is not None:
         return _intended(intent)
+    if ending.refusal is not None:
+        return not_spawned(OSError(ending.refusal.message))
     if last_words is not None:
         return _said(ending, last_words, loading=loading)
     if ending.signal is not None:

@@ -49,7 +49,8 @@ from tursi.store.deployments import Outcome
 PATIENCE_SECONDS = 6.0
 """How long a call waits, those before it included, while another process holds the file."""
 MAX_PENDING = 1000
-"""Calls that may wait for the database; more are refused at once."""
+"""Calls that may wait for the database; more are refused at once, but for those that are few
+by their nature and must not be lost: the lives of workers and their crashes."""
 
 T = TypeVar("T")
 log = Logger()
@@ -196,7 +197,7 @@ class Store:
 
     def put_life(self, life: WorkerLife) -> Deferred[None]:
         """Insert a worker's life, or replace what was known of it."""
-        return self._write(lives.put, life)
+        return self._write(lives.put, life, must=True)
 
     def lives(self, deployment: str, limit: int) -> Deferred[list[WorkerLife]]:
         """The last ``limit`` lives of a deployment's workers, newest first."""
@@ -208,7 +209,7 @@ class Store:
 
     def add_crash(self, dossier: Dossier, *, keep: int) -> Deferred[None]:
         """Keep a crash, whose life has been put before; ``keep`` of its deployment stay."""
-        return self._write(crashes.add, dossier, keep)
+        return self._write(crashes.add, dossier, keep, must=True)
 
     def crashes(self, deployment: str, limit: int) -> Deferred[list[Crash]]:
         """The last ``limit`` crashes of a deployment, newest first."""
@@ -300,7 +301,11 @@ class Store:
         return self._run(self._reader, _transaction, "BEGIN", _until(), interaction, arguments, {})
 
     def _write(
-        self, interaction: Callable[..., T], *arguments: Any, **keywords: Any
+        self,
+        interaction: Callable[..., T],
+        *arguments: Any,
+        must: bool = False,
+        **keywords: Any,
     ) -> Deferred[T]:
         # A deferred transaction that reads first can't wait for the write lock.
         return self._run(
@@ -311,6 +316,7 @@ class Store:
             interaction,
             arguments,
             keywords,
+            must=must,
         )
 
     def _aside(self, work: Callable[[], T]) -> Deferred[T]:
@@ -335,14 +341,18 @@ class Store:
 
         return self._hold(self._reader, run).addBoth(done)
 
-    def _run(self, pool: Any, interaction: Callable[..., T], *arguments: Any) -> Deferred[T]:
-        return self._hold(pool, lambda: pool.runInteraction(interaction, *arguments))
+    def _run(
+        self, pool: Any, interaction: Callable[..., T], *arguments: Any, must: bool = False
+    ) -> Deferred[T]:
+        return self._hold(pool, lambda: pool.runInteraction(interaction, *arguments), must=must)
 
-    def _hold(self, pool: Any, run: Callable[[], Deferred[T]]) -> Deferred[T]:
+    def _hold(
+        self, pool: Any, run: Callable[[], Deferred[T]], *, must: bool = False
+    ) -> Deferred[T]:
         """What ``run`` gives; the pools stay open until it has."""
         if pool is None or self._stopped is not None:
             return fail(ShuttingDown())
-        if self._pending >= MAX_PENDING:
+        if self._pending >= MAX_PENDING and not must:
             return fail(DatabaseBusy(retry_after=5))
         return self._begin(run)
 

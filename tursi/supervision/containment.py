@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import glob
-import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from tursi.model import Containment, Limits
+from tursi.removal import remove_tree
 from tursi.supervision.cgroup import Groups, Leaf
 from tursi.supervision.life import FILES, Confinement
 
@@ -24,8 +25,10 @@ _READ = (
     "/proc/driver/nvidia", "/sys/devices", "/sys/bus", "/sys/class", "/sys/module/nvidia",
     "/sys/kernel/mm", "/dev/urandom", "/dev/random",
 )  # fmt: skip
-_WRITE = ("/dev/null", "/dev/zero", "/dev/shm", "/dev/kfd", "/dev/dri")  # noqa: S108 - shared memory
+_WRITE = ("/dev/null", "/dev/zero", "/dev/kfd", "/dev/dri")
 _DEVICES = "/dev/nvidia*"
+_SHARED_MEMORY = "/dev/shm"  # noqa: S108 - nothing of ours is put there
+"""What every process of this user puts there; only a GPU's driver can't do without."""
 
 
 class Enclosure:
@@ -88,7 +91,8 @@ class Encloser:
         if self._groups is not None:
             self._groups.sweep()
         if self._temporary is not None:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+            with suppress(OSError):
+                remove_tree(str(self._temporary))
             self._temporary.mkdir(mode=0o700, exist_ok=True)
 
     def enclose(
@@ -104,6 +108,7 @@ class Encloser:
         leaf = self._groups.create(uuid, limits) if self._groups else None
         read, listed = _code(command)
         read += tuple(filter(None, environment.get("LD_LIBRARY_PATH", "").split(":")))
+        devices = glob.glob(_DEVICES)  # noqa: PTH207 - as strings
         confinement = Confinement(
             files=limits.files or FILES,
             group=str(leaf.folder) if leaf else "",
@@ -111,9 +116,10 @@ class Encloser:
             landlock=self._landlock,
             read=(*_READ, *read),
             listed=listed,
-            write=(*_WRITE, *glob.glob(_DEVICES)),  # noqa: PTH207 - as strings
+            write=(*_WRITE, *devices, *([_SHARED_MEMORY] if devices else ())),
             model=model,
             deny_sockets=self._deny_sockets,
+            drop_capabilities=True,
         )
         return Enclosure(confinement, self._groups, leaf)
 

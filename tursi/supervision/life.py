@@ -67,7 +67,9 @@ class Confinement:
     model: str = ""
     """A model's folder to read."""
     deny_sockets: bool = False
-    """Whether to keep it from the network."""
+    """Whether to keep it from the network, by a filter of system calls that closes more."""
+    drop_capabilities: bool = False
+    """Whether to take from root's worker what only root may do."""
 
     def order(self, parent: int) -> str:
         """The same for the keeper of a daemon with that pid."""
@@ -103,6 +105,15 @@ class Life:
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a keeper could not start its worker."""
+
+    number: int
+    """Of the error (``errno``); 0 if it is none of the system's."""
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class Exit:
     """What is known of an end."""
 
@@ -116,6 +127,8 @@ class Exit:
     """False: the keeper died before the worker, or before it had started one."""
     tree: str = "nothing left"
     """How the rest of the process tree was cleared."""
+    refusal: Refusal | None = None
+    """There never was a worker."""
 
 
 class Watcher(Protocol):
@@ -277,6 +290,8 @@ class KeeperProtocol(ProcessProtocol):
                 self._exit = replace(self._exit, reported=True, **report)
             elif event == "cleared":
                 self._cleared = report["killed"]
+            elif event == "refused":
+                self._exit = replace(self._exit, refusal=Refusal(**report))
         except Exception:  # noqa: BLE001 - whatever it says, the life goes on to its end
             log.failure("The keeper's status line {line} could not be handled", line=line)
 

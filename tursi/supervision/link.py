@@ -15,7 +15,7 @@ from twisted.internet.interfaces import IFileDescriptorReceiver, IPullProducer
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from tursi import wire
+from tursi import claims, wire
 from tursi.errors import InternalError, PayloadTooLarge, QueueFull, TursiError, WorkerLost, by_code
 from tursi.heartbeat import Reader
 from tursi.lifecycle.inputs import Clock
@@ -26,6 +26,8 @@ log = Logger()
 
 MAX_STRUCTURED = 1024 * 1024
 """Bytes of a frame that isn't part of an answer."""
+MAX_PROGRESS = 100
+"""Steps of loading that are passed on in a second; more would keep the daemon from its work."""
 RETRY_SECONDS = 1
 
 _HEAD, _BODY, _TOKENS, _END = int(Kind.HEAD), int(Kind.BODY), int(Kind.TOKENS), int(Kind.END)
@@ -125,6 +127,9 @@ class WorkerLink(protocol.Protocol):
         self._decoder = wire.Decoder()
         self._pending: dict[int, _Pending] = {}
         self._next_id = 0
+        self._pings = 0
+        self._steps = 0
+        self._steps_since = 0.0
         self._greeted = False
         self._open = False
         self._out: list[bytes] = []
@@ -193,6 +198,7 @@ class WorkerLink(protocol.Protocol):
         """Ask for a PONG."""
         if self._open:
             self._next_id += 1
+            self._pings += 1
             self._write(wire.encode(Kind.PING, self._next_id))
 
     def close(self) -> None:
@@ -288,6 +294,8 @@ class WorkerLink(protocol.Protocol):
 
     def _answer(self, kind: int, id_: int, body: bytes) -> None:
         if kind == _TOKENS:
+            if len(body) > MAX_STRUCTURED:
+                raise WireError(f"a frame of tokens has {len(body)} bytes")
             for stream, piece in wire.decode_tokens(body):
                 self._answer(_BODY, stream, piece)
             return
@@ -302,9 +310,9 @@ class WorkerLink(protocol.Protocol):
                 entry.sink.body(body)
             elif kind == _HEAD:
                 entry.begun = True
-                entry.sink.head(wire.decode_head(body))
+                entry.sink.head(claims.head(wire.decode_head(body)))
             else:
-                self._finish(id_, entry, wire.decode_end(body))
+                self._finish(id_, entry, claims.end(wire.decode_end(body)))
         except WireError:
             raise
         except Exception:  # noqa: BLE001 - one client's trouble must not cost the others their worker
@@ -335,17 +343,32 @@ class WorkerLink(protocol.Protocol):
                     self._greeted = True
                     self._owner.hello(_HELLO.decode(body))
                 case Kind.PROGRESS:
-                    self._owner.progress(_PROGRESS.decode(body))
+                    self._stepped(body)
                 case Kind.READY:
-                    self._owner.ready(_LOADED.decode(body))
+                    self._owner.ready(claims.loaded(_LOADED.decode(body)))
                 case Kind.FAILED:
-                    self._owner.last_words(_LAST_WORDS.decode(body))
+                    self._owner.last_words(claims.last_words(_LAST_WORDS.decode(body)))
                 case Kind.PONG:
-                    self._owner.pong()
+                    self._ponged()
                 case _:
                     raise WireError(f"a frame is of the unknown kind {kind}")
         except msgspec.MsgspecError as error:
             raise WireError(f"a frame of kind {kind} can't be read: {error}") from error
+
+    def _stepped(self, body: bytes) -> None:
+        now = self._clock.seconds()
+        if now - self._steps_since >= 1:
+            self._steps, self._steps_since = 0, now
+        self._steps += 1
+        if self._steps <= MAX_PROGRESS:
+            self._owner.progress(claims.progress(_PROGRESS.decode(body)))
+
+    def _ponged(self) -> None:
+        # Each one costs a look at the worker.
+        if not self._pings:
+            raise WireError("it answers a PING that nobody has sent")
+        self._pings -= 1
+        self._owner.pong()
 
     def _forget_page(self) -> None:
         if self.page is not None:

@@ -10,27 +10,20 @@ from typing import ClassVar
 
 from twisted.logger import Logger
 
+from tursi import claims
+from tursi.supervision.lines import Form, plain
+
 log = Logger()
 
 MAX_LINE = 8192
 """Bytes of a line that are kept."""
 _BLOCK = 65536
 
-# What could forge lines, colour a terminal or turn text around: C0 and C1
-# controls but the tab, line separators, and the bidirectional controls.
-_ESCAPES = {
-    code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
-    for code in (
-        *(set(range(0x20)) - {0x09}),
-        *range(0x7F, 0xA0),
-        *range(0x2028, 0x202F),
-        *range(0x2066, 0x206A),
-    )
-}
-
 
 class LifeLog:
-    """Lines as ``<RFC 3339 UTC> <out|err|tursi> <text>``, in ``path`` and, older, ``path.1``.
+    """Lines with their time (RFC 3339, UTC) and stream (out, err, or tursi for our own notes).
+
+    They are in ``path`` and, older, ``path.1``; ``form`` makes them.
 
     The two files together stay below ``size`` bytes, and the child's lines below
     ``rate`` bytes a second; what was dropped is noted. ``clock`` gives UTC epoch
@@ -40,9 +33,18 @@ class LifeLog:
     unwritten: ClassVar[int] = 0
     """Lines of all logs of this process that no disk took."""
 
-    def __init__(self, path: Path, *, clock: Callable[[], float], size: int, rate: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        clock: Callable[[], float],
+        size: int,
+        rate: int,
+        form: Form = plain,
+    ) -> None:
         self.path = path
         self._clock = clock
+        self._form = form
         self._half = size // 2
         self._rate = rate
         self._budget = float(rate)
@@ -132,8 +134,8 @@ class LifeLog:
 
     def _format(self, stream: str, text: bytes) -> str:
         stamp = datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="milliseconds")
-        readable = text.decode("utf-8", "backslashreplace").translate(_ESCAPES)
-        return f"{stamp.removesuffix('+00:00')}Z {stream} {readable}"
+        readable = claims.harmless(text.decode("utf-8", "backslashreplace"))
+        return self._form(f"{stamp.removesuffix('+00:00')}Z", stream, readable)
 
     def _write(self, *lines: str) -> None:
         for token, callback in list(self._subscribers.items()):

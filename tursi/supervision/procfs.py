@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 PROC = Path("/proc")
+MOST = 1000
+"""Processes below one that are looked at: a worker that forks must not keep the daemon busy."""
+MANY = 64
+"""Processes from which on what they share is estimated."""
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _TICKS = os.sysconf("SC_CLK_TCK")
 _BLOCK = 65536
@@ -32,11 +36,13 @@ def usage(pid: int, proc: Path = PROC) -> Usage | None:
 
 
 def descendants(pid: int, proc: Path = PROC) -> list[int]:
-    """All processes below that one."""
-    found = []
+    """All processes below that one, or some more than ``MOST`` of them."""
+    found: list[int] = []
     waiting = [pid]
     while waiting:
         parent = waiting.pop()
+        if len(found) > MOST:
+            break
         try:
             tasks = list((proc / str(parent) / "task").iterdir())
         except OSError:
@@ -57,9 +63,24 @@ def memory_below(pid: int, enough: int, proc: Path = PROC) -> int:
     """
     processes = descendants(pid, proc)
     used = sum(one.rss for each in processes if (one := usage(each, proc)) is not None)
-    if len(processes) > 1 and used > enough:
-        return sum(_share(each, proc) for each in processes)
-    return used
+    if len(processes) < 2 or used <= enough:
+        return used
+    if len(processes) > MANY:
+        # All of them could take longer than there is time.
+        sizes = [_sizes(each, proc) for each in processes]
+        return sum(resident - shared for resident, shared in sizes) + max(
+            shared for _, shared in sizes
+        )
+    return sum(_share(each, proc) for each in processes)
+
+
+def _sizes(pid: int, proc: Path) -> tuple[int, int]:
+    """What is in memory, and the part of that which may be shared, in bytes."""
+    try:
+        pages = (proc / str(pid) / "statm").read_text(encoding="ascii").split()
+        return int(pages[1]) * _PAGE, int(pages[2]) * _PAGE
+    except (OSError, IndexError, ValueError):
+        return 0, 0
 
 
 def _share(pid: int, proc: Path) -> int:

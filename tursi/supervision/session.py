@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory
 
 from tursi import wire
@@ -67,7 +68,7 @@ class Session:
         now: Callable[[], float],
         machine: Lifecycle,
         feed: Callable[..., None],
-        record: Callable[[WorkerLife], None],
+        record: Callable[[WorkerLife], Deferred[None] | None],
         progressed: Callable[[Progress], None],
         relieved: Callable[[], None],
         warned: Callable[[str, str], None],
@@ -210,10 +211,10 @@ class Session:
         """Whether it is ending because somebody wanted that."""
         return self._intent is not None and self._intent.failure is None
 
-    def intend(self, intent: Intent) -> None:
-        """Write down why the daemon ends it."""
+    def intend(self, intent: Intent) -> Deferred[None] | None:
+        """Write down why the daemon ends it; fires when that is on the disk, or can't be."""
         self._intent = intent
-        self._change(intent=intent.name)
+        return self._change(intent=intent.name)
 
     def exited(self, ending: Exit, at: float) -> Verdict:
         """It has ended; why it has."""
@@ -290,9 +291,9 @@ class Session:
         pid = self.life.worker_pid
         return procfs.usage(pid, self._proc) if pid else None
 
-    def _change(self, **facts: Any) -> None:
+    def _change(self, **facts: Any) -> Deferred[None] | None:
         self.life = replace(self.life, **facts)
-        self._record(self.life)
+        return self._record(self.life)
 
     # -- what it says (``link.Owner``) -----------------------------------------------------
 

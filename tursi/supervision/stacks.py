@@ -6,14 +6,14 @@ import re
 from collections.abc import Callable
 
 from tursi.lifecycle.inputs import Clock, Timer
+from tursi.supervision.lines import words
 from tursi.supervision.logs import LifeLog
 
 QUIET_SECONDS = 0.25
 """faulthandler marks no end: when nothing more comes for that long, it is one."""
 MAX_TEXT = 64 * 1024
 """Characters that are kept; more than faulthandler ever writes of some threads."""
-# As LifeLog formats it; also what faulthandler begins each thread with.
-_ERROR = re.compile(r"\S+ err (?P<text>.*)")
+# What faulthandler begins each thread with.
 _BEGINNING = re.compile(r"(Current thread|Thread) 0x[0-9a-f]+ ")
 
 
@@ -42,12 +42,12 @@ class Stacks:
         self._cancel()
 
     def _line(self, line: str) -> None:
-        found = _ERROR.fullmatch(line)
-        if found is None or not (self._lines or _BEGINNING.match(found["text"])):
+        stream, text = words(line)
+        if stream != "err" or not (self._lines or _BEGINNING.match(text)):
             return
-        self._room -= len(found["text"])
+        self._room -= len(text)
         if self._room > 0:
-            self._lines.append(found["text"])
+            self._lines.append(text)
         self._cancel()
         self._timer = self._clock.callLater(QUIET_SECONDS, self._done)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
@@ -31,6 +34,7 @@ from tursi.supervision import procfs
 from tursi.supervision.containment import Encloser, Enclosure
 from tursi.supervision.deadlines import Deadlines
 from tursi.supervision.life import Exit, Launch, Life
+from tursi.supervision.lines import plain, structured
 from tursi.supervision.link import Sink
 from tursi.supervision.logs import LifeLog
 from tursi.supervision.session import Session
@@ -45,6 +49,9 @@ _NO_PROCESS = frozenset(
 )
 _WAITS = frozenset({Phase.BACKOFF, Phase.QUARANTINED})
 _ENDS = frozenset({Phase.STOPPING, Phase.KILLING, Phase.SETTLING, Phase.WEDGED})
+INTENT_SECONDS = 1.0
+"""How long a signal waits at most until its reason is on the disk."""
+_SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM})
 _COMES_UP = frozenset({Phase.QUEUED, Phase.SPAWNING, Phase.LOADING, Phase.WARMING})
 
 
@@ -54,8 +61,11 @@ class Observer(Protocol):
     def changed(self, worker: Worker, cause: str) -> None:
         """Its phase or progress changed, or it takes requests again; ``cause`` is one clause."""
 
-    def life(self, life: WorkerLife) -> None:
-        """A row to insert or update."""
+    def life(self, life: WorkerLife) -> Deferred[None] | None:
+        """A row to insert or update; fires when it is on the disk, or can't be."""
+
+    def refused(self, worker: Worker, why: str) -> None:
+        """The system has no process, descriptor or memory left for another keeper."""
 
     def warned(self, worker: Worker, kind: str, message: str) -> None:
         """Something is not as it should be; ``kind`` is an event's, the message a sentence."""
@@ -91,7 +101,8 @@ class Worker:
 
     ``reactor`` gives monotonic timers and adopts sockets, ``now`` UTC epoch
     seconds, ``random`` numbers in [0, 1); ``logs`` is the folder for a log file
-    per life; ``proc`` is where the kernel tells about processes.
+    per life; ``proc`` is where the kernel tells about processes. ``place`` says on
+    which device to load what was asked for on one.
     """
 
     def __init__(
@@ -114,6 +125,7 @@ class Worker:
         observer: Observer,
         limits: Limits = Limits(),  # noqa: B008 - a frozen value
         encloser: Encloser | None = None,
+        place: Callable[[str], str] = lambda device: device,
         proc: Path = procfs.PROC,
     ) -> None:
         self.name = name
@@ -136,10 +148,13 @@ class Worker:
         self._limits = limits
         self._encloser = encloser or Encloser()
         self._enclosure: Enclosure | None = None
+        self._place = place
         self._proc = proc
         self._tally = Tally(settings, random)
         self._machine = lifecycle(self, settings, Deadlines(reactor, self._feed), self._tally)
         self._actions: deque[Callable[[], None]] = deque()
+        self._intended: Deferred[None] | None = None
+        """Of the reason that is being written down, and that signals wait for."""
         self._session: Session | None = None
         self._monitored = False
         self._may_spawn = False
@@ -282,6 +297,11 @@ class Worker:
             clock=self._now,
             size=self._settings.log_bytes,
             rate=self._settings.log_bytes_per_second,
+            form=(
+                structured(self.deployment, self.generation, self.replica, self.uuid)
+                if self._settings.log_format == "json"
+                else plain
+            ),
         )
         self._session = Session(
             WorkerLife(
@@ -292,7 +312,7 @@ class Worker:
                 boot_id="",
                 spawned_at=self._now(),
             ),
-            order=self._order,
+            order=replace(self._order, device=self._place(self._order.device)),
             settings=self._settings,
             requests=self._requests,
             log=life_log,
@@ -324,12 +344,17 @@ class Worker:
 
     def spawn_failed(self, error: Exception) -> float | None:
         """Nothing is there; seconds until the next try."""
-        return self._ended(not_spawned(error))
+        verdict = not_spawned(error)
+        if isinstance(error, OSError) and error.errno in _SHORTAGES:
+            self._observer.refused(self, os.strerror(error.errno))
+        return self._ended(verdict)
 
     def exited(self, exit: Exit) -> float | None:  # noqa: A002 - the field's word
         """Everything is gone; seconds until the next try, ``None`` to stay down."""
         if self._session is None:
             return None
+        if exit.refusal is not None and exit.refusal.number in _SHORTAGES:
+            self._observer.refused(self, os.strerror(exit.refusal.number))
         verdict = self._session.exited(exit, self._now())
         dossier = self._session.dossier()
         if dossier is not None:
@@ -341,7 +366,7 @@ class Worker:
         self._may_spawn = False
         if self._enclosure is not None:
             self._enclosure.end()
-        self._session = self._progress = self._enclosure = None
+        self._session = self._progress = self._enclosure = self._intended = None
         self._failure = verdict.failure
         self._feed(self._machine.exited, verdict)
         return self._wait if self.phase in _WAITS else None
@@ -377,7 +402,7 @@ class Worker:
 
     def terminate(self) -> None:
         """SIGTERM."""
-        self._act(lambda: self._monitor.terminate(self.name))
+        self._act(lambda: self._when_intended(lambda: self._monitor.terminate(self.name)))
 
     def kill(self) -> None:
         """SIGKILL to the tree; what is in flight fails now."""
@@ -447,18 +472,38 @@ class Worker:
             self._feed(self._machine.drained, "nothing is in flight")
 
     def _kill(self) -> None:
-        self._monitor.kill(self.name)
         if self._session is not None:
             self._session.link.close()
+        self._when_intended(lambda: self._monitor.kill(self.name))
 
     def _examine(self) -> None:
         if self._session is not None:
             self._session.examine()
-            self._monitor.examine(self.name)
+            self._when_intended(lambda: self._monitor.examine(self.name))
 
     def _intend(self, intent: Intent) -> None:
         if self._session is not None:
-            self._session.intend(intent)
+            self._intended = self._session.intend(intent)
+
+    def _when_intended(self, send: Callable[[], None]) -> None:
+        """Send a signal once its reason is on the disk, or can't get there in time."""
+        intended, session = self._intended, self._session
+        if intended is None or intended.called:
+            send()
+            return
+        sent = False
+
+        def once(_: object = None) -> None:
+            nonlocal sent
+            if late.active():
+                late.cancel()
+            # The next life has nothing to do with it.
+            if not sent and self._session is session:
+                sent = True
+                send()
+
+        late = self._reactor.callLater(INTENT_SECONDS, once)
+        intended.addBoth(once)
 
     def _progressed(self, progress: Progress) -> None:
         if self.phase in _LOADS:
