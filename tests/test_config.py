@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tursi.config import Configuration, load, parse
+from tursi.config import Configuration, changes, load, parse
 from tursi.errors import ConfigurationError
 from tursi.model import Role
 
@@ -103,3 +103,10 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     file.write_bytes(b"x = '\xff'")
     with pytest.raises(ConfigurationError, match="can't be read"):
         load(None, file)
+
+
+def test_what_has_changed_is_called_as_in_the_file() -> None:
+    old = parse("[workers]\nthreads = 2", "old.toml")
+    new = parse("[workers]\nmax_failures = 9\n[http]\nhosts = ['a']", "new.toml")
+    assert changes(old, new) == ["http.hosts", "workers.max_failures", "workers.threads"]
+    assert changes(new, new) == []

@@ -98,7 +98,7 @@ def test_every_setting_is_documented() -> None:
     assert shown == config.Configuration()
     lines = (ROOT / "etc" / "tursi.toml").read_text().splitlines()
     tables = [shown.http, shown.http.listeners[0], shown.requests, shown.workers, shown.memory]
-    for table in (*tables, shown.hub, shown.storage):
+    for table in (*tables, shown.hub, shown.storage, shown.log):
         for field in table.__struct_fields__:
             assert any(re.match(rf"\[*(\w+\.)?{field}\b", each) for each in lines), field
 

@@ -30,10 +30,9 @@ PURE = (
 STATE = ("store", "supervision", "hub", "lock")
 SANS_IO = ("msgspec", "automat")
 NETWORK = ("twisted", "zope", *SANS_IO)
-DAEMON = (
-    *PURE, *STATE, "fleet", "api", "listen", "notify", "lag", "health", "hooks", "service",
-    "keeper", "sandbox", "removal",
-)  # fmt: skip
+HOUSE = ("instance", "logging", "launch", "signals", "premises")
+RUN = (*HOUSE, "listen", "notify", "ports", "children", "lag", "health", "hooks")
+DAEMON = (*PURE, *STATE, *RUN, "fleet", "api", "service", "keeper", "sandbox", "removal")
 
 FLOORS = {
     # 0: the words of the domain
@@ -53,7 +52,11 @@ FLOORS = {
     "lifecycle": Floor((*WORDS, "heartbeat", "config", "wire"), SANS_IO),
     "faces": Floor((*WORDS, "config", "wire", "schema"), SANS_IO),
     # 2: input and output, one kind each
-    "lock": Floor(PURE, NETWORK),
+    "lock": Floor(("errors",)),
+    "instance": Floor(),
+    "launch": Floor(),
+    "logging": Floor(PURE, NETWORK),
+    "signals": Floor((), ("twisted",)),
     "store": Floor(PURE, NETWORK),
     "hub": Floor(PURE, NETWORK),
     "supervision": Floor((*PURE, "removal"), (*NETWORK, "psutil")),
@@ -70,6 +73,9 @@ FLOORS = {
     ),
     # 5
     "listen": Floor(DAEMON, NETWORK),
+    "ports": Floor(DAEMON, NETWORK),
+    "children": Floor(DAEMON, NETWORK),
+    "premises": Floor(DAEMON, NETWORK),
     "service": Floor(DAEMON, (*NETWORK, "klein")),
     # The command line runs it in a process of its own, where no daemon answers.
     "database": Floor((*WORDS, "store", "lock")),
@@ -86,7 +92,7 @@ FLOORS = {
     "fetcher": Floor(("errors", "model", "wire"), ("msgspec", "huggingface_hub", "httpx")),
     # the user
     "doctor": Floor((*WORDS, "config", "sandbox"), ("msgspec", "psutil")),
-    "cli": Floor(("errors", "model", "doctor"), ("click", "rich", "httpx")),
+    "cli": Floor(("errors", "model", "doctor", "lock", "instance"), ("click", "rich", "httpx")),
 }
 CHILDREN_AND_USER = {"keeper", "hook", "inference", "fetcher", "cli"}
 

@@ -52,7 +52,7 @@ class World:
         self.clock = Clock()
         self.chance = chance
         self.tally = Tally(settings, lambda: self.chance)
-        self.machine = lifecycle(self, settings, self.clock, self.tally)
+        self.machine = lifecycle(self, self.clock, self.tally)
         self.phases = [Phase.STOPPED]
         self.causes = [""]
         self.done: list[str] = []

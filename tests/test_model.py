@@ -189,6 +189,33 @@ def test_our_own_variables_win_over_all() -> None:
     assert folders(environ, 0) == folders(environ, 7) == expected
 
 
+def test_where_the_log_and_the_files_that_tell_of_the_daemon_are() -> None:
+    root = folders({}, 0)
+    assert root.log == Path("/var/log/tursi/tursi.log")
+    assert (root.pid_file, root.status_file) == (
+        Path("/run/tursi/tursi.pid"),
+        Path("/run/tursi/tursi.json"),
+    )
+    assert folders({"HOME": "/home/ada"}, 7).log == Path("/home/ada/.local/state/tursi/tursi.log")
+    assert root.moved(state=Path("/s")).log == Path("/s/tursi.log")
+    assert folders({"TURSI_LOG_DIR": "/l"}, 0).log == Path("/l/tursi.log")
+
+
+def test_folders_follow_the_state_folder_unless_they_are_named() -> None:
+    root = folders({}, 0)
+    moved = root.moved(state=Path("/s"))
+    assert (moved.state, moved.runtime, moved.cache) == (
+        Path("/s"),
+        Path("/s/run"),
+        Path("/s/cache"),
+    )
+    assert moved.configuration == root.configuration
+    named = root.moved(state=Path("/s"), runtime=Path("/r"), cache=Path("/c"))
+    assert (named.state, named.runtime, named.cache) == (Path("/s"), Path("/r"), Path("/c"))
+    assert root.moved(runtime=Path("r")).runtime == Path("r").absolute()
+    assert root.moved() == root
+
+
 HOST = Host(memory=8 * 2**30, cores=4, files=1024)
 
 

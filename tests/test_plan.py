@@ -42,6 +42,16 @@ def test_the_old_generation_serves_until_every_replica_of_the_new_one_is_ready()
     assert decide(want, old + whole) == [Retire(Key("a", 1, 0)), Retire(Key("a", 1, 1))]
 
 
+def test_a_new_revision_of_a_generation_takes_over_like_a_new_generation() -> None:
+    old = [worker("a", 1, 0, Phase.READY)]
+    want = [Wanted("a", 1, 1, resolved=True, revision=1)]
+    [create] = decide(want, old)
+    assert create == Create(Key("a", 1, 0, 1))
+    new = Seen(Key("a", 1, 0, 1), Phase.LOADING, retiring=False)
+    assert decide(want, [*old, new]) == []
+    assert decide(want, [*old, replace(new, phase=Phase.READY)]) == [Retire(Key("a", 1, 0))]
+
+
 def test_a_failed_new_generation_leaves_the_old_one_serving() -> None:
     seen = [worker("a", 1, 0, Phase.READY), worker("a", 2, 0, Phase.FAILED)]
     assert decide([Wanted("a", 2, 1, resolved=True)], seen) == []

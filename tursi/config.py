@@ -181,6 +181,17 @@ class Hook(_Table, frozen=True):
 Hooks = Annotated[tuple[Hook, ...], msgspec.Meta(max_length=16)]
 
 
+class Log(_Table, frozen=True):
+    """The daemon's own log."""
+
+    level: Literal["debug", "info", "warn", "error"] = "info"
+    format: Literal["text", "json"] = "text"
+    max_bytes: Size = 16 * 1024 * 1024
+    """Of the file, before another is begun."""
+    old_files: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 5
+    """Files that are kept besides it."""
+
+
 class Configuration(_Table, frozen=True):
     """Everything that can be set in the file."""
 
@@ -190,7 +201,24 @@ class Configuration(_Table, frozen=True):
     memory: Memory = Memory()
     hub: Hub = Hub()
     storage: Storage = Storage()
+    log: Log = Log()
     hooks: Hooks = ()
+
+
+def changes(old: Configuration, new: Configuration) -> list[str]:
+    """The settings that differ, as they are called in the file."""
+    found: list[str] = []
+    for name in old.__struct_fields__:
+        before, after = getattr(old, name), getattr(new, name)
+        if not isinstance(before, _Table) or not isinstance(after, _Table):
+            found += [name] if before != after else []
+            continue
+        found += [
+            f"{name}.{each}"
+            for each in before.__struct_fields__
+            if getattr(before, each) != getattr(after, each)
+        ]
+    return found
 
 
 def parse(text: str, source: str) -> Configuration:

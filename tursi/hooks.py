@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -70,13 +71,12 @@ class Hooks:
         self._now = now
         self._look = look
         self._health = "healthy"
-        agent: Any = None
-        if any(each.url for each in settings):
-            # Without redirects, without a pool: a call leaves nothing behind.
-            agent = Agent(reactor)
-        self._lines = [
-            Line(str(number), each, spawn, agent, reactor) for number, each in enumerate(settings)
-        ]
+        self._spawn = spawn
+        self._reactor = reactor
+        self._numbers = itertools.count()
+        self._lines = [self._line(each) for each in settings]
+        self._left: list[Deferred[None]] = []
+        """Ends of calls of hooks that are no longer configured."""
         self._looking = LoopingCall(self._look_soon)
         self._looking.clock = reactor
 
@@ -87,17 +87,41 @@ class Hooks:
 
     def start(self, watch: Callable[[Callable[[Event], None]], object]) -> None:
         """Hear of every event by ``watch``."""
-        if not self._lines:
-            return
         watch(self.happened)
-        if any(line.wants(f"health.{word}") for line in self._lines for word in _HEALTH):
+        self._look_if_asked()
+
+    def configure(self, settings: Sequence[Hook]) -> None:
+        """Call these from now on; those that stay don't notice."""
+        kept: list[Line] = []
+        old = self._lines
+        for each in settings:
+            line = next((line for line in old if line.settings == each), None)
+            if line is not None:
+                old = [other for other in old if other is not line]
+            kept.append(line or self._line(each))
+        self._lines = kept
+        self._left = [end for end in self._left if not end.called]
+        self._left += [line.stop() for line in old]
+        self._look_if_asked()
+
+    def _line(self, settings: Hook) -> Line:
+        # Without redirects, without a pool: a call leaves nothing behind.
+        agent = Agent(self._reactor) if settings.url else None
+        return Line(str(next(self._numbers)), settings, self._spawn, agent, self._reactor)
+
+    def _look_if_asked(self) -> None:
+        asked = any(line.wants(f"health.{word}") for line in self._lines for word in _HEALTH)
+        if asked and not self._looking.running:
             self._looking.start(LOOK_SECONDS)
+        elif not asked and self._looking.running:
+            self._looking.stop()
 
     def stop(self) -> Deferred[Any]:
         """End every call; fires when nothing of them is left."""
         if self._looking.running:
             self._looking.stop()
-        return defer.DeferredList([line.stop() for line in self._lines], consumeErrors=True)
+        ends = [*self._left, *(line.stop() for line in self._lines)]
+        return defer.DeferredList(ends, consumeErrors=True)
 
     def happened(self, event: Event) -> None:
         """Tell the hooks that want to know."""
@@ -124,7 +148,7 @@ class Line:
 
     def __init__(self, name: str, settings: Hook, spawn: Spawn, agent: Any, reactor: Any) -> None:
         self._name = name
-        self._settings = settings
+        self.settings = settings
         self._spawn = spawn
         self._agent = agent
         self._reactor = reactor
@@ -137,7 +161,7 @@ class Line:
 
     def wants(self, kind: str) -> bool:
         """Whether it is to be called for such an event."""
-        return any(fnmatchcase(kind, each) for each in self._settings.on)
+        return any(fnmatchcase(kind, each) for each in self.settings.on)
 
     def put(self, event: Event) -> None:
         """Call it for this event as soon as it is free."""
@@ -165,14 +189,14 @@ class Line:
     @property
     def _shown(self) -> str:
         # Not its arguments and not the whole URL: there may be secrets in them.
-        return self._settings.command[0] if self._settings.command else _host(self._settings.url)
+        return self.settings.command[0] if self.settings.command else _host(self.settings.url)
 
     def _next(self) -> None:
         if self._busy or not self._waiting:
             return
         event = self._waiting.popleft()
         text = body(event)
-        call = self._run if self._settings.command else self._post
+        call = self._run if self.settings.command else self._post
         self._busy = True
         running = maybeDeferred(call, text)
         running.addErrback(self._failed, event)
@@ -199,7 +223,7 @@ class Line:
     def _run(self, text: bytes) -> Deferred[None]:
         process = self._spawn(
             self._name,
-            (sys.executable, "-I", "-m", "tursi.hook", text.decode(), *self._settings.command),
+            (sys.executable, "-I", "-m", "tursi.hook", text.decode(), *self.settings.command),
         )
         self._abort = process.cancel
         late: list[bool] = []
@@ -208,13 +232,13 @@ class Line:
             late.append(True)
             process.cancel()
 
-        deadline = self._reactor.callLater(self._settings.seconds, overdue)
+        deadline = self._reactor.callLater(self.settings.seconds, overdue)
 
         def ended(outcome: Any) -> None:
             if deadline.active():
                 deadline.cancel()
             if late:
-                raise HookFailed(f"it took longer than {self._settings.seconds:g} s")
+                raise HookFailed(f"it took longer than {self.settings.seconds:g} s")
             if isinstance(outcome, Failure):
                 outcome.raiseException()
             if outcome.signal is not None:
@@ -228,10 +252,10 @@ class Line:
 
     def _post(self, text: bytes) -> Deferred[None]:
         headers = Headers({"Content-Type": ["application/json"], "User-Agent": ["tursi"]})
-        url = self._settings.url.encode("ascii")
+        url = self.settings.url.encode("ascii")
         asked = self._agent.request(b"POST", url, headers, FileBodyProducer(BytesIO(text)))
         self._abort = asked.cancel
-        asked.addTimeout(self._settings.seconds, self._reactor)
+        asked.addTimeout(self.settings.seconds, self._reactor)
 
         def answered(response: IResponse) -> None:
             # The status is all that matters; a body without end isn't waited for.
@@ -241,7 +265,7 @@ class Line:
 
         def failed(failure: Failure) -> None:
             if failure.check(defer.TimeoutError):
-                raise HookFailed(f"it took longer than {self._settings.seconds:g} s")
+                raise HookFailed(f"it took longer than {self.settings.seconds:g} s")
             failure.raiseException()
 
         return asked.addCallbacks(answered, failed)  # type: ignore[no-any-return]  # not annotated

@@ -142,7 +142,8 @@ def become_worker(keeper: int, command: list[str], order: dict[str, Any]) -> Non
     signal.set_wakeup_fd(-1)
     for number in (*HANDLED, signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
+    # The daemon waits for SIGQUIT in a thread, so all others hold it back.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*HANDLED, signal.SIGQUIT))
     confine(order)
     os.execve(command[0], command, os.environ)  # noqa: S606 - no shell is the point
 

@@ -26,6 +26,8 @@ class Key(NamedTuple):
     deployment: str
     generation: int
     replica: int
+    revision: int = 0
+    """How often the daemon's configuration has changed what its worker is told to load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,7 @@ class Wanted:
     replicas: int
     resolved: bool
     """Whether it is known which files the generation means."""
+    revision: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,7 @@ def decide(
 
     ``room`` is the memory in bytes that loads may still take; ``None`` means enough.
     Deciding again after acting yields nothing new, so it may be called at any
-    time. A new generation starts beside the old one, which goes on serving
+    time. A new generation or revision starts beside the old one, which goes on serving
     until every replica of the new one is ready; if the new one fails, the old
     one stays. A worker that is still retiring blocks a new one of its key, so
     that no replica exists twice.
@@ -110,13 +113,16 @@ def decide(
 
 def _deployment(want: Wanted, workers: Collection[Seen]) -> list[Action]:
     actions: list[Action] = []
-    current = [worker for worker in workers if worker.key.generation == want.generation]
+    version = (want.generation, want.revision)
+    current = [
+        worker for worker in workers if (worker.key.generation, worker.key.revision) == version
+    ]
     if want.replicas and not want.resolved:
         # What an older generation serves goes on meanwhile.
         return [Resolve(want.deployment, want.generation)]
     there = {worker.key.replica for worker in current}
     actions += [
-        Create(Key(want.deployment, want.generation, replica))
+        Create(Key(want.deployment, want.generation, replica, want.revision))
         for replica in range(want.replicas)
         if replica not in there
     ]
@@ -129,7 +135,7 @@ def _deployment(want: Wanted, workers: Collection[Seen]) -> list[Action]:
         [
             worker
             for worker in workers
-            if worker.key.generation != want.generation
+            if (worker.key.generation, worker.key.revision) != version
             and (replaced or worker.phase not in _SERVING)
         ]
     )

@@ -5,50 +5,53 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import random
 import resource
-import sys
+import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred, ensureDeferred, maybeDeferred
-from twisted.internet.interfaces import IListeningPort, IProtocolFactory
+from twisted.internet.defer import Deferred, DeferredLock, ensureDeferred
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from tursi import __version__, api, sandbox, store
-from tursi.config import Configuration, Listener
+from tursi import __version__, api, config, logging, store
+from tursi.api import Reloaded
+from tursi.children import WORKER_COMMAND, Children
+from tursi.config import Configuration
 from tursi.errors import (
+    AddressInUse,
     AlreadyRunning,
     ConfigurationError,
     DatabaseBusy,
     DatabaseError,
     DatabaseFull,
+    ShuttingDown,
     TursiError,
 )
 from tursi.fleet import Fleet
 from tursi.health import Checks
 from tursi.hooks import Hooks
 from tursi.hub import Hub
+from tursi.instance import Instance
 from tursi.lag import Lag
-from tursi.listen import bind, check, control, is_handed_over, unclaimed
+from tursi.launch import Launch
+from tursi.listen import check, control, is_handed_over, unclaimed
 from tursi.lock import StateLock
-from tursi.model import Folders, Host, Limits, LoadOrder
+from tursi.model import Folders, Host
 from tursi.notify import Notifier, describe
-from tursi.plan import Key
+from tursi.ports import Ports
+from tursi.premises import Premises
+from tursi.signals import LastResort, Signals
 from tursi.store import Store
-from tursi.supervision import cgroup, leftovers
-from tursi.supervision.containment import Encloser
-from tursi.supervision.logs import LifeLog
-from tursi.supervision.monitor import WorkerMonitor
-from tursi.supervision.oneshot import OneShot, Running
-from tursi.supervision.worker import Observer, Worker
-from tursi.wire import Frame
+from tursi.supervision import leftovers
 
 log = Logger()
 
@@ -59,24 +62,9 @@ _EXIT_STATUS: Mapping[type[TursiError], int] = {
 }
 _UPGRADE_SECONDS = 600.0
 _SAVE_SECONDS = 30.0
-_HOOK_LOG = 256 * 1024
 """Bytes of what a hook writes that are kept."""
 _SOFTWARE = 70
 _UNAVAILABLE = 69
-
-_KEPT_VARIABLES = (
-    "PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "LD_LIBRARY_PATH",
-    "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "NVIDIA_VISIBLE_DEVICES", "OPENBLAS_CORETYPE",
-    "OPENBLAS_L2_SIZE",
-)  # fmt: skip
-"""What children inherit of the daemon's environment: no token, no notify socket, nothing else."""
-
-_FETCHER_VARIABLES = (
-    "HF_ENDPOINT", "HF_TOKEN", "HF_TOKEN_PATH", "HF_HOME", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_XET",
-    "XDG_CACHE_HOME", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy",
-    "https_proxy", "all_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE",
-)  # fmt: skip
-"""What the fetcher gets besides: the way to the hub, and its token."""
 
 
 def exit_status(error: TursiError) -> int:
@@ -105,6 +93,16 @@ def preflight(configuration: Configuration, folders: Folders) -> None:
     control(folders.socket, configuration.http.listeners)
 
 
+class Reloadable(Protocol):
+    """Something that goes by the configuration, and takes on another while the daemon runs."""
+
+    def check(self, configuration: Configuration) -> None:
+        """Raise what is wrong with it; change nothing."""
+
+    def reload(self, configuration: Configuration) -> None:
+        """Go by it from now on; whatever can fail has been checked."""
+
+
 class Daemon(Service):
     """Everything that one ``twistd tursi`` runs."""
 
@@ -113,38 +111,35 @@ class Daemon(Service):
         configuration: Configuration,
         folders: Folders,
         reactor: Any,
+        launch: Launch = Launch(),  # noqa: B008 - a frozen value
         *,
-        foreground: bool,
         environment: Mapping[str, str] = os.environ,
-        worker_command: tuple[str, ...] = (sys.executable, "-I", "-u", "-m", "tursi.inference"),
+        worker_command: tuple[str, ...] = WORKER_COMMAND,
     ) -> None:
-        self._worker_command = worker_command
         self._configuration = configuration
         self._folders = folders
         self._reactor = reactor
-        self._foreground = foreground
-        self._environment = {
-            name: environment[name] for name in _KEPT_VARIABLES if name in environment
-        }
-        self._lock = StateLock(folders.state)
+        self._launch = launch
         self._store = Store(folders.database, reactor)
-        self._encloser = Encloser()
-        self._monitor = WorkerMonitor(reactor)
-        self._one_shot = OneShot(reactor)
+        self._premises = Premises(folders, launch)
+        self._children = Children(
+            configuration,
+            folders,
+            reactor,
+            environment=environment,
+            worker_command=worker_command,
+        )
         self._hub = Hub(
             cache=folders.cache / "hub",
             settings=configuration.hub,
-            environment={
-                **self._environment,
-                **{name: environment[name] for name in _FETCHER_VARIABLES if name in environment},
-            },
-            spawn=self._spawn_fetcher,
+            environment=self._children.fetcher_environment,
+            spawn=self._children.spawn_fetcher,
             reactor=reactor,
         )
         self._fleet = Fleet(
             store=self._store,
             hub=self._hub,
-            make_worker=self._make_worker,
+            make_worker=self._children.make_worker,
             configuration=configuration,
             logs=folders.logs,
             reactor=reactor,
@@ -153,8 +148,13 @@ class Daemon(Service):
         )
         others = configuration.http.listeners
         self._listeners = (control(folders.socket, others), *others)
-        self._ports: list[IListeningPort] = []
-        self._late: list[tuple[Listener, IProtocolFactory]] = []
+        self._premises.socket_is_ours = not is_handed_over(self._listeners[0])
+        self._ports = Ports(reactor, lambda listener: self._front.site(listener.roles))
+        self._front: api.Front
+        self._info: api.Info
+        self._reloading = DeferredLock()
+        self._reloadables: list[Reloadable] = []
+        """Who else is told of a new configuration."""
         self._notifier = Notifier(reactor, environment)
         self._lag = Lag(reactor)
         self._checks = Checks(
@@ -167,88 +167,132 @@ class Daemon(Service):
                 "notes": lambda: self._fleet.storage().notes_dropped,
                 "statistics": lambda: self._fleet.storage().minutes_dropped,
                 "worker logs": lambda: self._fleet.storage().log_lines_dropped,
+                "log": lambda: logging.current.dropped,
             },
             reactor=reactor,
         )
         self._hooks = Hooks(
             configuration.hooks,
-            spawn=self._spawn_hook,
+            spawn=self._children.spawn_hook,
             look=lambda: Deferred.fromCoroutine(self._checks.look()).addCallback(lambda it: it[0]),
             reactor=reactor,
             now=time.time,
         )
+        self._started_at = time.time()
+        self._starting: Deferred[None] | None = None
+        self._stopping = False
+        self._last_resort = LastResort()
+        self._signals = Signals(
+            reactor,
+            {
+                signal.SIGTERM: lambda: self._end("SIGTERM"),
+                signal.SIGINT: lambda: self._end("SIGINT"),
+                signal.SIGHUP: self._hang_up,
+                signal.SIGUSR1: self._dump,
+                signal.SIGUSR2: _toggle_debug,
+            },
+            self._signalled,
+        )
 
     # -- start ---------------------------------------------------------------------
 
+    def privilegedStartService(self) -> None:  # noqa: N802 - Twisted's name
+        """Take the folders and the lock, before twistd changes its user."""
+        super().privilegedStartService()
+        self._attempt(self._take)
+
     def startService(self) -> None:  # noqa: N802 - Twisted's name
-        """Take the lock, check the database and bind; whatever fails, fails the start."""
+        """Check the database and bind; whatever fails, fails the start."""
         super().startService()
-        try:
-            self._begin()
-        except TursiError as error:
-            self._notifier.status(error.message)
-            if self._foreground:
-                # Raising would print a traceback; there is nothing to clean up.
-                sys.stderr.write(f"tursi: {error.message}\n")
-                sys.stderr.flush()
-                os._exit(exit_status(error))
-            raise
+        self._attempt(self._begin)
         self._reactor.callWhenRunning(self._run)
 
+    def _attempt(self, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except TursiError as error:
+            self._notifier.status(error.message)
+            log.critical("{message}", message=error.message)
+            self._premises.leave()
+            # Raising would print a traceback or lose the status, by the mode.
+            if self._launch.parent is not None:
+                self._launch.parent.refuses(exit_status(error), error.message)
+            else:
+                # sys.stderr may go to the log by now.
+                os.write(2, f"tursi: {error.message}\n".encode())
+            os._exit(exit_status(error))
+        except BaseException:
+            self._premises.leave()
+            raise
+
+    def _take(self) -> None:
+        if not self._premises.taken:
+            self._signals.install()
+            self._premises.take()
+
     def _begin(self) -> None:
+        # Not everything that starts a service knows of privileges.
+        self._take()
         # Timers must not follow the wall clock when it jumps.
         self._reactor.seconds = time.monotonic
-        for folder in (self._folders.state, self._folders.runtime, self._folders.cache):
-            _make_folder(folder)
-        self._lock.acquire()
         # An upgrade of a large database takes its time, and so does the look at it.
         self._notifier.extend(_UPGRADE_SECONDS)
         store.prepare(self._folders.database)
-        self._remove_socket()
-        self._encloser = self._contain()
+        self._premises.remove_socket()
+        self._children.contain()
         info = api.Info(
             version=__version__,
             pid=os.getpid(),
-            started_at=time.time(),
+            started_at=self._started_at,
             state=str(self._folders.state),
             listeners=self._listeners,
-            containment=self._encloser.level,
+            containment=self._children.encloser.level,
         )
         for each in unclaimed(self._listeners):
             log.warn("systemd has handed over {socket}, but no listener uses it", socket=each)
-        front = api.Front(
+        self._info = info
+        self._front = api.Front(
             self._fleet,
             info,
             self._configuration,
             self._reactor,
+            self._reload,
             look=self._checks.look,
             lag=self._lag,
         )
-        for listener in self._listeners:
-            site = front.site(listener.roles)
-            if is_handed_over(listener):
-                self._late.append((listener, site))
-            else:
-                self._ports.append(bind(self._reactor, listener, site))
+        self._ports.open(each for each in self._listeners if not is_handed_over(each))
+        self._write_status()
+        if self._launch.parent is not None:
+            self._launch.parent.serves()
 
-    def _contain(self) -> Encloser:
-        """Find out how workers can be confined here; before any child is started."""
-        groups, because = None, None
-        try:
-            groups = cgroup.join()
-        except cgroup.NotDelegated as reason:
-            because = str(reason)
-        return Encloser(
-            groups=groups,
-            because=because,
-            landlock=sandbox.landlock_version(),
-            deny_sockets=sandbox.sockets_deniable(),
-            temporary=self._folders.state / "tmp",
+    def _write_status(self) -> None:
+        file = logging.current.path
+        configuration = self._launch.configuration or self._folders.configuration
+        status = Instance(
+            pid=os.getpid(),
+            started_at=datetime.fromtimestamp(self._started_at, UTC).isoformat(timespec="seconds"),
+            version=__version__,
+            state=str(self._folders.state),
+            cache=str(self._folders.cache),
+            configuration=str(configuration) if configuration.exists() else None,
+            log=str(file) if file is not None else None,
+            listeners=tuple(listener.endpoint for listener in self._listeners),
+            foreground=self._launch.foreground,
+            stop_seconds=self._stop_seconds(),
         )
+        self._premises.describe(status)
+
+    def _stop_seconds(self) -> float:
+        """How long an orderly end may take."""
+        workers = self._configuration.workers
+        return workers.drain_seconds + workers.stop_seconds + workers.kill_seconds + _SAVE_SECONDS
 
     def _run(self) -> None:
-        started = ensureDeferred(self._start())
-        started.addErrback(self._give_up)
+        # The reactor has taken some of them as it started.
+        self._signals.install()
+        self._reactor.addSystemEventTrigger("after", "shutdown", self._signals.ignore)
+        self._starting = ensureDeferred(self._start())
+        self._starting.addErrback(self._give_up)
 
     async def _start(self) -> None:
         _tune_memory()
@@ -258,18 +302,20 @@ class Daemon(Service):
         leftovers.become_subreaper()
         leftovers.bury(self._reactor)
         await self._clear_leftovers()
-        await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), self._encloser.sweep)
-        self._monitor.startService()
+        pool = self._reactor.getThreadPool()
+        await deferToThreadPool(self._reactor, pool, self._children.encloser.sweep)
+        self._children.monitor.startService()
         self._hooks.start(lambda tell: self._fleet.watch(None, tell))
         await self._fleet.open()
         # Who has connected there has waited, rather than being told to come again.
-        self._ports += [bind(self._reactor, *each) for each in self._late]
+        self._ports.open(each for each in self._listeners if is_handed_over(each))
         log.info(
             "tursi {version} serves on {listeners}",
             version=__version__,
             listeners=", ".join(listener.endpoint for listener in self._listeners),
         )
-        log.info("workers are confined by {containment}", containment=str(self._encloser.level))
+        level = self._children.encloser.level
+        log.info("workers are confined by {containment}", containment=str(level))
         self._notifier.ready()
         self._notifier.status(self._describe())
         self._fleet.watch(None, lambda _: self._notifier.changed(self._describe))
@@ -302,7 +348,7 @@ class Daemon(Service):
         log.failure("the daemon could not start", failure)
         # twistd knows no way to say an exit status once the reactor runs.
         self._reactor.addSystemEventTrigger("after", "shutdown", os._exit, _SOFTWARE)
-        self._reactor.stop()
+        self._end("a failed start")
 
     # -- stop -------------------------------------------------------------------------
 
@@ -312,104 +358,112 @@ class Daemon(Service):
         return ensureDeferred(self._stop())
 
     async def _stop(self) -> None:
-        workers = self._configuration.workers
+        self._last_resort.begin(self._stop_seconds())
         self._notifier.stopping()
-        self._notifier.extend(
-            workers.drain_seconds + workers.stop_seconds + workers.kill_seconds + _SAVE_SECONDS
-        )
-        for port in self._ports:
-            await maybeDeferred(port.stopListening)
+        self._notifier.extend(self._stop_seconds())
+        await self._ports.close()
+        if self._starting is not None:
+            # Half a start can't be undone; it takes no longer than the last resort allows.
+            await self._starting
         await self._fleet.close()
         await self._hub.stop()
         await self._hooks.stop()
-        await self._monitor.stopService()
+        await self._children.monitor.stopService()
         self._notifier.unwatch()
         self._lag.stop()
         await self._store.stop()
-        self._remove_socket()
-        self._lock.release()
+        self._premises.leave()
+        log.info("tursi has stopped")
 
-    def _remove_socket(self) -> None:
-        # Stale for certain: the lock is ours. Unless it never was ours to remove.
-        if not is_handed_over(self._listeners[0]):
-            self._folders.socket.unlink(missing_ok=True)
+    # -- signals --------------------------------------------------------------------------
 
-    # -- children -----------------------------------------------------------------------
+    def _signalled(self, number: int) -> None:
+        if number in {signal.SIGTERM, signal.SIGINT}:
+            # Now, and not when the reactor comes to it: it may be what hangs.
+            self._last_resort.begin(self._stop_seconds())
 
-    def _make_worker(
-        self,
-        *,
-        name: str,
-        key: Key,
-        order: LoadOrder,
-        limits: Limits,
-        observer: Observer,
-        place: Callable[[str], str],
-    ) -> Worker:
-        threads = str(order.threads)
-        return Worker(
-            name=name,
-            deployment=key.deployment,
-            replica=key.replica,
-            generation=key.generation,
-            order=order,
-            command=self._worker_command,
-            environment={
-                **self._environment,
-                "HF_HUB_OFFLINE": "1",
-                "HF_HUB_DISABLE_TELEMETRY": "1",
-                "TOKENIZERS_PARALLELISM": "false",
-                "OMP_NUM_THREADS": threads,
-                "MKL_NUM_THREADS": threads,
-                "TURSI_STATE": str(self._folders.state),
-            },
-            logs=self._folders.logs / key.deployment,
-            settings=self._configuration.workers,
-            requests=self._configuration.requests,
-            monitor=self._monitor,
-            reactor=self._reactor,
-            random=random.random,
-            now=time.time,
-            observer=observer,
-            limits=limits,
-            encloser=self._encloser,
-            place=place,
+    def _end(self, cause: str) -> None:
+        """Stop; asked a second time, don't wait for what is in flight."""
+        if self._stopping:
+            log.info("{cause} again: what is in flight is not waited for", cause=cause)
+            self._fleet.hurry()
+            return
+        self._stopping = True
+        log.info("stopping because of {cause}", cause=cause)
+        self._reactor.stop()
+
+    # -- reload ---------------------------------------------------------------------------
+
+    def _hang_up(self) -> None:
+        ensureDeferred(self._reload()).addErrback(_not_reloaded)
+
+    async def _reload(self) -> Reloaded:
+        """Open the log anew, read the configuration and apply what has changed, all or nothing."""
+        logging.current.reopen()
+        await self._reloading.acquire()
+        try:
+            if self._starting is not None:
+                await self._starting
+            if self._stopping:
+                raise ShuttingDown
+            self._notifier.reloading()
+            return await self._apply()
+        finally:
+            if not self._stopping:
+                self._notifier.ready()
+            self._reloading.release()
+
+    async def _apply(self) -> Reloaded:
+        configuration = await deferToThreadPool(
+            self._reactor, self._reactor.getThreadPool(), self._read
         )
+        changed = config.changes(self._configuration, configuration)
+        for each in self._reloadables:
+            each.check(configuration)
+        listeners = (self._listeners[0], *configuration.http.listeners)
+        await self._ports.change(self._listeners, listeners)
+        # From here on nothing can fail.
+        self._configuration = self._children.configuration = configuration
+        self._listeners = self._info.listeners = listeners
+        self._front.configure(configuration)
+        for listener, site in self._ports.sites(listeners):
+            self._front.adapt(site, listener.roles)
+        for each in self._reloadables:
+            each.reload(configuration)
+        logging.current.configure(configuration.log)
+        self._hub.configure(configuration.hub)
+        self._hooks.configure(configuration.hooks)
+        rolled = self._fleet.configure(configuration)
+        self._write_status()
+        log.info("the configuration was read: {changed}", changed=", ".join(changed) or "no change")
+        return Reloaded(changed, rolled)
 
-    def _spawn_fetcher(
-        self,
-        name: str,
-        arguments: tuple[str, ...],
-        environment: Mapping[str, str],
-        receive: Callable[[Frame], None],
-    ) -> Running:
-        settings = self._configuration.workers
-        return self._one_shot.run(
-            name,
-            arguments,
-            {**environment, "TURSI_STATE": str(self._folders.state)},
-            receive,
-            LifeLog(
-                self._folders.state / "fetches" / f"{name}.log",
-                clock=time.time,
-                size=settings.log_bytes,
-                rate=settings.log_bytes_per_second,
+    def _read(self) -> Configuration:
+        """The configuration as the file has it now, if it can be used."""
+        configuration = config.load(self._launch.configuration, self._folders.configuration)
+        for listener in configuration.http.listeners:
+            # Who listens there may be ourselves.
+            with suppress(AddressInUse):
+                check(listener)
+        return configuration
+
+    # -- for people -------------------------------------------------------------------------
+
+    def _dump(self) -> None:
+        """Write to the log how everything is."""
+        descriptors = sum(1 for _ in Path("/proc/self/fd").iterdir())
+        timers = len(self._reactor.getDelayedCalls())
+        up = time.time() - self._started_at
+        lines = [
+            (
+                f"pid {os.getpid()}, up {up:.0f} s, {threading.active_count()} threads, "
+                f"{timers} timers, {descriptors} descriptors"
             ),
-        )
-
-    def _spawn_hook(self, name: str, arguments: tuple[str, ...]) -> Running:
-        return self._one_shot.run(
-            f"hook {name}",
-            arguments,
-            {**self._environment, "TURSI_STATE": str(self._folders.state)},
-            lambda _: None,
-            LifeLog(
-                self._folders.state / "hooks" / f"{name}.log",
-                clock=time.time,
-                size=_HOOK_LOG,
-                rate=_HOOK_LOG,
-            ),
-        )
+            *(f"listens on {listener.endpoint}" for listener in self._listeners),
+            *self._fleet.describe(),
+            *self._hub.describe(),
+        ]
+        log.info("{status}", status="\n".join(["status", *lines]))
 
 
 def _host(environment: Mapping[str, str]) -> Host:
@@ -430,14 +484,16 @@ def _gpus(environment: Mapping[str, str]) -> int:
     return here if chosen is None else min(here, len([*filter(None, chosen.split(","))]))
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(mode=0o750, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(
-            f"The folder {folder} can't be made: {error.strerror}; "
-            "choose another with --state, --runtime or --cache."
-        ) from None
+def _not_reloaded(failure: Failure) -> None:
+    if isinstance(failure.value, TursiError):
+        log.error("the configuration stays as it was: {message}", message=failure.value.message)
+    else:
+        log.failure("the configuration stays as it was", failure)
+
+
+def _toggle_debug() -> None:
+    debugging = logging.current.toggle_debug()
+    log.info("debug messages are {state}", state="on" if debugging else "off")
 
 
 def _tune_memory() -> None:

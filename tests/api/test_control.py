@@ -3,12 +3,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conversation import House
+from conversation import INFO, House
 from fake_fleet import status
 
 from twisted.internet.defer import Deferred
 
-from tursi.errors import DatabaseFull
+from tursi.api import Front, Reloaded
+from tursi.config import Configuration, Http
+from tursi.errors import ConfigurationError, DatabaseFull, RoleNotOffered
 from tursi.fleet import Part
 from tursi.model import DeploymentStatus, Desired, Limits, Load, Phase, Request, Role, Schedule
 
@@ -56,6 +58,33 @@ def test_a_folder_is_nobodys_business_but_the_operators() -> None:
     house = House()
     house.fleet.statuses["small"] = status("small", model="/srv/models/small")
     assert house.ask("GET", "/models/small/info").json()["model_id"] == "small"
+
+
+def test_a_reload_says_what_has_changed_or_why_nothing_did() -> None:
+    house = House()
+    assert house.ask("POST", "/reload").json() == {"changed": [], "rolled": []}
+    assert house.ask("GET", "/reload").status == 405
+
+    async def refuse() -> Reloaded:
+        raise ConfigurationError("tursi.toml: it is wrong.")
+
+    front = Front(house.fleet, INFO, house.configuration, house.clock, refuse)
+    house.front = front
+    refused = house.ask("POST", "/reload")
+    assert (refused.status, refused.json()["error"]["code"]) == (422, "configuration_error")
+
+
+def test_another_configuration_holds_for_sites_that_are_open() -> None:
+    house = House()
+    site = house.front.site((Role.HEALTH,))
+    changed = Configuration(http=Http(hosts=("my.example",), hot_path=False, max_connections=1))
+    house.front.configure(changed)
+    house.front.adapt(site, (Role.CONTROL,))
+    assert site.access.knows(b"my.example", local=False)
+    assert site.settings == changed.http
+    site.access.require(Role.CONTROL)
+    with pytest.raises(RoleNotOffered):
+        site.access.require(Role.HEALTH)
 
 
 def test_limits_are_taken_and_shown() -> None:

@@ -31,7 +31,7 @@ def test_without_a_daemon_it_says_where_it_looked_and_how_to_start_one(api: Api)
     assert result.exit_code == Exit.NO_DAEMON
     assert result.stderr == (
         f"tursi: No daemon answers at {absent} (there is no such socket). Start one with "
-        "`twistd -n tursi`, or name its socket with --socket or TURSI_SOCKET.\n"
+        "`tursi start`, or name its socket with --socket or TURSI_SOCKET.\n"
     )
 
 

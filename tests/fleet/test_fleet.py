@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from fakes import InlineConnectionPool, InlineReactor
 
 from tursi import store
-from tursi.config import Configuration
+from tursi.config import Configuration, Requests, Workers
 from tursi.errors import (
     CatalogueEntryNotFound,
     DeploymentNotFound,
@@ -76,12 +76,14 @@ class FakeWorker:
         self.name, self.order, self.limits = name, order, limits
         self.threads = order.threads
         self.folder = order.folder
-        self.deployment, self.generation, self.replica = key
+        self.deployment, self.generation, self.replica, _ = key
         self.phase = Phase.STOPPED
         self.reason: str | None = None
         self.observer = observer
         self.stopped: Deferred[None] = Deferred()
         self.resets = 0
+        self.hurried = False
+        self.settings: tuple[Workers, Requests] | None = None
         self.past: list[WorkerLife] = []
 
     def become(self, phase: Phase, reason: str | None = None) -> None:
@@ -100,6 +102,12 @@ class FakeWorker:
     def stop(self) -> Deferred[None]:
         self.become(Phase.DRAINING)
         return self.stopped
+
+    def configure(self, settings: Workers, requests: Requests) -> None:
+        self.settings = settings, requests
+
+    def hurry(self) -> None:
+        self.hurried = True
 
     def reset(self) -> None:
         self.resets += 1
@@ -669,6 +677,50 @@ def test_clients_are_told_why_but_not_where(bench: Bench) -> None:
     _, [part] = bench.fleet.health()
     assert "/models" not in part.message
     assert "/etc" not in part.message
+
+
+def test_another_configuration_replaces_the_workers_that_are_told_something_else(
+    bench: Bench,
+) -> None:
+    bench.deploy("a")
+    bench.found()
+    bench.deploy("own", limits=Limits(threads=1))
+    bench.found()
+    first, own = bench.workers
+    for worker in bench.workers:
+        worker.become(Phase.READY)
+    settings, requests = Workers(threads=2, max_failures=9), Requests(max_in_flight=3)
+    assert bench.fleet.configure(Configuration(workers=settings, requests=requests)) == ["a"]
+    bench.turn()
+    assert first.settings == own.settings == (settings, requests)
+    first_again = bench.workers[2]
+    assert (first_again.deployment, first_again.order.threads) == ("a", 2)
+    assert first_again.generation == first.generation
+    # It serves until the other does.
+    assert first.phase is Phase.READY
+    assert bench.fleet.deployment("a").ready == 1
+    first_again.become(Phase.READY)
+    bench.turn()
+    assert first.phase is not Phase.READY
+    assert len(bench.workers) == 3
+    assert own.phase is Phase.READY
+
+
+def test_who_drains_can_be_hurried(bench: Bench) -> None:
+    bench.deploy(replicas=2)
+    bench.found()
+    bench.fleet.hurry()
+    assert all(worker.hurried for worker in bench.workers)
+
+
+def test_everything_is_described_in_lines(bench: Bench) -> None:
+    bench.deploy("b")
+    bench.deploy("a", replicas=2)
+    bench.found()
+    lines = bench.fleet.describe()
+    assert lines[0].startswith("deployment a: queued, wanted running")
+    assert lines[1].startswith("  its files are being looked for")
+    assert len([line for line in lines if line.startswith("  worker b.")]) == 1
 
 
 def test_threads_beyond_the_cores_are_told_when_it_comes_to_that(bench: Bench) -> None:

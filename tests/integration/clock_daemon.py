@@ -1,4 +1,4 @@
-"""The scripted daemon with a wall clock that can be set wrong.
+"""twistd with a wall clock that can be set wrong.
 
 It goes wrong by as many seconds as the file says that TURSI_TEST_CLOCK names
 (``set_clock`` writes it). A real clock can't be set without harm to others.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import runpy
 import struct
 import time
 from pathlib import Path
@@ -29,7 +28,9 @@ def main() -> None:
         shift = mmap.mmap(file.fileno(), _SHIFT.size, access=mmap.ACCESS_READ)
     # Before anything is imported that might take the right one.
     time.time = lambda: real() + _SHIFT.unpack_from(shift)[0]
-    runpy.run_path(str(Path(__file__).with_name("scripted_daemon.py")), run_name="__main__")
+    from twisted.scripts.twistd import run
+
+    run()
 
 
 if __name__ == "__main__":

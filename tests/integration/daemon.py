@@ -22,7 +22,8 @@ import psutil
 T = TypeVar("T")
 
 TWISTD = Path(sys.executable).with_name("twistd")
-SCRIPTED = Path(__file__).with_name("scripted_daemon.py")
+PLUGINS = Path(__file__).with_name("plugins")
+"""Where ``twistd scripted`` is, which is ``twistd tursi`` with scripted workers."""
 
 
 def until(look: Callable[[], T | Literal[False] | None], what: str, seconds: float = 60.0) -> T:
@@ -36,6 +37,15 @@ def until(look: Callable[[], T | Literal[False] | None], what: str, seconds: flo
         time.sleep(0.02)
 
 
+def gone(process: psutil.Process | int) -> bool:
+    """Whether it has ended; who its parent is may take its time to collect it."""
+    try:
+        found = psutil.Process(process) if isinstance(process, int) else process
+        return not found.is_running() or found.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def free_port() -> int:
     """A TCP port that nobody listens on just now."""
     with socket.socket() as probe:
@@ -47,9 +57,9 @@ class Daemon:
     """One state folder and the daemon that runs on it, now and after restarts."""
 
     def __init__(
-        self, folder: Path, *, scripted: bool, settings: str = "", program: Path = SCRIPTED
+        self, folder: Path, *, scripted: bool, settings: str = "", program: Path | None = None
     ) -> None:
-        """``program`` is what is run where workers are scripted."""
+        """``program`` is what is run instead of twistd."""
         self.folder = folder
         self.program = program
         self.state = folder / "state"
@@ -65,6 +75,7 @@ class Daemon:
         self.scripted = scripted
         self.log = folder / "daemon.log"
         self.process: subprocess.Popen[bytes] | None = None
+        self.daemonized: psutil.Process | None = None
         self.control = httpx.Client(
             transport=httpx.HTTPTransport(uds=str(self.runtime / "control.sock")),
             base_url="http://localhost",
@@ -72,33 +83,38 @@ class Daemon:
         )
         self.client = httpx.Client(base_url=self.url, timeout=60)
 
-    def arguments(self) -> list[str]:
-        """The command line that starts it in the foreground."""
-        options = [
-            "tursi",
+    def arguments(self, *twistd: str) -> list[str]:
+        """The command line of twistd with these options of its own."""
+        return [
+            *([str(TWISTD)] if self.program is None else [sys.executable, str(self.program)]),
+            *twistd, "scripted" if self.scripted else "tursi",
             "--config", str(self.configuration),
             "--state", str(self.state),
             "--runtime", str(self.runtime),
         ]  # fmt: skip
-        if self.scripted:
-            return [sys.executable, str(self.program), *options[1:]]
-        return [str(TWISTD), "-n", "--pidfile=", *options]
+
+    def environment(self, given: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Ours, with the plugin that tests have."""
+        path = os.pathsep.join(
+            each for each in (str(PLUGINS), os.environ.get("PYTHONPATH")) if each
+        )
+        return {**os.environ, "PYTHONPATH": path, **(given or {})}
 
     def start(self, environment: Mapping[str, str] | None = None) -> None:
-        """Start it and wait until it answers."""
+        """Start it in the foreground and wait until it answers."""
         self.launch(environment)
         until(self._answers, "the daemon answers", 30)
 
     def launch(self, environment: Mapping[str, str] | None = None) -> None:
-        """Start it, and don't wait."""
+        """Start it in the foreground, and don't wait."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self.arguments(),
+                self.arguments("-n", "--pidfile="),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 cwd=self.folder,
-                env={**os.environ, **(environment or {})},
+                env=self.environment(environment),
             )
 
     def _answers(self) -> bool:
@@ -108,6 +124,31 @@ class Daemon:
             return self.control.get("/status").status_code == 200
         except httpx.TransportError:
             return False
+
+    def daemonize(self, *twistd: str) -> psutil.Process:
+        """Start it as a daemon, and wait until it answers; the process is ours to end."""
+        started = subprocess.run(
+            self.arguments(*twistd),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            cwd=self.folder,
+            env=self.environment(),
+            timeout=60,
+            check=False,
+        )
+        assert started.returncode == 0, started
+        self.daemonized = process = psutil.Process(int((self.runtime / "tursi.pid").read_text()))
+
+        def answers() -> bool:
+            assert process.is_running(), (self.state / "tursi.log").read_text()[-4000:]
+            try:
+                return self.control.get("/status").status_code == 200
+            except httpx.TransportError:
+                return False
+
+        until(answers, "the daemon answers", 30)
+        return process
 
     def stop(self, seconds: float = 60.0) -> int:
         """SIGTERM, and its exit status."""
@@ -171,6 +212,11 @@ class Daemon:
 
     def close(self) -> None:
         """Stop whatever still runs."""
+        if self.daemonized is not None and self.daemonized.is_running():
+            self.daemonized.terminate()
+            _, alive = psutil.wait_procs([self.daemonized], timeout=30)
+            for each in alive:
+                each.kill()
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
             try:

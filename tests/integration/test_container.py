@@ -35,8 +35,8 @@ pytestmark = pytest.mark.skipif(not allowed(), reason="PID namespaces aren't all
 class Contained(Daemon):
     """A daemon that is process 1 of its namespace."""
 
-    def arguments(self) -> list[str]:
-        return [*UNSHARE, *super().arguments()]
+    def arguments(self, *twistd: str) -> list[str]:
+        return [*UNSHARE, *super().arguments(*twistd)]
 
     @property
     def first(self) -> psutil.Process:

@@ -308,7 +308,8 @@ def test_logs_are_kept_by_life_and_followed(running: Daemon) -> None:
 
 def test_a_second_daemon_on_the_same_state_is_refused(running: Daemon) -> None:
     second = subprocess.run(
-        [str(TWISTD), "-n", "--pidfile=", "tursi", *running.arguments()[2:]],
+        running.arguments("-n", "--pidfile="),
+        env=running.environment(),
         capture_output=True,
         text=True,
         timeout=30,
@@ -326,6 +327,7 @@ def test_a_second_daemon_on_the_same_state_is_refused(running: Daemon) -> None:
     [
         ("port", 69, "already listens"),
         ("setting", 78, "unknown field `wrong`"),
+        ("option", 64, "option --wrong not recognized"),
         ("database", 78, "database"),
     ],
 )
@@ -352,6 +354,7 @@ def test_what_keeps_it_from_starting_is_one_line_and_an_exit_status(
             [
                 str(TWISTD), *mode, "tursi",
                 "--config", str(configuration), "--state", str(state), "--runtime", "/tmp/t-none",
+                *(["--wrong"] if case == "option" else []),
             ],
             capture_output=True, text=True, timeout=30, cwd=tmp_path, check=False,
         )  # fmt: skip

@@ -168,7 +168,12 @@ def test_a_damaged_database_stops_the_start_until_it_is_restored(running: Daemon
     for scripted in (False, True):
         running.scripted = scripted
         started = subprocess.run(
-            running.arguments(), capture_output=True, text=True, timeout=60, check=False
+            running.arguments("-n", "--pidfile="),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            env=running.environment(),
         )
         assert started.returncode == 78
         [line] = started.stderr.splitlines()
@@ -187,10 +192,10 @@ def test_a_damaged_database_stops_the_start_until_it_is_restored(running: Daemon
 class SmallDisk(Daemon):
     """A daemon whose state folder is a file system of its own, seen by itself only."""
 
-    def arguments(self) -> list[str]:
+    def arguments(self, *twistd: str) -> list[str]:
         self.state.mkdir(exist_ok=True)
         mount = 'mount -t tmpfs -o size=16m none "$0" && exec "$@"'
-        return ["unshare", "-m", "sh", "-c", mount, str(self.state), *super().arguments()]
+        return ["unshare", "-m", "sh", "-c", mount, str(self.state), *super().arguments(*twistd)]
 
     @property
     def filler(self) -> Path:

@@ -147,20 +147,20 @@ class Activated(Daemon):
             each.listen()
         self.inodes = {os.fstat(each.fileno()).st_ino for each in self.sockets.values()}
 
-    def arguments(self) -> list[str]:
+    def arguments(self, *twistd: str) -> list[str]:
         pairs = ",".join(f"{name}={each.fileno()}" for name, each in self.sockets.items())
-        return [sys.executable, str(HANDING_OVER), pairs, *super().arguments()]
+        return [sys.executable, str(HANDING_OVER), pairs, *super().arguments(*twistd)]
 
     def start(self, environment: Mapping[str, str] | None = None) -> None:
         """As systemd does: the program finds its descriptors from 3 on."""
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self.arguments(),
+                self.arguments("-n", "--pidfile="),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 cwd=self.folder,
-                env={**os.environ, **(environment or {})},
+                env=self.environment(environment),
                 pass_fds=[each.fileno() for each in self.sockets.values()],
             )
 

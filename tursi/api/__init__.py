@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from tursi.api.front import Front
 from tursi.api.info import Info
+from tursi.api.messages import Reloaded
 
-__all__ = ["Front", "Info"]
+__all__ = ["Front", "Info", "Reloaded"]

@@ -18,6 +18,7 @@ from tursi.api.messages import (
     ListenerView,
     Liveness,
     Readiness,
+    Reloaded,
 )
 from tursi.api.metrics import Metrics
 from tursi.fleet import Part
@@ -30,13 +31,29 @@ _AT_REST = frozenset({Phase.STOPPED, Phase.FAILED, Phase.QUARANTINED, Phase.WEDG
 _PACKAGES = ("twisted", "klein", "msgspec", "torch", "transformers", "huggingface-hub")
 
 
+Reload = Callable[[], Awaitable[Reloaded]]
+"""Reads the configuration again and applies it, or raises why it stays as it was."""
+
+
+async def nothing_to_reload() -> Reloaded:
+    """Where there is no configuration file."""
+    return Reloaded([], [])
+
+
 class Daemon:
     """Handlers for what concerns no single deployment; ``document`` describes them all."""
 
     def __init__(
-        self, fleet: Fleet, metrics: Metrics, info: Info, document: Document, look: Look
+        self,
+        fleet: Fleet,
+        metrics: Metrics,
+        info: Info,
+        document: Document,
+        look: Look,
+        reload: Reload,
     ) -> None:
         self._look = look
+        self._reload = reload
         self._fleet = fleet
         self._metrics = metrics
         self._info = info
@@ -67,6 +84,11 @@ class Daemon:
                 if not part.healthy
             ],
         )
+
+    @endpoint("POST", "/reload", role=Role.CONTROL, reply=Reloaded)
+    async def reload(self) -> Reloaded:
+        """Read the configuration again and apply what has changed; keep the old on any error."""
+        return await self._reload()
 
     @endpoint("GET", "/health", role=Role.HEALTH, reply=Health, statuses=(200, 503))
     async def health(self) -> Health | Status[Health]:

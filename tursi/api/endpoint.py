@@ -107,7 +107,7 @@ def endpoints(owner: object) -> Iterator[tuple[Contract, Callable[..., Any]]]:
             yield contract, handler
 
 
-def router(seconds: float, *owners: object) -> Klein:
+def router(seconds: Callable[[], float], *owners: object) -> Klein:
     """A Klein application of all handlers; each has ``seconds`` to answer."""
     app = Klein()
     app.url_map.merge_slashes = False
@@ -141,7 +141,9 @@ def _unrouted(request: Any, failure: Failure) -> Any:
 class _Service:
     """Answers requests by one handler."""
 
-    def __init__(self, contract: Contract, handler: Callable[..., Any], seconds: float) -> None:
+    def __init__(
+        self, contract: Contract, handler: Callable[..., Any], seconds: Callable[[], float]
+    ) -> None:
         self._contract = contract
         self._handler = handler
         self._seconds = seconds
@@ -202,6 +204,7 @@ class _Service:
         be worse than one whose client doesn't hear of it.
         """
         waiting: Deferred[Any] = Deferred()
+        seconds = self._seconds()
 
         def done(outcome: object) -> None:
             if not waiting.called:
@@ -211,12 +214,12 @@ class _Service:
 
         def overdue() -> None:
             if not waiting.called:
-                waiting.errback(DeadlineExceeded(f"The answer took over {self._seconds:g} s."))
+                waiting.errback(DeadlineExceeded(f"The answer took over {seconds:g} s."))
 
         Deferred.fromCoroutine(work).addBoth(done)
         if not waiting.called:
             request.on_overdue = overdue
-            request.channel.answer_within(self._seconds)
+            request.channel.answer_within(seconds)
         return await waiting
 
     def _answer(self, value: Any) -> Answer:

@@ -15,7 +15,7 @@ from twisted.web.server import NOT_DONE_YET
 
 from tursi.api.access import Access
 from tursi.api.audit import Audit
-from tursi.api.daemon import Daemon, Look
+from tursi.api.daemon import Daemon, Look, Reload, nothing_to_reload
 from tursi.api.database import Database
 from tursi.api.deployments import DeploymentControl
 from tursi.api.endpoint import endpoints, router
@@ -51,6 +51,7 @@ class Front:
         info: Info,
         configuration: Configuration,
         reactor: Any,
+        reload: Reload = nothing_to_reload,
         *,
         look: Look | None = None,
         lag: Lag | None = None,
@@ -65,11 +66,11 @@ class Front:
             Database(fleet),
             Models(fleet, info),
             PullControl(fleet),
-            Daemon(fleet, metrics, info, description, look or _of(fleet)),
+            Daemon(fleet, metrics, info, description, look or _of(fleet), reload),
         )
         self.handlers = [each for owner in owners for each in endpoints(owner)]
         description.update(document(info.version, self.handlers, TABLE))
-        self.klein = router(configuration.requests.deadline_seconds, *owners)
+        self.klein = router(lambda: self._configuration.requests.deadline_seconds, *owners)
         self._audit.watch(self.klein.url_map, self.handlers)
         self._inference = Inference(fleet, metrics, configuration)
         self._root = Root(self._inference, self.klein.resource())
@@ -78,6 +79,16 @@ class Front:
         prefix = f"{int(info.started_at * 1000):x}-{info.pid:x}-"
         numbers = itertools.count(1)
         self._new_id = lambda: f"{prefix}{next(numbers):x}".encode("ascii")
+
+    def configure(self, configuration: Configuration) -> None:
+        """Go by this from now on; each site is then to be told by ``adapt``."""
+        self._configuration = configuration
+        self._inference.configure(configuration)
+
+    def adapt(self, site: Site, roles: Iterable[Role]) -> None:
+        """Bring ``site`` to the configuration, and to these roles."""
+        http = self._configuration.http
+        site.configure(Access(http.hosts, roles), http)
 
     def site(self, roles: Iterable[Role]) -> Site:
         """The site of a listener with these roles."""

@@ -90,6 +90,10 @@ class Inference:
         self.metrics = metrics
         self.settings = configuration.requests
 
+    def configure(self, configuration: Configuration) -> None:
+        """Go by this from now on."""
+        self.settings = configuration.requests
+
     def render(self, request: Responder, match: Match) -> None:
         """Answer ``request``, now or later."""
         route = match.route

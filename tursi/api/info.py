@@ -8,9 +8,9 @@ from tursi.config import Listener
 from tursi.model import Containment
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Info:
-    """Facts that hold as long as the daemon runs."""
+    """Facts about the daemon; only its listeners change while it runs."""
 
     version: str
     pid: int

@@ -276,6 +276,15 @@ class DaemonStatus(msgspec.Struct, frozen=True):
     """What is not well, in sentences; the parts of ``/health`` that aren't healthy."""
 
 
+class Reloaded(msgspec.Struct, frozen=True):
+    """What came of reading the configuration again. Nothing in it needs a restart of the daemon."""
+
+    changed: list[str]
+    """The settings that differ from before, as ``table.name``."""
+    rolled: list[str]
+    """Deployments whose workers are being replaced, because of what they are told to load."""
+
+
 class Health(msgspec.Struct, frozen=True):
     """The daemon's health, and of which parts it is made."""
 

@@ -54,20 +54,24 @@ class Site(server.Site):
         super().__init__(
             resource, Request, timeout=None, parsePOSTFormSubmission=False, reactor=reactor
         )
-        # No proxy that may become HTTP/2.
-        self.protocol: Any = HotChannel if settings.hot_path else Channel
         self.inference = inference
-        self.access = access
-        self.settings = settings
         self.audit = audit
         self.new_id = new_id
         self.channels: set[Channel] = set()
         """Open connections."""
-        shortest = min(settings.header_seconds, settings.body_seconds, settings.idle_seconds)
-        self._interval = min(1.0, shortest / 4)
+        self.configure(access, settings)
         self._look: Any = None
         self._second = -1
         self._date = b""
+
+    def configure(self, access: Access, settings: Http) -> None:
+        """Go by these from now on; open connections too."""
+        # No proxy that may become HTTP/2.
+        self.protocol: Any = HotChannel if settings.hot_path else Channel
+        self.access = access
+        self.settings = settings
+        shortest = min(settings.header_seconds, settings.body_seconds, settings.idle_seconds)
+        self._interval = min(1.0, shortest / 4)
 
     def startFactory(self) -> None:  # noqa: N802 - Twisted's name
         """Nothing: Twisted would keep a clock for its access log."""

@@ -20,6 +20,7 @@ from tursi.cli import (
     install,
     models,
     run,
+    service,
 )
 from tursi.cli.connection import Connection, Exit
 from tursi.cli.terminal import note, tolerate
@@ -49,7 +50,7 @@ class _Commands(click.Group):
 )
 @click.pass_context
 def main(context: click.Context, socket: Path | None) -> None:
-    """Serve AI models on this machine, through the Tursi daemon (`twistd -n tursi`)."""
+    """Serve AI models on this machine, through the Tursi daemon (`tursi start`)."""
     tolerate()
     chosen = socket or folders(os.environ, os.getuid()).socket
     context.obj = Connection(chosen.absolute())
@@ -79,7 +80,11 @@ for _command in (
     run.run,
     chat.chat,
     install.install_service,
-    daemon.status,
+    service.start,
+    service.stop,
+    service.restart,
+    service.reload,
+    service.status,
     daemon.version,
     doctor.doctor,
 ):

@@ -232,7 +232,7 @@ class Connection:
             errno.ECONNREFUSED: "nobody listens on it",
         }.get(number or 0, str(error) or "no answer")
         raise Failure(
-            f"No daemon answers at {self.socket} ({why}). Start one with `twistd -n tursi`, or "
+            f"No daemon answers at {self.socket} ({why}). Start one with `tursi start`, or "
             "name its socket with --socket or TURSI_SOCKET.",
             Exit.NO_DAEMON,
         ) from None

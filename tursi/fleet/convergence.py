@@ -10,7 +10,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from tursi.config import Workers
+from tursi.config import Requests, Workers
 from tursi.errors import FetchInterrupted, HubUnreachable, InternalError, TursiError
 from tursi.fleet.crashes import Crashes
 from tursi.fleet.devices import Devices
@@ -139,6 +139,39 @@ class Convergence:
             stopping += [worker.stop() for worker in member.workers.values()]
         return stopping
 
+    def configure(self, settings: Workers, requests: Requests) -> list[str]:
+        """Go by these from now on; the deployments whose workers are replaced for it."""
+        before = {name: self._orders(member) for name, member in self._members.items()}
+        self._settings = settings
+        changed = [
+            name for name, member in self._members.items() if self._orders(member) != before[name]
+        ]
+        for member in self._members.values():
+            for worker in member.workers.values():
+                worker.configure(settings, requests)
+        for name in changed:
+            self._members[name].revision += 1
+            self._journal.note(
+                "configuration.changed",
+                f"{name} gets new workers, because the daemon's configuration has changed",
+                deployment=name,
+            )
+        self.soon()
+        return changed
+
+    def _orders(self, member: Member) -> LoadOrder | None:
+        """What its workers are told, if there are any."""
+        resolution = member.deployment.generation.resolution
+        if resolution is None or not member.workers or member.leaving:
+            return None
+        return self._order(member, resolution)
+
+    def hurry(self) -> None:
+        """End the workers that drain."""
+        for member in self._members.values():
+            for worker in member.workers.values():
+                worker.hurry()
+
     def retry(self, member: Member) -> bool:
         """Try again what had given up; whether there was anything."""
         member.queue.forgive()
@@ -224,9 +257,28 @@ class Convergence:
         resolution = generation.resolution
         if resolution is None:
             raise InternalError(f"{key} is to be created before its files are known")
-        request = generation.request
-        order = LoadOrder(
-            deployment=key.deployment,
+        order = self._order(member, resolution)
+        # A name of its own for each, because the one before may still be dying.
+        self._serial += 1
+        name = f"{key.deployment}.{key.generation}.{key.replica}#{self._serial}"
+        worker = self._make_worker(
+            name=name,
+            key=key,
+            order=order,
+            limits=generation.request.limits,
+            observer=self,
+            place=self.devices.place,
+        )
+        member.workers[key] = worker
+        past = self._past.pop(key, None)
+        if past:
+            worker.remember(past)
+        worker.start()
+
+    def _order(self, member: Member, resolution: Resolution) -> LoadOrder:
+        request = member.deployment.generation.request
+        return LoadOrder(
+            deployment=member.deployment.name,
             folder=resolution.folder,
             task=request.task,
             device=request.device,
@@ -239,22 +291,6 @@ class Convergence:
             allow_pickle=request.allow_pickle,
             trust_remote_code=request.trust_remote_code,
         )
-        # A name of its own for each, because the one before may still be dying.
-        self._serial += 1
-        name = f"{key.deployment}.{key.generation}.{key.replica}#{self._serial}"
-        worker = self._make_worker(
-            name=name,
-            key=key,
-            order=order,
-            limits=request.limits,
-            observer=self,
-            place=self.devices.place,
-        )
-        member.workers[key] = worker
-        past = self._past.pop(key, None)
-        if past:
-            worker.remember(past)
-        worker.start()
 
     def _retire(self, member: Member, key: Key) -> None:
         member.retiring.add(key)

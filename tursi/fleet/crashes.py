@@ -25,6 +25,10 @@ class Crashes:
         self._keep = keep
         self._last = 0
 
+    def keep(self, number: int) -> None:
+        """Keep so many from now on."""
+        self._keep = number
+
     async def open(self) -> None:
         """Go on with the numbers of earlier daemons."""
         self._last = await self._store.last_crash()

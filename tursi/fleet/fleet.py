@@ -190,6 +190,24 @@ class Fleet:
         await self._flush()
         await self._journal.close()
 
+    def configure(self, configuration: Configuration) -> list[str]:
+        """Go by this from now on; the deployments whose workers are replaced for it."""
+        self._configuration = configuration
+        self._crashes.keep(configuration.storage.crashes)
+        self._memory.configure(configuration.memory)
+        self._logs.keep(configuration.workers.log_lives)
+        for member in self._members.values():
+            member.queue.configure(configuration.requests)
+        return self._convergence.configure(configuration.workers, configuration.requests)
+
+    def hurry(self) -> None:
+        """Don't wait any more for what is in flight."""
+        self._convergence.hurry()
+
+    def describe(self) -> list[str]:
+        """How every deployment and worker is, in lines."""
+        return [line for _, member in sorted(self._members.items()) for line in member.describe()]
+
     # -- inference --------------------------------------------------------------------
 
     def submit(self, model: str, work: Work, sink: Sink) -> Passage:

@@ -18,6 +18,10 @@ class Logs:
         self._kept = kept
         self._followers: dict[str, list[Callable[[str], None]]] = {}
 
+    def keep(self, kept: int) -> None:
+        """Keep so many from now on."""
+        self._kept = kept
+
     def tail(self, deployment: str, lives: Iterable[str], lines: int) -> list[str]:
         """The last lines of these lives' logs together, in order of their times."""
         # Each line begins with its time, in a form that sorts.

@@ -76,6 +76,8 @@ class Member:
         self.deployment = deployment
         self.workers: dict[Key, Worker] = {}
         self.retiring: set[Key] = set()
+        self.revision = 0
+        """How often the daemon's configuration has changed what its workers are told to load."""
         self.leaving = False
         """Whether it has been removed and only waits for its workers to end."""
         self.fetch: Fetch | None = None
@@ -135,6 +137,7 @@ class Member:
             deployment.generation.number,
             deployment.replicas if running else 0,
             deployment.generation.resolution is not None,
+            self.revision,
         )
 
     def seen(self, memory: int) -> Iterable[Seen]:
@@ -206,7 +209,8 @@ class Member:
         current = [
             status
             for key, status in zip(sorted(self.workers), workers, strict=True)
-            if key.generation == generation.number and key not in self.retiring
+            if (key.generation, key.revision) == (generation.number, self.revision)
+            and key not in self.retiring
         ]
         serving = [status for status in workers if status.phase is Phase.READY]
         best = min(current, key=lambda status: _ORDER.index(status.phase), default=None)
@@ -276,6 +280,26 @@ class Member:
         generation = self.deployment.generation
         known = generation.resolution.folder if generation.resolution else None
         return discreet(text, generation.request.model, known)
+
+    def describe(self) -> list[str]:
+        """How it and its workers are, in lines."""
+        status = self.status()
+        lines = [
+            f"deployment {status.name}: {status.phase.value}, wanted {status.desired.value}, "
+            f"generation {status.generation}, {status.ready} of {status.replicas} ready, "
+            f"{status.queued} queued, {status.in_flight} in flight"
+            + (f", {status.reason}" if status.reason else "")
+        ]
+        if self.fetch is not None:
+            lines.append(f"  its files are being looked for (attempt {self.fetch.attempts + 1})")
+        lines += [
+            f"  worker {worker.name}: {worker.phase.value}, pid {worker.pid}, "
+            f"{worker.in_flight} in flight, {worker.failures} failures, "
+            f"{worker.restarts} restarts, rss {worker.rss}"
+            + (f", {worker.reason}" if worker.reason else "")
+            for worker in status.workers
+        ]
+        return lines
 
     def _worst(self) -> WorkerStatus | None:
         """The status that explains why nothing is coming."""

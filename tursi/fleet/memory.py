@@ -39,10 +39,15 @@ class Memory:
         clock: Callable[[], float],
     ) -> None:
         self._members = members
-        self._settings = settings
-        self._limit = settings.limit_bytes or host.memory
+        self._host = host
         self._available = available
         self._clock = clock
+        self.configure(settings)
+
+    def configure(self, settings: config.Memory) -> None:
+        """Go by these from now on."""
+        self._settings = settings
+        self._limit = settings.limit_bytes or self._host.memory
         self._rules = Rules(settings.max_wait_seconds, settings.min_residency_seconds)
 
     def need(self, member: Member) -> int:

@@ -98,6 +98,10 @@ class RequestQueue:
         first = next(iter(self._waiting.values()), None)
         return first.began if first is not None else None
 
+    def configure(self, settings: Requests) -> None:
+        """Go by these from now on; what already waits keeps its time."""
+        self._settings = settings
+
     def submit(self, work: Work, sink: Sink) -> Passage:
         """Dispatch or enqueue; raises the error to answer with where neither is possible."""
         if self._closed is not None:

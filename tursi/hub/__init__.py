@@ -47,8 +47,8 @@ class Hub:
         reactor: Any,
     ) -> None:
         self._cache = cache
-        self._stall_seconds = settings.stall_seconds
-        self._environment = _fetcher_environment(cache, settings, environment)
+        self._given = environment
+        self.configure(settings)
         self._spawn = spawn
         self._reactor = reactor
         self._slots = DeferredSemaphore(_MAX_FETCHES)
@@ -56,6 +56,11 @@ class Hub:
         # Those too that nobody waits for any more, until their process is gone.
         self._unfinished: set[Fetch] = set()
         self._stopped = False
+
+    def configure(self, settings: config.Hub) -> None:
+        """Go by these from the next download on."""
+        self._stall_seconds = settings.stall_seconds
+        self._environment = _fetcher_environment(self._cache, settings, self._given)
 
     def resolve(
         self,
@@ -96,6 +101,10 @@ class Hub:
         if not Path(folder).is_relative_to(self._cache):
             return succeed(None)
         return self._in_thread(disk.touch, Path(folder))
+
+    def describe(self) -> list[str]:
+        """What is being downloaded, in lines."""
+        return [f"downloads {reference.repository}" for reference, _ in self._fetches]
 
     def stop(self) -> Deferred[None]:
         """Cancel every download; fires when no fetcher is left."""

@@ -68,9 +68,7 @@ class Liveness:
     """
 
     def __init__(self, settings: Workers, *, on_processor: bool) -> None:
-        self.period = min(settings.beat_seconds, settings.ping_timeout) / 2
-        """Seconds between two observations."""
-        self._settings = settings
+        self.configure(settings)
         self._on_processor = on_processor
         self._observed: float | None = None
         self._suspended = 0.0
@@ -78,6 +76,12 @@ class Liveness:
         self._beat_at = self._worked_at = self._came_further_at = 0.0
         self._asked_at: float | None = None
         self._ask_at = 0.0
+
+    def configure(self, settings: Workers) -> None:
+        """Go by these from now on."""
+        self.period = min(settings.beat_seconds, settings.ping_timeout) / 2
+        """Seconds between two observations."""
+        self._settings = settings
 
     @property
     def operation(self) -> str:

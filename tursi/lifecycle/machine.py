@@ -10,7 +10,6 @@ from contextlib import suppress
 
 from automat import TypeMachineBuilder
 
-from tursi.config import Workers
 from tursi.lifecycle import states
 from tursi.lifecycle.inputs import Clock, Effects, Lifecycle
 from tursi.lifecycle.states import (
@@ -25,9 +24,9 @@ from tursi.lifecycle.verdict import Intent, Policy
 from tursi.model import FailureClass, Phase
 
 
-def lifecycle(effects: Effects, settings: Workers, clock: Clock, tally: Tally) -> Lifecycle:
-    """A machine in STOPPED."""
-    return machine(Core(effects, settings, clock, tally))
+def lifecycle(effects: Effects, clock: Clock, tally: Tally) -> Lifecycle:
+    """A machine in STOPPED; its settings are those of ``tally``."""
+    return machine(Core(effects, clock, tally))
 
 
 _builder = TypeMachineBuilder(Lifecycle, Core)

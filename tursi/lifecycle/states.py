@@ -24,7 +24,6 @@ class Core:
     """What a machine knows besides its state."""
 
     effects: Effects
-    settings: Workers
     clock: Clock
     tally: Tally
     wanted: bool = False
@@ -36,6 +35,11 @@ class Core:
     examining: bool = False
     """Whether it is still to be killed once it has told where its threads stand."""
     timer: Timer | None = None
+
+    @property
+    def settings(self) -> Workers:
+        """Those of now: they may change while a worker lives."""
+        return self.tally.settings
 
     def enter(
         self,

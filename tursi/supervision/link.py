@@ -146,6 +146,10 @@ class WorkerLink(protocol.Protocol):
         self.lost: tuple[str, ...] = ()
         """Ids of the requests that were in flight when the socket closed."""
 
+    def bound(self, max_requests: int, max_bytes: int) -> None:
+        """Take as much from now on."""
+        self._max_requests, self._max_bytes = max_requests, max_bytes
+
     @property
     def in_flight(self) -> int:
         """Requests that the worker holds."""

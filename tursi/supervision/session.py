@@ -115,6 +115,13 @@ class Session:
             serves=lambda: self.life.ready_at is not None,
         )
 
+    def configure(self, settings: Workers, requests: Requests) -> None:
+        """Go by these from now on."""
+        self._settings = settings
+        self.link.bound(requests.max_in_flight, requests.max_worker_bytes)
+        if self._probe is not None:
+            self._probe.liveness.configure(settings)
+
     # -- its process --------------------------------------------------------------------
 
     def spawned(self, life: Life) -> None:

@@ -151,7 +151,7 @@ class Worker:
         self._place = place
         self._proc = proc
         self._tally = Tally(settings, random)
-        self._machine = lifecycle(self, settings, Deadlines(reactor, self._feed), self._tally)
+        self._machine = lifecycle(self, Deadlines(reactor, self._feed), self._tally)
         self._actions: deque[Callable[[], None]] = deque()
         self._intended: Deferred[None] | None = None
         """Of the reason that is being written down, and that signals wait for."""
@@ -208,6 +208,13 @@ class Worker:
         """How it failed under an earlier daemon, oldest first; before ``start``."""
         self._tally.restore(lives, self._reactor.seconds(), self._now())
 
+    def configure(self, settings: Workers, requests: Requests) -> None:
+        """Go by these from now on, without a restart."""
+        self._settings = self._tally.settings = settings
+        self._requests = requests
+        if self._session is not None:
+            self._session.configure(settings, requests)
+
     def start(self) -> None:
         """Queue; ``admit`` follows when there is room."""
         self._reason = self._failure = None
@@ -224,6 +231,10 @@ class Worker:
         self._feed(self._machine.stop, "it was asked to stop")
         self._end_stopping()
         return stopped
+
+    def hurry(self) -> None:
+        """If it drains, don't wait for that any more."""
+        self._feed(self._machine.drained, "nobody waits for it any more")
 
     def restart(self) -> None:
         """Drain, end, and come back."""

@@ -1,0 +1,164 @@
+"""``tursi start``, ``stop``, ``restart``, ``reload`` and ``status`` on real daemons."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+from click.testing import CliRunner, Result
+
+from tursi import instance
+from tursi.cli import main, service
+from tursi.cli.service import DEAD_WITH_LOCK, DEAD_WITH_PID_FILE, RUNS, STOPPED, UNKNOWN
+
+
+class Place:
+    """Folders for a daemon, and the command on them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.state, self.runtime = folder / "state", folder / "state" / "run"
+        self.configuration = folder / "tursi.toml"
+        self.configure()
+
+    def configure(self, settings: str = "", endpoint: str = "tcp:0:interface=127.0.0.1") -> None:
+        self.configuration.write_text(
+            f'[[http.listeners]]\nendpoint = "{endpoint}"\nroles = ["inference"]\n{settings}'
+        )
+
+    def tursi(self, command: str, *options: str) -> Result:
+        arguments: Sequence[str] = [command, "--state", str(self.state), *options]
+        return CliRunner().invoke(main, arguments, env={"TURSI_SOCKET": ""})
+
+    def start(self) -> Result:
+        return self.tursi("start", "--config", str(self.configuration))
+
+    @property
+    def pid(self) -> int:
+        return int((self.runtime / "tursi.pid").read_text())
+
+    def kill(self) -> None:
+        pid = self.pid
+        os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while not gone(pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def gone(pid: int) -> bool:
+    """Whether it has ended; who its parent is may take its time to collect it."""
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    # Not pytest's tmp_path: a Unix socket's path has at most 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="tursi-", ignore_cleanup_errors=True) as folder:
+        one = Place(Path(folder))
+        yield one
+        if (one.runtime / "tursi.pid").exists():
+            one.kill()
+
+
+def test_the_story_of_a_service(place: Place) -> None:
+    assert place.tursi("status").exit_code == STOPPED
+    assert json.loads(place.tursi("status", "--json").stdout)["running"] is False
+    stopped = place.tursi("stop")
+    assert (stopped.exit_code, stopped.stdout) == (0, "Tursi isn't running.\n")
+
+    started = place.start()
+    assert started.exit_code == 0, started.output
+    first = place.pid
+    assert started.stdout.startswith(f"Tursi runs (pid {first}) and listens on unix:")
+    again = place.start()
+    assert (again.exit_code, again.stdout) == (0, f"Tursi is already running (pid {first}).\n")
+    assert place.tursi("status").exit_code == RUNS
+    assert json.loads(place.tursi("status", "--json").stdout)["pid"] == first
+    socket_option = ["--socket", str(place.runtime / "control.sock"), "status"]
+    assert CliRunner().invoke(main, socket_option).exit_code == RUNS
+
+    assert place.tursi("reload").stdout == "Nothing has changed.\n"
+    place.configure("[hub]\noffline = true\n")
+    assert place.tursi("reload").stdout == "Changed: hub.offline.\n"
+    place.configure("[hub]\nofline = true\n")
+    refused = place.tursi("reload")
+    assert refused.exit_code == 1
+    assert "unknown field `ofline`" in refused.stderr
+    place.configure()
+
+    restarted = place.tursi("restart", "--json")
+    assert restarted.exit_code == 0, restarted.output
+    found = json.loads(restarted.stdout)
+    assert (found["outcome"], found["pid"]) == ("started", place.pid)
+    assert place.pid != first
+    # With the same configuration, though it was not named again.
+    assert "tcp:0:interface=127.0.0.1" in found["listeners"]
+
+    last = place.pid
+    stopped = place.tursi("stop")
+    assert (stopped.exit_code, stopped.stdout) == (0, f"Tursi (pid {last}) has stopped.\n")
+    assert gone(last)
+    assert not list(place.runtime.iterdir())
+    assert place.tursi("status").exit_code == STOPPED
+
+
+def test_a_daemon_that_was_killed_is_told_and_cleared_away(place: Place) -> None:
+    place.start()
+    place.kill()
+    dead = place.tursi("status")
+    assert dead.exit_code == DEAD_WITH_PID_FILE
+    assert "ended without saying so" in dead.stderr
+    (place.runtime / "tursi.pid").unlink()
+    assert place.tursi("status").exit_code == DEAD_WITH_LOCK
+    assert place.tursi("stop").stdout == "Tursi isn't running.\n"
+    assert not list(place.runtime.iterdir())
+    assert place.tursi("status").exit_code == STOPPED
+
+
+def test_a_daemon_that_hangs_is_told_and_killed(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(service, "GRACE_SECONDS", 0.1)
+    place.start()
+    pid = place.pid
+    os.kill(pid, signal.SIGSTOP)
+    hung = place.tursi("status")
+    assert hung.exit_code == UNKNOWN
+    assert f"runs (pid {pid}) but doesn't answer" in hung.stderr
+    file = place.runtime / "tursi.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "stop_seconds": 0.1}))
+    assert instance.read_status(file) is not None
+    killed = place.tursi("stop")
+    assert killed.exit_code == 0
+    assert killed.stdout.startswith(f"Tursi (pid {pid}) did not stop in time and was killed")
+    assert gone(pid)
+    assert not list(place.runtime.iterdir())
+
+
+@pytest.mark.parametrize("case", ["setting", "port"])
+def test_what_keeps_it_from_starting_is_said(place: Place, case: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        if case == "setting":
+            place.configure("[http]\nwrong = 1\n")
+        else:
+            place.configure(endpoint=f"tcp:{taken.getsockname()[1]}:interface=127.0.0.1")
+        failed = place.start()
+    assert failed.exit_code == 1
+    said = {"setting": "unknown field `wrong`", "port": "already listens"}[case]
+    assert said in failed.stderr
+    assert len(failed.stderr.splitlines()) == 1
+    assert place.tursi("status").exit_code == STOPPED
