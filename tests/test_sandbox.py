@@ -168,6 +168,7 @@ def test_a_model_is_its_folder_wherever_links_in_it_lead(tmp_path: Path) -> None
     (model / "more").symlink_to("/")
     (tmp_path / "link").symlink_to(model)
     assert sandbox.model_rights(str(tmp_path / "link")) == [(str(model), sandbox.READ)]
+    assert sandbox.model_rights("") == []
 
 
 def test_a_snapshot_in_the_cache_has_its_repository(tmp_path: Path) -> None:

@@ -108,6 +108,8 @@ def model_rights(folder: str) -> list[tuple[str, int]]:
     No other links: they may have come with the model, to where its author would like
     to look.
     """
+    if not folder:
+        return []  # which would be the working directory
     real = os.path.realpath(folder)
     snapshots, repository = os.path.dirname(real), os.path.dirname(os.path.dirname(real))
     in_cache = os.path.basename(repository).startswith("models--")
