@@ -30,6 +30,7 @@ from small_daemon import ProgramChild  # noqa: E402 - after the path
 
 reactor: Any = _reactor
 WARM = 200
+TELL_SECONDS = 20.0
 MAX_RSS = 5 * 2**20
 CHILDREN = 4
 
@@ -78,8 +79,12 @@ async def run(folder: Path, count: int) -> int:
     monitor.startService()
 
     async def reach(total: int) -> None:
-        while sum(child.ended for child in children) < total:
+        told = time.monotonic()
+        while (ended := sum(child.ended for child in children)) < total:
             await deferLater(reactor, 0.02)
+            if time.monotonic() - told > TELL_SECONDS:
+                told = time.monotonic()
+                print(f"{ended} of {total}: {Used()}", flush=True)
 
     async def at_rest() -> Used:
         for child in children:

@@ -34,6 +34,7 @@ SEAM: tuple[tuple[Any, str], ...] = (
     (socket, "fromfd"),
 )
 """The calls that a spawn makes of the system."""
+ERRORS = (errno.EMFILE, errno.ENOMEM, errno.EAGAIN)
 MOST = 30
 """Calls; one spawn makes fewer."""
 
@@ -78,10 +79,9 @@ def descriptors() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOMEM, errno.EAGAIN])
 @pytest_twisted.ensureDeferred
 async def test_whichever_call_fails_nothing_leaks_and_the_next_try_succeeds(
-    house: House, number: int, monkeypatch: pytest.MonkeyPatch
+    house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verdict, "HOST_SECONDS", 0.05)
     old = house.start("--echo")
@@ -91,6 +91,7 @@ async def test_whichever_call_fails_nothing_leaks_and_the_next_try_succeeds(
     for nth in range(1, MOST):
         house.observer.phases.clear()
         house.observer.causes.clear()
+        number = ERRORS[nth % len(ERRORS)]
         # Its first admission, and with that its spawn, is in the next turn.
         worker = house.start("--echo", backoff_initial=0.05)
         with refusing(nth, number) as refusal:
