@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import httpx
 
 from tursi.cli.connection import Connection, Exit, Failure
 from tursi.cli.options import as_json
@@ -70,6 +69,9 @@ def _ask(connection: Connection) -> tuple[dict[str, Any] | None, str | None]:
 
 def _reach(endpoint: str) -> str:
     """Why the hub doesn't answer; empty if it does."""
+    # Imported late: it takes longer than all the rest of a command's start.
+    import httpx
+
     try:
         httpx.head(endpoint, timeout=_HUB_SECONDS)
     except httpx.HTTPError as error:
