@@ -13,7 +13,7 @@ def description() -> dict[str, Any]:
     from twisted.internet.task import Clock
 
     from tursi import __version__
-    from tursi.api import Front, Info
+    from tursi.api import Front, Info, Keys
     from tursi.api.openapi import document
     from tursi.config import Configuration
     from tursi.faces import TABLE
@@ -21,7 +21,8 @@ def description() -> dict[str, Any]:
     info = Info(version=__version__, pid=0, started_at=0.0, state="", listeners=())
     # Describing the routes asks nothing of a fleet.
     nobody: Any = None
-    front = Front(nobody, info, Configuration(), Clock())
+    clock = Clock()
+    front = Front(nobody, info, Configuration(), clock, Keys(nobody, clock))
     return document(__version__, front.handlers, TABLE)
 
 
@@ -50,6 +51,10 @@ def _operation(
     yield ""
     yield operation["summary"].rstrip(".") + "."
     yield ""
+    scopes = [scope for one in operation["security"] for each in one.values() for scope in each]
+    if scopes:
+        yield f"Scope: ``{scopes[0]}``."
+        yield ""
     for parameter in operation.get("parameters", ()):
         if parameter["in"] == "query":
             yield _field(parameter["name"], parameter["schema"], required=parameter["required"])

@@ -31,7 +31,9 @@ STATE = ("store", "supervision", "hub", "lock")
 SANS_IO = ("msgspec", "automat")
 NETWORK = ("twisted", "zope", *SANS_IO)
 HOUSE = ("instance", "logging", "launch", "signals", "premises")
-RUN = (*HOUSE, "listen", "notify", "ports", "children", "lag", "health", "hooks")
+RUN = (
+    *HOUSE, "listen", "certificates", "notify", "ports", "children", "lag", "health", "hooks",
+)  # fmt: skip
 DAEMON = (*PURE, *STATE, *RUN, "fleet", "api", "service", "keeper", "sandbox", "removal")
 
 FLOORS = {
@@ -76,6 +78,7 @@ FLOORS = {
     "ports": Floor(DAEMON, NETWORK),
     "children": Floor(DAEMON, NETWORK),
     "premises": Floor(DAEMON, NETWORK),
+    "certificates": Floor(DAEMON, NETWORK),
     "service": Floor(DAEMON, (*NETWORK, "klein")),
     # The command line runs it in a process of its own, where no daemon answers.
     "database": Floor((*WORDS, "store", "lock")),

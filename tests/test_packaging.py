@@ -133,7 +133,7 @@ def test_each_dependency_has_its_pin() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"].values()
     needed = {
-        requirement.partition(">=")[0]
+        requirement.partition(">=")[0].partition("[")[0]
         for requirement in (*project["dependencies"], *(each for extra in extras for each in extra))
     }
     assert needed <= names

@@ -22,10 +22,13 @@ from tursi.errors import (
     DatabaseFull,
     DeploymentNotFound,
     GenerationNotFound,
+    KeyExists,
+    KeyNotFound,
     ShuttingDown,
     TursiError,
 )
 from tursi.model import (
+    ApiKey,
     Crash,
     Desired,
     Dossier,
@@ -38,6 +41,7 @@ from tursi.model import (
     Request,
     Resolution,
     Sample,
+    Scope,
     WorkerLife,
 )
 from tursi.store import Outcome, Store, connection, inspect, prepare, schema
@@ -786,3 +790,30 @@ def test_the_package_shows_only_what_is_needed() -> None:
         "Outcome", "Store", "backup", "give", "inspect", "prepare", "report", "restore",
     ]  # fmt: skip
     assert issubclass(DatabaseBusy, TursiError)
+
+
+# -- keys -----------------------------------------------------------------------------------
+
+
+def test_a_key_is_kept_by_its_digest_and_revoked_for_good(store: Store) -> None:
+    limits: dict[str, Any] = {"requests_per_minute": 5, "tokens_per_minute": None}
+    made = result(
+        store.add_key(
+            "ci", b"d" * 32, scopes=[Scope.INFER], deployments=["e5"], by="uid 0", at=1.0, **limits
+        )
+    )
+    assert made == ApiKey(1, "ci", (Scope.INFER,), 1.0, "uid 0", ("e5",), 5, None)
+    assert result(store.keys()) == [(made, b"d" * 32)]
+    with pytest.raises(KeyExists):
+        result(
+            store.add_key(
+                "ci", b"e" * 32, scopes=[Scope.READ], deployments=None, by="x", at=2.0, **limits
+            )
+        )
+    result(store.keys_used({1: 7.0, 99: 8.0}))
+    assert result(store.keys())[0][0].last_used_at == 7.0
+    for name in ("nobody", "2", "²"):
+        with pytest.raises(KeyNotFound):
+            result(store.revoke_key(name, at=9.0))
+    assert result(store.revoke_key("ci", at=9.0)).revoked_at == 9.0
+    assert result(store.revoke_key("1", at=10.0)).revoked_at == 9.0

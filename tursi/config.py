@@ -33,6 +33,8 @@ class Listener(_Table, frozen=True):
 
     endpoint: str
     roles: tuple[Role, ...]
+    behind_proxy: bool = False
+    """Whether all its clients come by a proxy, which adds TLS and ``X-Forwarded-For``."""
 
 
 class Http(_Table, frozen=True):
@@ -47,12 +49,19 @@ class Http(_Table, frozen=True):
     """Besides the Unix socket in the runtime folder, which has every role."""
     hosts: tuple[str, ...] = ()
     """Names to answer for besides localhost, 127.0.0.1 and [::1]."""
+    origins: tuple[str, ...] = ()
+    """Origins whose web pages may ask, such as ``https://chat.example.org``."""
+    require_keys: bool = False
+    """Whether inference on the loopback interface needs a key, as everywhere else."""
+    control_group: str = ""
+    """Members of this group may use the control socket, as root and the daemon's user may."""
     max_control_body: Size = 1024 * 1024
     max_inference_body: Size = 16 * 1024 * 1024
     header_seconds: Positive = 10.0
     body_seconds: Positive = 30.0
     idle_seconds: Positive = 60.0
     max_connections: Count = 1024
+    max_connections_per_peer: Count = 256
     hot_path: bool = True
     """Whether plain inference requests go past ``twisted.web``."""
 

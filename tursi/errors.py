@@ -18,7 +18,8 @@ class TursiError(Exception):
     field of a request (a dotted path). ``retry_after`` is a whole number of
     seconds (1-120) after which the same request may succeed; ``None`` where
     waiting doesn't help. ``reference`` points at evidence, such as the id of a
-    crash.
+    crash. ``public`` is the message for those who may not read about this machine,
+    where ``message`` may name a path of it.
     """
 
     code: ClassVar[str] = "internal_error"
@@ -30,6 +31,7 @@ class TursiError(Exception):
         param: str | None = None,
         retry_after: int | None = None,
         reference: str | None = None,
+        public: str | None = None,
     ) -> None:
         text = message or (self.__doc__ or "").strip().splitlines()[0]
         super().__init__(text)
@@ -37,6 +39,18 @@ class TursiError(Exception):
         self.param = param
         self.retry_after = retry_after
         self.reference = reference
+        self.public = public
+
+    def discreet(self) -> TursiError:
+        """The same without what only those may know who may read about this machine."""
+        if self.public is None:
+            return self
+        return type(self)(
+            self.public,
+            param=self.param,
+            retry_after=self.retry_after,
+            reference=self.reference,
+        )
 
 
 # -- requests ---------------------------------------------------------------
@@ -106,6 +120,54 @@ class RoleNotOffered(TursiError):
     """The listener doesn't offer that; use the control socket."""
 
     code = "role_not_offered"
+
+
+class KeyRequired(TursiError):
+    """An API key is needed; send it in the header 'Authorization: Bearer KEY'."""
+
+    code = "api_key_required"
+
+
+class KeyRefused(TursiError):
+    """The API key isn't valid; `tursi keys list` shows those that are."""
+
+    code = "invalid_api_key"
+
+
+class ScopeMissing(TursiError):
+    """The API key doesn't allow that; use one with the scope that it needs."""
+
+    code = "scope_missing"
+
+
+class DeploymentForbidden(TursiError):
+    """The API key isn't for this deployment."""
+
+    code = "deployment_forbidden"
+
+
+class PeerRefused(TursiError):
+    """The control socket is for root, the daemon's own user and its control group only."""
+
+    code = "peer_refused"
+
+
+class RateLimited(TursiError):
+    """The API key has used up its rate; try again later."""
+
+    code = "rate_limited"
+
+
+class KeyNotFound(TursiError):
+    """There is no such key; `tursi keys list` lists them."""
+
+    code = "key_not_found"
+
+
+class KeyExists(TursiError):
+    """A key with this name exists, or did; choose another name."""
+
+    code = "key_exists"
 
 
 class ModelNotFound(TursiError):

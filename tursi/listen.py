@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import grp
 import ipaddress
 import os
 import socket
@@ -40,11 +41,21 @@ class _Recorder:
         self.port: int | None = None
         self.descriptor: int | None = None
         """The socket, where the service manager has handed it over."""
+        self.context: Any = None
+        """For TLS, if it has that."""
 
     def listenTCP(self, port: int, *_: object, interface: str = "", **__: object) -> None:  # noqa: N802 - Twisted's name
         self.host, self.port = interface, port
 
-    listenSSL = listenTCP  # noqa: N815 - the same
+    def listenSSL(  # noqa: N802 - the same
+        self,
+        port: int,
+        _: object,
+        contextFactory: Any,  # noqa: N803 - the same
+        interface: str = "",
+        **__: object,
+    ) -> None:
+        self.host, self.port, self.context = interface, port, contextFactory
 
     def listenUNIX(self, *_: object, **__: object) -> None:  # noqa: N802 - the same
         pass
@@ -73,12 +84,8 @@ def _look(endpoint: str) -> _Recorder:
     return recorder
 
 
-def check(listener: Listener) -> None:
-    """Refuse what isn't an endpoint, what would expose control, and a port that is taken.
-
-    Raises ``ConfigurationError`` or ``AddressInUse``; binds nothing for longer
-    than the look takes.
-    """
+def look_at(listener: Listener) -> _Recorder:
+    """Where the listener would listen; ``ConfigurationError`` if that isn't an endpoint."""
     try:
         recorder = _look(listener.endpoint)
     except (KeyError, IndexError):
@@ -91,12 +98,32 @@ def check(listener: Listener) -> None:
         raise ConfigurationError(
             f"http.listeners: {listener.endpoint!r} is not an endpoint: {error}"
         ) from None
+    return recorder
+
+
+def needs_keys(listener: Listener) -> bool:
+    """Whether others than this machine's users may come by it."""
+    place = look_at(listener)
+    return listener.behind_proxy or (place.port is not None and not _is_loopback(place.host))
+
+
+def check(listener: Listener) -> None:
+    """Refuse what isn't an endpoint, what would send keys in the clear, and a port that is taken.
+
+    Raises ``ConfigurationError`` or ``AddressInUse``; binds nothing for longer
+    than the look takes.
+    """
+    recorder = look_at(listener)
     if recorder.port is None:
         return
-    if Role.CONTROL in listener.roles and not _is_loopback(recorder.host):
+    exposed = not _is_loopback(recorder.host) and not listener.behind_proxy
+    if exposed and recorder.context is None:
+        interface = f":interface={recorder.host}" if recorder.host else ""
         raise ConfigurationError(
-            f"http.listeners: {listener.endpoint!r} would offer control outside this machine; "
-            "leave out the role 'control' or add 'interface=127.0.0.1'."
+            f"http.listeners: {listener.endpoint!r} can be reached from other machines without "
+            "TLS. Write  behind_proxy = true  under it if a proxy with TLS is in front of it, or "
+            f'write  endpoint = "ssl:{recorder.port}{interface}:privateKey=KEY.pem:'
+            f'certKey=CHAIN.pem"  , or  endpoint = "tcp:{recorder.port}:interface=127.0.0.1"  .'
         )
     if recorder.descriptor is not None:
         return
@@ -210,6 +237,31 @@ def _adopt(reactor: Any, descriptor: int, factory: IProtocolFactory) -> IListeni
     port._bindPath = b"\0"  # noqa: SLF001 - an abstract name has no file
     listening: IListeningPort = port
     return listening
+
+
+def group_id(name: str) -> int | None:
+    """The control group's id, ``None`` without a name; ``ConfigurationError`` if unknown."""
+    if not name:
+        return None
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise ConfigurationError(
+            f"http.control_group: there is no group {name!r} on this machine; make it, or leave "
+            "the setting empty."
+        ) from None
+
+
+def give_to_group(path: Path, group: int) -> None:
+    """Let ``group`` have the control socket and its folder."""
+    for each in (path.parent, path):
+        try:
+            os.chown(each, -1, group)
+        except OSError as error:
+            raise ConfigurationError(
+                f"http.control_group: {each} can't be given to that group ({error.strerror}); the "
+                "daemon's user must be a member of it."
+            ) from None
 
 
 def _cannot_listen(endpoint: str, error: OSError) -> AddressInUse:

@@ -9,6 +9,7 @@ from twisted.internet.defer import maybeDeferred
 from twisted.internet.interfaces import IListeningPort
 
 from tursi.api.site import Site
+from tursi.certificates import Certificates, certificates
 from tursi.config import Listener
 from tursi.errors import AddressInUse, ConfigurationError, TursiError
 from tursi.listen import bind
@@ -21,6 +22,7 @@ class Ports:
         self._reactor = reactor
         self._make_site = make_site
         self._open: dict[str, tuple[IListeningPort, Site]] = {}
+        self._certificates: dict[str, Certificates] = {}
 
     def open(self, listeners: Iterable[Listener]) -> None:
         """Listen there; raises why that can't be."""
@@ -29,14 +31,22 @@ class Ports:
                 raise ConfigurationError(
                     f"http.listeners: {listener.endpoint!r} is there twice; leave one out."
                 )
-            site = self._make_site(listener)
-            self._open[listener.endpoint] = (bind(self._reactor, listener, site), site)
+            site, reactor = self._make_site(listener), self._reactor
+            secured = certificates(listener)
+            if secured is not None:
+                reactor = secured.reactor(reactor)
+                self._certificates[listener.endpoint] = secured
+            self._open[listener.endpoint] = (bind(reactor, listener, site), site)
 
     async def change(self, old: Sequence[Listener], new: Sequence[Listener]) -> None:
         """Listen where ``new`` says instead of ``old``; where that fails, as before.
 
-        What both have is left alone. Open connections stay.
+        What both have is left alone, but that its certificates are read again. Open
+        connections stay.
         """
+        for each in new:
+            if each.endpoint in self._open and each.endpoint in self._certificates:
+                self._certificates[each.endpoint].reload()
         added = [each for each in new if each.endpoint not in self._open]
         kept = {each.endpoint for each in new}
         dropped = [each for each in old if each.endpoint not in kept]

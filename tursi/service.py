@@ -16,6 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
+
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, DeferredLock, ensureDeferred
 from twisted.internet.threads import deferToThreadPool
@@ -24,8 +26,9 @@ from twisted.python.failure import Failure
 
 from tursi import __version__, api, config, logging, store
 from tursi.api import Reloaded
+from tursi.certificates import certificates
 from tursi.children import WORKER_COMMAND, Children
-from tursi.config import Configuration
+from tursi.config import Configuration, Listener
 from tursi.errors import (
     AddressInUse,
     AlreadyRunning,
@@ -43,7 +46,15 @@ from tursi.hub import Hub
 from tursi.instance import Instance
 from tursi.lag import Lag
 from tursi.launch import Launch
-from tursi.listen import check, control, is_handed_over, unclaimed
+from tursi.listen import (
+    check,
+    control,
+    give_to_group,
+    group_id,
+    is_handed_over,
+    needs_keys,
+    unclaimed,
+)
 from tursi.lock import StateLock
 from tursi.model import Folders, Host
 from tursi.notify import Notifier, describe
@@ -62,7 +73,11 @@ _EXIT_STATUS: Mapping[type[TursiError], int] = {
 }
 _UPGRADE_SECONDS = 600.0
 _SAVE_SECONDS = 30.0
-"""Bytes of what a hook writes that are kept."""
+_MANY_FILES = 65536
+"""Open files beyond which there is no use for more."""
+_OWN_FILES = 512
+"""Open files for everything but connections of clients."""
+_FEW = 16
 _SOFTWARE = 70
 _UNAVAILABLE = 69
 
@@ -81,6 +96,7 @@ def preflight(configuration: Configuration, folders: Folders) -> None:
     The same is looked at again, authoritatively, in ``startService``: between
     the two, the world may change.
     """
+    group_id(configuration.http.control_group)
     StateLock(folders.state).probe()
     try:
         store.inspect(folders.database)
@@ -90,6 +106,7 @@ def preflight(configuration: Configuration, folders: Folders) -> None:
         raise
     for listener in configuration.http.listeners:
         check(listener)
+        certificates(listener)
     control(folders.socket, configuration.http.listeners)
 
 
@@ -121,6 +138,7 @@ class Daemon(Service):
         self._reactor = reactor
         self._launch = launch
         self._store = Store(folders.database, reactor)
+        self._keys = api.Keys(self._store, reactor)
         self._premises = Premises(folders, launch)
         self._children = Children(
             configuration,
@@ -149,7 +167,9 @@ class Daemon(Service):
         others = configuration.http.listeners
         self._listeners = (control(folders.socket, others), *others)
         self._premises.socket_is_ours = not is_handed_over(self._listeners[0])
-        self._ports = Ports(reactor, lambda listener: self._front.site(listener.roles))
+        self._ports = Ports(
+            reactor, lambda listener: self._front.site(listener.roles, **_kind(listener))
+        )
         self._front: api.Front
         self._info: api.Info
         self._reloading = DeferredLock()
@@ -251,16 +271,21 @@ class Daemon(Service):
         for each in unclaimed(self._listeners):
             log.warn("systemd has handed over {socket}, but no listener uses it", socket=each)
         self._info = info
+        group = group_id(self._configuration.http.control_group)
         self._front = api.Front(
             self._fleet,
             info,
-            self._configuration,
+            _fitting(self._configuration),
             self._reactor,
+            self._keys,
             self._reload,
             look=self._checks.look,
             lag=self._lag,
+            group=group,
         )
         self._ports.open(each for each in self._listeners if not is_handed_over(each))
+        if group is not None and self._premises.socket_is_ours:
+            give_to_group(self._folders.socket, group)
         self._write_status()
         if self._launch.parent is not None:
             self._launch.parent.serves()
@@ -305,6 +330,7 @@ class Daemon(Service):
         pool = self._reactor.getThreadPool()
         await deferToThreadPool(self._reactor, pool, self._children.encloser.sweep)
         self._children.monitor.startService()
+        await self._keys.start()
         self._hooks.start(lambda tell: self._fleet.watch(None, tell))
         await self._fleet.open()
         # Who has connected there has waited, rather than being told to come again.
@@ -371,6 +397,7 @@ class Daemon(Service):
         await self._children.monitor.stopService()
         self._notifier.unwatch()
         self._lag.stop()
+        await self._keys.stop()
         await self._store.stop()
         self._premises.leave()
         log.info("tursi has stopped")
@@ -425,9 +452,9 @@ class Daemon(Service):
         # From here on nothing can fail.
         self._configuration = self._children.configuration = configuration
         self._listeners = self._info.listeners = listeners
-        self._front.configure(configuration)
+        self._front.configure(_fitting(configuration))
         for listener, site in self._ports.sites(listeners):
-            self._front.adapt(site, listener.roles)
+            self._front.adapt(site, listener.roles, **_kind(listener))
         for each in self._reloadables:
             each.reload(configuration)
         logging.current.configure(configuration.log)
@@ -445,6 +472,7 @@ class Daemon(Service):
             # Who listens there may be ourselves.
             with suppress(AddressInUse):
                 check(listener)
+            certificates(listener)
         return configuration
 
     # -- for people -------------------------------------------------------------------------
@@ -494,6 +522,34 @@ def _not_reloaded(failure: Failure) -> None:
 def _toggle_debug() -> None:
     debugging = logging.current.toggle_debug()
     log.info("debug messages are {state}", state="on" if debugging else "off")
+
+
+def _kind(listener: Listener) -> dict[str, bool]:
+    """What a listener's site has to know of it besides its roles."""
+    return {"is_open": not needs_keys(listener), "is_proxied": listener.behind_proxy}
+
+
+def _fitting(configuration: Configuration) -> Configuration:
+    """``configuration`` with no more connections than there may be descriptors for.
+
+    Without one left nobody could be let in, on the control socket neither.
+    """
+    http = configuration.http
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    fitting = max(_FEW, (files - _OWN_FILES) // (len(http.listeners) + 1))
+    if fitting >= http.max_connections:
+        return configuration
+    log.warn(
+        "http.max_connections is taken as {fitting}: the system allows this process only {files} "
+        "open files (LimitNOFILE=, ulimit -n)",
+        fitting=fitting,
+        files=files,
+    )
+    return msgspec.structs.replace(
+        configuration, http=msgspec.structs.replace(http, max_connections=fitting)
+    )
 
 
 def _tune_memory() -> None:

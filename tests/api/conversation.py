@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from email.message import Message
@@ -12,12 +15,13 @@ from typing import Any
 
 import msgspec
 from fake_fleet import FakeFleet
+from fake_keys import ADMIN, FakeKeys
 
 from twisted.internet.address import IPv4Address
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 
-from tursi.api import Front, Info
+from tursi.api import Front, Info, Keys
 from tursi.api.channel import Channel
 from tursi.api.daemon import Look
 from tursi.api.site import Site
@@ -52,6 +56,9 @@ class Reply:
     def error(self) -> dict[str, Any]:
         assert self.headers["Content-Type"] == "application/json"
         error: dict[str, Any] = self.json()["error"]
+        if isinstance(error, str):
+            # Hugging Face's shape.
+            return {"message": error, **self.json()}
         assert error["message"]
         assert error["type"]
         assert "param" in error
@@ -74,6 +81,15 @@ def parse(data: bytes, method: str = "GET") -> Reply:
     return Reply(response.status, response.headers, body)
 
 
+class Socket:
+    """A Unix socket, with us at both ends."""
+
+    def getsockopt(self, level: int, option: int, size: int) -> bytes:
+        if option != socket.SO_PEERCRED:
+            raise OSError
+        return struct.pack("iII", os.getpid(), os.getuid(), os.getgid())
+
+
 class Transport(StringTransport):
     """Records how the connection was closed; ``stall`` makes it a slow reader."""
 
@@ -90,6 +106,9 @@ class Transport(StringTransport):
     def abortConnection(self) -> None:  # noqa: N802 - Twisted's name
         self.aborted = True
         self.loseConnection()
+
+    def getHandle(self) -> Socket:  # noqa: N802 - Twisted's name
+        return Socket()
 
     def setTcpNoDelay(self, enabled: bool) -> None:  # noqa: N802 - Twisted's name
         pass
@@ -120,19 +139,22 @@ class House:
         self.configuration = Configuration(
             http=hot_or_not(http or Http(), hot), requests=requests or Requests()
         )
-        self.front = Front(self.fleet, INFO, self.configuration, self.clock, look=look)
+        self.store = FakeKeys()
+        self.keys = Keys(self.store, self.clock, lambda: 1_700_000_100.0)
+        self.keys.ring.load(self.store.held)
+        self.front = Front(self.fleet, INFO, self.configuration, self.clock, self.keys, look=look)
 
     def connect(self, roles: tuple[Role, ...] = tuple(Role)) -> tuple[Channel, Transport]:
         channel = self.accept(self.front.site(roles))
         assert channel is not None
         return channel, channel.transport
 
-    def accept(self, site: Site) -> Channel | None:
+    def accept(self, site: Site, peer: IPv4Address = PEER) -> Channel | None:
         """A new connection to ``site``, if it takes one."""
-        channel = site.buildProtocol(PEER)
+        channel = site.buildProtocol(peer)
         if channel is None:
             return None
-        transport = Transport(hostAddress=HERE, peerAddress=PEER)
+        transport = Transport(hostAddress=HERE, peerAddress=peer)
         transport.channel = channel
         channel.makeConnection(transport)
         return channel
@@ -148,7 +170,7 @@ class House:
         path: str,
         body: Any = None,
         *,
-        headers: Mapping[str, str] | None = None,
+        headers: Mapping[str, str | None] | None = None,
         roles: tuple[Role, ...] = tuple(Role),
     ) -> Reply:
         """The answer to one request, which must be there at once."""
@@ -157,15 +179,21 @@ class House:
 
 
 def request(
-    method: str, path: str, body: Any = None, *, headers: Mapping[str, str] | None = None
+    method: str, path: str, body: Any = None, *, headers: Mapping[str, str | None] | None = None
 ) -> bytes:
-    """A request as bytes; a ``body`` that isn't bytes is sent as JSON."""
-    fields = {"Host": "localhost"}
+    """A request as bytes, with a key for everything; a ``body`` that isn't bytes is sent as JSON.
+
+    A header that is given as None is left out.
+    """
+    fields: dict[str, str | None] = {"Host": "localhost", "Authorization": f"Bearer {ADMIN}"}
     if body is not None and not isinstance(body, bytes):
         body = json.dumps(body).encode()
         fields["Content-Type"] = "application/json"
     if body is not None:
         fields["Content-Length"] = str(len(body))
     fields.update(headers or {})
-    lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
+    lines = [
+        f"{method} {path} HTTP/1.1",
+        *(f"{name}: {value}" for name, value in fields.items() if value is not None),
+    ]
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + (body or b"")

@@ -12,6 +12,7 @@ from twisted.internet.defer import Deferred
 from tursi.api.fleet import Sink
 from tursi.errors import (
     CrashNotFound,
+    DatabaseBusy,
     DeploymentNotFound,
     ModelInUse,
     ModelNotFound,
@@ -357,7 +358,8 @@ class FakeFleet:
         return self.audited[-query.limit :]
 
     async def backup(self) -> Path:
-        assert self.copy is not None
+        if self.copy is None:
+            raise DatabaseBusy(retry_after=5)
         return self.copy
 
     async def database_report(self) -> DatabaseReport:

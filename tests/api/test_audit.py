@@ -31,8 +31,8 @@ def test_changes_are_recorded_with_who_what_and_how_it_ended() -> None:
     headers = {"X-Request-Id": "mine"}
     house.ask("PUT", "/deployments/new", {"model": "org/new"}, headers=headers)
     [entry] = house.fleet.audited
-    assert (entry.by, entry.address, entry.uid, entry.request) == (
-        "127.0.0.1", "127.0.0.1", None, "mine",
+    assert (entry.by, entry.key, entry.address, entry.uid, entry.request) == (
+        "key 1 (admin)", 1, "127.0.0.1", None, "mine",
     )  # fmt: skip
     house.ask("PUT", "/deployments/new", {"model": "org/new"})
     house.ask("POST", "/deployments/new/stop")

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from conversation import House, parse, request
 
+from twisted.internet.address import IPv4Address
+
+from tursi.api.site import Site
 from tursi.config import Http
+from tursi.model import Role
 
 pytestmark = pytest.mark.usefixtures("both_paths")
 HTTP = Http(
@@ -17,6 +23,15 @@ HTTP = Http(
     max_connections=2,
 )
 BODY = {"model": "small", "input": "hello"}
+OTHERS = [IPv4Address("TCP", f"192.0.2.{number}", 1) for number in (1, 2)]
+
+
+def enter(house: House, site: Site) -> Any:
+    """One more connection, a little later."""
+    house.clock.advance(0.01)
+    channel = house.accept(site)
+    assert channel is not None
+    return channel
 
 
 @pytest.fixture
@@ -100,13 +115,32 @@ def test_no_timer_is_left(house: House) -> None:
 
 
 def test_connections_are_bounded(house: House) -> None:
-    site = house.front.site(())
-    channels = [house.accept(site) for _ in range(HTTP.max_connections)]
-    assert None not in channels
+    site = house.front.site(tuple(Role))
+    channels = [enter(house, site) for _ in range(HTTP.max_connections)]
+    # Who has sent nothing makes room.
+    another = enter(house, site)
+    assert [each.transport.aborted for each in (*channels, another)] == [True, False, False]
+    assert len(site.channels) == HTTP.max_connections
+    for each in (channels[1], another):
+        each.dataReceived(request("POST", "/v1/embeddings", BODY))
     assert house.accept(site) is None
-    assert channels[0] is not None
-    channels[0].connectionLost()
+    another.connectionLost()
     assert house.accept(site) is not None
+
+
+def test_one_address_does_not_get_all_connections() -> None:
+    house = House(http=Http(max_connections=4, max_connections_per_peer=2))
+    site = house.front.site(())
+    flood = [enter(house, site) for _ in range(2)]
+    assert house.accept(site) is None
+    others = [house.accept(site, peer) for peer in OTHERS]
+    assert None not in others
+    # The one who has most makes room for one more.
+    last = house.accept(site, IPv4Address("TCP", "192.0.2.9", 1))
+    assert last is not None
+    assert flood[0].transport.aborted
+    proxied = house.front.site((), is_proxied=True)
+    assert None not in [house.accept(proxied) for _ in range(4)]
 
 
 # -- sizes -------------------------------------------------------------------------------
@@ -224,3 +258,63 @@ def test_an_id_that_could_do_harm_is_not(house: House, given: str) -> None:
     reply = house.ask("GET", "/health", headers={"X-Request-Id": given})
     assert reply.headers["X-Request-Id"] != given
     assert reply.headers["X-Request-Id"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET /health HTTP/1.1\nHost: localhost\n\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\n\n",
+        b"GET /health HTTP/1.1\n",
+        b"\n",
+    ],
+)
+def test_a_line_feed_alone_is_refused_at_once(data: bytes) -> None:
+    house = House()
+    reply = parse(house.send(data).value())
+    assert reply.status == 400
+    assert "CR LF" in reply.error["message"]
+    transport = house.send(request("POST", "/v1/embeddings", BODY) + b"GET /health HTTP/1.1\n")
+    house.fleet.passages[-1].answer(b"{}")
+    assert transport.value().count(b"HTTP/1.1 ") == 2
+    assert b"HTTP/1.1 400 " in transport.value()
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [
+        (b"GET / HTTP/2.0\r\n\r\n", "request line"),
+        (b"GET /\r\n\r\n", "request line"),
+        (b"GET / HTTP/1.1\r\nHost localhost\r\n\r\n", "A header isn't valid"),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 17000 + b"\r\n\r\n", "larger than 16384"),
+        (b"GET /" + b"x" * 17000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", "larger than 16384"),
+        (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 101 + b"\r\n", "more than 100 headers"),
+        (b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n", "Content-Length"),
+        (b"POST / HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n", "Transfer-Encoding"),
+        (
+            b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+            "chunks",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said(data: bytes, word: str) -> None:
+    assert word in parse(House().send(data).value()).error["message"]
+
+
+def test_what_is_refused_on_the_way_is_counted(house: House) -> None:
+    for data in (
+        b"GET /\r\n\r\n",
+        request("GET", "/health", headers={"Host": "evil.example"}),
+        request("GET", "/health", headers={"Origin": "https://evil.example"}),
+        request("POST", "/v1/embeddings", headers={"Content-Length": "100000"}),
+        request("POST", "/v1/embeddings", headers={"Authorization": "Bearer tursi_1_0"}),
+    ):
+        house.send(data)
+    house.send(b"GET / HT")
+    house.clock.pump([1] * 6)
+    text = house.ask("GET", "/metrics").body.decode()
+    for code in (
+        "invalid_request", "host_refused", "origin_refused", "payload_too_large",
+        "invalid_api_key", "request_timeout",
+    ):  # fmt: skip
+        assert f'tursi_requests_refused_total{{code="{code}"}} 1.0' in text

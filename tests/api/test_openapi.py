@@ -36,6 +36,21 @@ def test_every_route_is_in_the_document() -> None:
     assert described == served
 
 
+def test_every_operation_says_which_scope_it_needs() -> None:
+    house = House()
+    found = document(house)
+    assert set(found["components"]["securitySchemes"]) == {"bearer", "header"}
+    for contract, _ in house.front.handlers:
+        path = PART.sub(r"{\1}", contract.path)
+        security = found["paths"][path][contract.method.lower()]["security"]
+        scopes = {scope for one in security for each in one.values() for scope in each}
+        assert scopes == ({contract.scope.value} if contract.scope else set())
+        assert ({} in security) is (contract.scope is not None and contract.role != "control")
+    for route in TABLE:
+        security = found["paths"][route.path]["post"]["security"]
+        assert security == [{"bearer": ["infer"]}, {"header": ["infer"]}, {}]
+
+
 def test_times_are_described_as_they_are_sent() -> None:
     schemas = document(House())["components"]["schemas"]
     time = {"type": "string", "format": "date-time"}

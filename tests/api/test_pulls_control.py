@@ -47,4 +47,4 @@ def test_a_model_is_removed_unless_it_is_used() -> None:
     reply = house.ask("DELETE", "/catalogue/org%2Fsmall")
     assert (reply.status, reply.json()["error"]["code"]) == (409, "model_in_use")
     assert house.ask("DELETE", "/catalogue/org/small@v1").json()["models"][0]["size"] == 1000
-    assert house.fleet.catalogue.removed == [("org/small@v1", "127.0.0.1")]
+    assert house.fleet.catalogue.removed == [("org/small@v1", "key 1 (admin)")]

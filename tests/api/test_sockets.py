@@ -15,13 +15,14 @@ import pytest
 import pytest_twisted
 from conversation import INFO, hot_or_not, request
 from fake_fleet import End, FakeFleet, Head
+from fake_keys import FakeKeys
 
 from twisted.internet import reactor as _reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
-from tursi.api import Front
+from tursi.api import Front, Keys
 from tursi.config import Configuration, Http, Requests
 from tursi.model import Role
 
@@ -29,6 +30,7 @@ reactor: Any = _reactor
 pytestmark = pytest.mark.usefixtures("both_paths")
 EVENTS = Head(200, "text/event-stream", {})
 BODY = {"model": "small"}
+LOCAL = {"Host": "tursi", "Authorization": None}
 
 
 class Server:
@@ -36,7 +38,10 @@ class Server:
 
     def __init__(self, configuration: Configuration) -> None:
         self.fleet = FakeFleet()
-        self.site = Front(self.fleet, INFO, configuration, reactor).site(tuple(Role))
+        self.keys = FakeKeys()
+        keys = Keys(self.keys, reactor)
+        keys.ring.load(self.keys.held)
+        self.site = Front(self.fleet, INFO, configuration, reactor, keys).site(tuple(Role))
         self.listening = reactor.listenTCP(0, self.site, interface="127.0.0.1")
         self.port: int = self.listening.getHost().port
         self.sockets: list[socket.socket] = []
@@ -231,7 +236,7 @@ async def test_a_large_answer_and_what_follows_come_whole_and_in_order() -> None
 
 @pytest_twisted.ensureDeferred
 async def test_connections_over_the_limit_are_closed() -> None:
-    async with serving(http=Http(max_connections=2)) as server:
+    async with serving(http=Http(max_connections_per_peer=2)) as server:
         for _ in range(2):
             one = server.connect(request("GET", "/health"))
             assert (await deferToThread(one.recv, 100)).startswith(b"HTTP/1.1 200")
@@ -257,12 +262,13 @@ async def test_a_dead_peer_is_looked_for() -> None:
 async def test_who_asks_on_a_unix_socket_is_known(tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("s") / "s"
     fleet = FakeFleet()
-    site = Front(fleet, INFO, Configuration(), reactor).site((Role.CONTROL,))
+    front = Front(fleet, INFO, Configuration(), reactor, Keys(FakeKeys(), reactor))
+    site = front.site((Role.CONTROL,))
     listening = reactor.listenUNIX(str(path), site)
     one = socket.socket(socket.AF_UNIX)
     try:
         one.connect(str(path))
-        one.sendall(request("POST", "/deployments/small/stop", headers={"Host": "tursi"}))
+        one.sendall(request("POST", "/deployments/small/stop", headers=LOCAL))
         await until(lambda: fleet.calls)
         assert fleet.calls == [("stop", "small", f"uid {os.getuid()}")]
     finally:

@@ -28,6 +28,16 @@ ROUTES = (
 
 
 @pytest.mark.parametrize(
+    "half", [r"\ud800", r"a\udc00b", r"\ud800\u0041", r"\uDBFFx", r"\ude00\ud83d"]
+)
+def test_half_of_a_surrogate_pair_is_called_that(half: str) -> None:
+    for body in (f'{{"model": "{half}"}}', f'{{"input": "{half}", "model": "m"}}'):
+        with pytest.raises(InvalidRequest, match="half of a surrogate pair"):
+            model_of(body.encode())
+    assert model_of(rb'{"model": "\ud83d\ude00"}') == "\N{GRINNING FACE}"
+
+
+@pytest.mark.parametrize(
     ("path", "name", "model"),
     [
         ("/v1/embeddings", "openai.embeddings", None),

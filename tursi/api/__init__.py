@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tursi.api.front import Front
 from tursi.api.info import Info
+from tursi.api.keys import Keys
 from tursi.api.messages import Reloaded
 
-__all__ = ["Front", "Info", "Reloaded"]
+__all__ = ["Front", "Info", "Keys", "Reloaded"]

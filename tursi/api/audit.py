@@ -11,7 +11,6 @@ from werkzeug.routing import Map
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
-from tursi.api.access import caller
 from tursi.api.endpoint import Contract
 from tursi.api.fleet import Fleet
 from tursi.api.request import Request
@@ -110,20 +109,20 @@ class Audit:
     async def _record(
         self, request: Request, what: str, target: str | None, status: int, code: str | None
     ) -> None:
-        by = caller(request)
-        uid = int(by.removeprefix("uid ")) if by.startswith("uid ") else None
+        caller = request.caller
         await self._fleet.record(
             AuditEntry(
                 id=0,
                 at=self._now(),
-                by=by,
+                by=str(caller),
                 action=what,
                 target=target,
                 status=status,
                 code=code,
                 request=request.request_id.decode("latin-1") or None,
-                uid=uid,
-                address=by if uid is None else None,
+                key=caller.key,
+                uid=caller.uid,
+                address=caller.address,
             )
         )
 

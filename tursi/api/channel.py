@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.address import UNIXAddress
@@ -11,9 +13,9 @@ from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
 from twisted.web import http
 
-from tursi.errors import InvalidRequest, RequestTimeout, TursiError
+from tursi.api.access import Visitor
+from tursi.errors import HostRefused, InvalidRequest, RequestTimeout, TursiError
 from tursi.faces.openai import errors
-from tursi.faces.route import status_of
 
 if TYPE_CHECKING:
     from tursi.api.request import Request
@@ -24,9 +26,11 @@ _LINGER_SECONDS = 2.0
 _FLUSH_SECONDS = 15.0
 """How long an idle connection may take to send what is left when it is closed."""
 _NEVER = math.inf
-_MALFORMED = (
-    "The request isn't valid HTTP/1.1, or its headers are larger than 16 KiB or more than 100."
+_ABSOLUTE = re.compile(rb"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
+_FRAMING = (
+    "A Content-Length or Transfer-Encoding header isn't valid, or there is more than one of them."
 )
+_BARE_LINE_FEED = "A line of the headers ends with LF alone; HTTP ends lines with CR LF."
 
 
 class Channel(http.HTTPChannel):
@@ -44,6 +48,10 @@ class Channel(http.HTTPChannel):
     maxHeaders = 100  # noqa: N815 - Twisted's name
     local = False
     """Whether it came by a Unix socket."""
+    host: str | None = None
+    """The client's address, under which its connections are counted."""
+    visitor: Visitor
+    """Who is at the other end."""
     deadline = _NEVER
     """Monotonic time, in seconds, at which ``overdue`` is called."""
     _stage = "idle"
@@ -57,6 +65,7 @@ class Channel(http.HTTPChannel):
         if ITCPTransport.providedBy(self.transport):
             self.transport.setTcpKeepAlive(True)
         self.local = isinstance(self.transport.getHost(), UNIXAddress)
+        self.visitor = self.site.access.visitor(self)
         self._wait("idle", self.site.settings.idle_seconds)
         self.site.opened(self)
 
@@ -98,6 +107,11 @@ class Channel(http.HTTPChannel):
         return self._command, self._path
 
     @property
+    def is_waiting(self) -> bool:
+        """Whether nothing would be lost but a connection if it were closed."""
+        return self._stage in {"idle", "headers"}
+
+    @property
     def congested(self) -> bool:
         """Whether the client reads more slowly than is written to it."""
         return bool(self._waitingForTransport)
@@ -111,6 +125,15 @@ class Channel(http.HTTPChannel):
         if self._stage == "idle":
             self._wait("headers", self.site.settings.header_seconds)
         super().dataReceived(data)
+        if (
+            self._stage == "headers"
+            and self.line_mode
+            and not self.paused
+            and not self._busyReceiving
+            and b"\n" in self._buffer
+        ):
+            # Twisted would wait for a CR LF.
+            self.refuse(InvalidRequest(_BARE_LINE_FEED))
 
     def headerReceived(self, line: bytes) -> bool:  # noqa: N802 - Twisted's name
         """A header."""
@@ -120,18 +143,31 @@ class Channel(http.HTTPChannel):
             return bool(super().headerReceived(line))
         except ValueError:
             # A Content-Length of more digits than int() takes.
-            self._respondToBadRequestAndDisconnect()
-            return False
+            return self._failChooseTransferDecoder()
 
     def lineLengthExceeded(self, line: bytes) -> None:  # noqa: ARG002, N802 - Twisted's name
         """A line longer than all headers together may be."""
+        self._receivedHeaderSize = self.totalHeadersSize + 1
         self._respondToBadRequestAndDisconnect()
 
     def allHeadersReceived(self) -> None:  # noqa: N802 - Twisted's name
         """Decide by the headers whether the body is wanted."""
+        if self._path.startswith((b"http", b"HTTP")) and not self._strip_authority():
+            return
         if self.length != 0:
             self._wait("body", self.site.settings.body_seconds)
         super().allHeadersReceived()
+
+    def _strip_authority(self) -> bool:
+        """Make a target in absolute form, as for a proxy, the path that it means."""
+        matched = _ABSOLUTE.fullmatch(self._path)
+        if matched is None:
+            return True
+        if not self.site.access.knows(matched[1], local=self.local):
+            self.refuse(HostRefused("This server doesn't answer for the host in the URL."))
+            return False
+        self._path = matched[2] if matched[2].startswith(b"/") else b"/" + matched[2]
+        return True
 
     def _send100Continue(self) -> None:  # noqa: N802 - Twisted's name
         if self._stage != "closing":
@@ -170,7 +206,24 @@ class Channel(http.HTTPChannel):
     # -- refusing ----------------------------------------------------------------------
 
     def _respondToBadRequestAndDisconnect(self) -> None:  # noqa: N802 - Twisted's name
-        self.refuse(InvalidRequest(_MALFORMED))
+        self.refuse(InvalidRequest(self._fault()))
+
+    def _failChooseTransferDecoder(self) -> bool:  # noqa: N802 - Twisted's name
+        self.refuse(InvalidRequest(_FRAMING))
+        self.length = None
+        return False
+
+    def _fault(self) -> str:
+        """What isn't HTTP about what was received last."""
+        if self._stage == "body":
+            return "The chunks of the body aren't valid."
+        if self._receivedHeaderSize > self.totalHeadersSize:
+            return f"The request line and headers are larger than {self.totalHeadersSize} bytes."
+        if self._receivedHeaderCount > self.maxHeaders:
+            return f"The request has more than {self.maxHeaders} headers."
+        if not hasattr(self, "_command"):
+            return "The request line isn't that of HTTP/1.1, such as 'GET / HTTP/1.1'."
+        return "A header isn't valid: it is a name, a colon and a value without control characters."
 
     def refuse(self, error: TursiError) -> None:
         """Answer the request that is being received with ``error``, and close.
@@ -182,9 +235,13 @@ class Channel(http.HTTPChannel):
         if self._stage == "closing":
             return
         self._wait("closing", _LINGER_SECONDS)
-        status, body = status_of(error), errors.answer(error).body
+        self.site.inference.metrics.refused(error.code)
+        request = self.requests[-1] if self.requests else None
+        answer = errors.answer(error) if request is None else request.error(error)
+        status, body = answer.status, answer.body
         length = len(body)
-        request_id = (self.requests and self.requests[-1].request_id) or self.site.new_id()
+        request_id = (request and request.request_id) or self.site.new_id()
+        headers = {**(answer.headers or {}), **(request.cors() if request else {})}
         if getattr(self, "_command", b"") == b"HEAD":
             body = b""
         self.transport.write(
@@ -192,8 +249,14 @@ class Channel(http.HTTPChannel):
             b"Content-Type: application/json\r\n"
             b"Content-Length: %d\r\n"
             b"Connection: close\r\n"
-            b"X-Request-Id: %s\r\n\r\n"
-            % (status, http.RESPONSES.get(status, b"Error"), length, request_id)
+            b"X-Request-Id: %s\r\n%s\r\n"
+            % (
+                status,
+                http.RESPONSES.get(status, b"Error"),
+                length,
+                request_id,
+                b"".join(b"%s: %s\r\n" % each for each in _encoded(headers)),
+            )
             + body
         )
         self._networkProducer.unregisterProducer()
@@ -206,6 +269,10 @@ class Channel(http.HTTPChannel):
             self.transport, "loseWriteConnection", self.transport.loseConnection
         )
         close_half()
+
+
+def _encoded(headers: Mapping[str, str]) -> Iterator[tuple[bytes, bytes]]:
+    return ((name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items())
 
 
 def _ignore(data: bytes) -> None:

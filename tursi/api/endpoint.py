@@ -21,7 +21,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 
 from tursi import errors
-from tursi.api.access import caller
+from tursi.api.access import needed
 from tursi.api.download import Download, FileStream
 from tursi.api.request import Request
 from tursi.api.stream import EventStream, Follow
@@ -29,7 +29,7 @@ from tursi.errors import DeadlineExceeded, InvalidRequest, TursiError, Unsupport
 from tursi.faces.body import answer
 from tursi.faces.openai.errors import answer as error_answer
 from tursi.faces.route import Answer, decoded
-from tursi.model import Role
+from tursi.model import Role, Scope
 
 T = TypeVar("T")
 Handler = TypeVar("Handler", bound=Callable[..., Any])
@@ -55,6 +55,13 @@ class Contract:
     follow: Any = None
     """Type of the events that ``follow=1`` streams."""
     media: str = "application/json"
+    scope: Scope | None = None
+    """What a key needs for it; by default what ``access.needed`` says of its role."""
+
+    def __post_init__(self) -> None:
+        """Every route has its rule."""
+        if self.scope is None:
+            object.__setattr__(self, "scope", needed(self.method, self.role))
 
     @property
     def replies(self) -> tuple[Any, ...]:
@@ -87,8 +94,8 @@ class Text:
 def endpoint(method: str, path: str, **contract: Any) -> Callable[[Handler], Handler]:
     """Declare a handler's ``Contract``; fields of query and body become its arguments by name.
 
-    Besides those and the parts of the path it may take ``by`` (who asks) and ``accept``
-    (the header).
+    Besides those and the parts of the path it may take ``caller``, ``by`` (the caller in
+    words) and ``accept`` (the header).
     """
 
     def declare(handler: Handler) -> Handler:
@@ -164,15 +171,17 @@ class _Service:
         except CancelledError:
             raise
         except TursiError as error:
-            return request.prepare(error_answer(error))
+            shown = error if request.caller.trusted else error.discreet()
+            return request.prepare(error_answer(shown))
         except Exception:  # noqa: BLE001 - whatever it is, the client gets an answer
             return request.prepare(error_answer(request.incident(Failure())))
 
     async def _audited(self, request: Request, parts: dict[str, str]) -> Any:
         audit, arguments = request.site.audit, dict[str, Any](parts)
         try:
-            if self._contract.role is not None:
-                request.site.access.require(self._contract.role)
+            access, caller = request.site.access, request.caller
+            access.require(self._contract.role, self._contract.scope, caller)
+            access.keyring.admit(caller)
             self._read(request, arguments)
             value = self._handler(**arguments)
             value = await value if inspect.isawaitable(value) else value
@@ -193,7 +202,9 @@ class _Service:
         if self._body is not None:
             arguments.update(_fields(decoded(self._body, body)))
         if "by" in self._names:
-            arguments["by"] = caller(request)
+            arguments["by"] = str(request.caller)
+        if "caller" in self._names:
+            arguments["caller"] = request.caller
         if "accept" in self._names:
             arguments["accept"] = (request.getHeader(b"accept") or b"").decode("latin-1")
 

@@ -22,6 +22,7 @@ from tursi.api.endpoint import endpoints, router
 from tursi.api.fleet import Fleet
 from tursi.api.inference import Inference
 from tursi.api.info import Info
+from tursi.api.keys import Keys
 from tursi.api.messages import Document
 from tursi.api.metrics import Metrics
 from tursi.api.models import Models
@@ -33,6 +34,7 @@ from tursi.config import Configuration
 from tursi.errors import InvalidRequest, RouteNotFound
 from tursi.faces import TABLE
 from tursi.faces.openai import errors
+from tursi.faces.route import Answer
 from tursi.fleet import Part
 from tursi.lag import Lag
 from tursi.model import Role
@@ -41,8 +43,9 @@ from tursi.model import Role
 class Front:
     """What all listeners have in common.
 
-    ``reactor`` gives monotonic time and timers, ``look`` how the daemon is (absent: as
-    its deployments are), ``lag`` how late the event loop is.
+    ``reactor`` gives monotonic time and timers, ``keys`` who may ask, ``look`` how the
+    daemon is (absent: as its deployments are), ``lag`` how late the event loop is;
+    ``group`` is the id of the control group.
     """
 
     def __init__(
@@ -51,11 +54,15 @@ class Front:
         info: Info,
         configuration: Configuration,
         reactor: Any,
+        keys: Keys,
         reload: Reload = nothing_to_reload,
         *,
         look: Look | None = None,
         lag: Lag | None = None,
+        group: int | None = None,
     ) -> None:
+        self._keyring = keys.ring
+        self._group = group
         self._configuration = configuration
         self._reactor = reactor
         self._audit = Audit(fleet, time.time, reactor.seconds)
@@ -66,13 +73,14 @@ class Front:
             Database(fleet),
             Models(fleet, info),
             PullControl(fleet),
+            keys,
             Daemon(fleet, metrics, info, description, look or _of(fleet), reload),
         )
         self.handlers = [each for owner in owners for each in endpoints(owner)]
         description.update(document(info.version, self.handlers, TABLE))
         self.klein = router(lambda: self._configuration.requests.deadline_seconds, *owners)
         self._audit.watch(self.klein.url_map, self.handlers)
-        self._inference = Inference(fleet, metrics, configuration)
+        self._inference = Inference(fleet, metrics, configuration, keys.ring)
         self._root = Root(self._inference, self.klein.resource())
         # Unique without any randomness: no two daemons have the same pid at the
         # same time.
@@ -85,18 +93,38 @@ class Front:
         self._configuration = configuration
         self._inference.configure(configuration)
 
-    def adapt(self, site: Site, roles: Iterable[Role]) -> None:
+    def adapt(
+        self, site: Site, roles: Iterable[Role], *, is_open: bool = True, is_proxied: bool = False
+    ) -> None:
         """Bring ``site`` to the configuration, and to these roles."""
-        http = self._configuration.http
-        site.configure(Access(http.hosts, roles), http)
+        access = self._access(roles, is_open=is_open, is_proxied=is_proxied)
+        site.configure(access, self._configuration.http)
 
-    def site(self, roles: Iterable[Role]) -> Site:
-        """The site of a listener with these roles."""
+    def _access(self, roles: Iterable[Role], *, is_open: bool, is_proxied: bool) -> Access:
+        http = self._configuration.http
+        return Access(
+            http.hosts,
+            roles,
+            self._keyring,
+            origins=http.origins,
+            is_open=is_open and not http.require_keys,
+            is_proxied=is_proxied,
+            group=self._group,
+        )
+
+    def site(
+        self, roles: Iterable[Role], *, is_open: bool = True, is_proxied: bool = False
+    ) -> Site:
+        """The site of a listener with these roles.
+
+        Where it ``is_open``, inference needs no key; ``is_proxied`` means that all
+        clients come by a proxy.
+        """
         http = self._configuration.http
         return Site(
             self._root,
             self._inference,
-            Access(http.hosts, roles),
+            self._access(roles, is_open=is_open, is_proxied=is_proxied),
             http,
             self._audit,
             new_id=self._new_id,
@@ -123,6 +151,9 @@ class Root(Resource):
 
     def render(self, request: Request) -> int:
         """Answer later, or already."""
+        if request.is_preflight:
+            request.respond(Answer(204, "text/plain", b""))
+            return NOT_DONE_YET
         if request.match is not None and request.method == b"POST":
             self._inference.render(request, request.match)
             return NOT_DONE_YET

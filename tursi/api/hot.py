@@ -24,10 +24,11 @@ from twisted.web.http import NO_BODY_CODES, RESPONSES
 from twisted.web.http_headers import Headers
 
 from tursi.api.channel import Channel
-from tursi.errors import InternalError
+from tursi.errors import InternalError, TursiError
 from tursi.faces import TABLE
 from tursi.faces.openai import errors
 from tursi.faces.route import Answer, Match
+from tursi.model import Caller, Scope
 
 if TYPE_CHECKING:
     from tursi.api.inference import Exchange
@@ -157,7 +158,8 @@ class HotChannel(Channel):
             or fields.get(b"connection", b"keep-alive").strip(_WHITESPACE).lower() != b"keep-alive"
         ):
             return False
-        match = TABLE.find(target.partition(b"?")[0].decode("latin-1"))
+        # One with a query is looked at more closely.
+        match = None if b"?" in target else TABLE.find(target.decode("latin-1"))
         if match is None:
             return False
         length = fields.get(b"content-length", b"").strip(_WHITESPACE)
@@ -166,11 +168,21 @@ class HotChannel(Channel):
         host = fields.get(b"host", b"").strip(_WHITESPACE)
         if not site.access.knows(host, local=self.local):
             return False
+        try:
+            caller = self.visitor.caller(
+                fields.get(b"authorization"),
+                fields.get(b"x-api-key"),
+                fields.get(b"x-forwarded-for"),
+            )
+        except TursiError:
+            return False
+        if Scope.INFER not in caller.scopes:
+            return False
         given = fields.get(b"x-request-id")
         request_id = site.request_id(given and given.strip(_WHITESPACE))
         self._left = int(length)
         self.requests.append(
-            HotRequest(self, target, match, request_id, fields.get(b"content-type"))
+            HotRequest(self, target, match, request_id, fields.get(b"content-type"), caller)
         )
         return True
 
@@ -290,8 +302,8 @@ class HotRequest:
     """A request that ``HotChannel`` took, and the way of its answer."""
 
     __slots__ = (
-        "_begun", "_channel", "_content_type", "_head", "_match", "_path", "body", "on_lost",
-        "on_overdue", "request_id", "site",
+        "_begun", "_channel", "_content_type", "_head", "_match", "_path", "body", "caller",
+        "on_lost", "on_overdue", "request_id", "site",
     )  # fmt: skip
 
     site: Site
@@ -306,6 +318,7 @@ class HotRequest:
         match: Match,
         request_id: bytes,
         content_type: bytes | None,
+        caller: Caller,
     ) -> None:
         self._channel = channel
         self._path = path
@@ -315,6 +328,7 @@ class HotRequest:
         self._head = b""
         self.site = channel.site
         self.request_id = request_id
+        self.caller = caller
         self.body = b""
         self.on_lost = self.on_overdue = None
 
@@ -334,6 +348,14 @@ class HotRequest:
                 self.abort()
             else:
                 self.respond(errors.answer(error))
+
+    def error(self, error: TursiError) -> Answer:
+        """``error`` in the shape of the route's face."""
+        return self._match.route.error(error)
+
+    def cors(self) -> Mapping[str, str]:
+        """Nothing: it has no Origin."""
+        return {}
 
     # -- what becomes of it ------------------------------------------------------------------
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Protocol
 from twisted.python.failure import Failure
 from twisted.web.http import NO_BODY_CODES
 
+from tursi.api.access import require_deployment
 from tursi.api.fleet import End, Fleet, Head, Ticket
+from tursi.api.keyring import Keyring
 from tursi.api.metrics import Metrics
 from tursi.config import Configuration
 from tursi.errors import (
@@ -21,7 +23,7 @@ from tursi.errors import (
 )
 from tursi.faces.route import Answer, Match, Route, model_of, status_of
 from tursi.fleet import Work
-from tursi.model import Role, Usage
+from tursi.model import Caller, Role, Scope, Usage
 
 if TYPE_CHECKING:
     from tursi.api.site import Site
@@ -38,6 +40,7 @@ class Responder(Protocol):
 
     site: Site
     request_id: bytes
+    caller: Caller
     on_overdue: Callable[[], None] | None
     """Called when the answer takes longer than ``answer_within`` was told."""
     on_lost: Callable[[], None] | None
@@ -85,10 +88,13 @@ class Responder(Protocol):
 class Inference:
     """Hands requests to the fleet, and answers to clients."""
 
-    def __init__(self, fleet: Fleet, metrics: Metrics, configuration: Configuration) -> None:
+    def __init__(
+        self, fleet: Fleet, metrics: Metrics, configuration: Configuration, keyring: Keyring
+    ) -> None:
         self.fleet = fleet
         self.metrics = metrics
         self.settings = configuration.requests
+        self.keyring = keyring
 
     def configure(self, configuration: Configuration) -> None:
         """Go by this from now on."""
@@ -98,12 +104,16 @@ class Inference:
         """Answer ``request``, now or later."""
         route = match.route
         exchange = Exchange(self, request, route)
+        caller = request.caller
         try:
-            request.site.access.require(Role.INFERENCE)
+            request.site.access.require(Role.INFERENCE, Scope.INFER, caller)
+            if caller.key is not None:
+                self.keyring.admit(caller)
             body = request.body
             content_type = _json_type(request.content_types)
             model = match.model if match.model is not None else model_of(body)
             exchange.deployment = self.fleet.find(model)
+            require_deployment(exchange.deployment, caller)
             exchange.submit(
                 Work(
                     route=route.name,
@@ -199,6 +209,8 @@ class Exchange:
         """Tell the client: by an HTTP error, or by the last event of a stream."""
         if self._done:
             return
+        if not self._request.caller.trusted:
+            error = error.discreet()
         self._close(status_of(error), error.code)
         if self._opened:
             self._request.end_stream(b"".join((*self._held, self._route.failure(error))))
@@ -282,6 +294,9 @@ class Exchange:
         self._inference.metrics.record(
             self.deployment, self._route.name, status, seconds, usage, code
         )
+        caller = self._request.caller
+        if caller.key is not None:
+            self._inference.keyring.charge(caller, usage.prompt_tokens + usage.completion_tokens)
 
 
 def _json_type(given: Sequence[bytes]) -> str:

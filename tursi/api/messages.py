@@ -9,6 +9,7 @@ import msgspec
 
 from tursi.fleet import Part
 from tursi.model import (
+    ApiKey,
     AuditEntry,
     CatalogueEntry,
     Containment,
@@ -21,12 +22,14 @@ from tursi.model import (
     Minute,
     PullStatus,
     Role,
+    Scope,
     WorkerLife,
     WorkerStatus,
 )
 
 Replicas = Annotated[int, msgspec.Meta(ge=1, le=64)]
 Limit = Annotated[int, msgspec.Meta(ge=0, le=1000)]
+Rate = Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)]
 
 
 class _Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -97,6 +100,17 @@ class RollbackBody(_Body):
 
     generation: Annotated[int, msgspec.Meta(ge=1, le=2**53)] | None = None
     """Absent: the last one that asked for something else."""
+
+
+class KeyBody(_Body):
+    """A key to make."""
+
+    name: str
+    scopes: Annotated[list[Scope], msgspec.Meta(min_length=1, max_length=8)]
+    deployments: Annotated[list[str], msgspec.Meta(min_length=1, max_length=1000)] | None = None
+    """Names of the only deployments it may use."""
+    requests_per_minute: Rate | None = None
+    tokens_per_minute: Rate | None = None
 
 
 class LivesQuery(_Body):
@@ -241,6 +255,20 @@ class PullList(msgspec.Struct, frozen=True):
     """Those that have not ended, and the latest others; newest first."""
 
     pulls: list[PullStatus]
+
+
+class KeyList(msgspec.Struct, frozen=True):
+    """API keys, oldest first."""
+
+    keys: list[ApiKey]
+
+
+class NewKey(msgspec.Struct, frozen=True):
+    """A new API key."""
+
+    key: ApiKey
+    secret: str
+    """The key itself, as it is sent; it can't be shown again."""
 
 
 class ListenerView(msgspec.Struct, frozen=True):

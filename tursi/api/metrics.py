@@ -96,6 +96,7 @@ class Metrics(Collector):
         self._series: dict[tuple[str, str], Series] = {}
         self._restarts: dict[str, Growth] = {}
         self._cpu: dict[str, Growth] = {}
+        self._refused: dict[str, int] = {}
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
@@ -117,6 +118,10 @@ class Metrics(Collector):
             series.prompt += usage.prompt_tokens
             series.completion += usage.completion_tokens
 
+    def refused(self, code: str) -> None:
+        """Count a request that was refused before it had arrived."""
+        self._refused[code] = self._refused.get(code, 0) + 1
+
     def text(self, accept: str) -> tuple[str, bytes]:
         """Content type and text in the format that an ``Accept`` header asks for."""
         encode, content_type = choose_encoder(accept)
@@ -127,6 +132,13 @@ class Metrics(Collector):
         statuses = self._fleet.deployments()
         self._forget({status.name for status in statuses})
         yield from self._requests()
+        refused = CounterMetricFamily(
+            "tursi_requests_refused", "Requests of any kind that were refused while they arrived.",
+            labels=["code"],
+        )  # fmt: skip
+        for code, count in self._refused.items():
+            refused.add_metric([code], count)
+        yield refused
         yield from self._deployments(statuses)
         yield from self._storage()
         if self._lag is not None:

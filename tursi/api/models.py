@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from tursi.api.access import require_deployment
 from tursi.api.endpoint import Status, endpoint
 from tursi.api.fleet import Fleet
 from tursi.api.info import Info
 from tursi.api.messages import Catalogue, ModelEntry, ModelHealth, ModelInfo, ModelList
-from tursi.model import DeploymentStatus, Role
+from tursi.model import Caller, DeploymentStatus, Role
 
 
 class Models:
@@ -17,29 +18,36 @@ class Models:
         self._info = info
 
     @endpoint("GET", "/v1/models", role=Role.INFERENCE, reply=ModelList)
-    def list(self) -> ModelList:
+    def list(self, caller: Caller) -> ModelList:
         """List the models that requests may name."""
-        return ModelList([_entry(status) for status in self._fleet.deployments()])
+        allowed = caller.deployments
+        return ModelList(
+            [
+                _entry(status)
+                for status in self._fleet.deployments()
+                if allowed is None or status.name in allowed
+            ]
+        )
 
     @endpoint("GET", "/v1/models/<path:model>", role=Role.INFERENCE, reply=ModelEntry)
-    def show(self, model: str) -> ModelEntry:
+    def show(self, model: str, caller: Caller) -> ModelEntry:
         """Show one of them, by its name or full reference."""
-        return _entry(self._find(model))
+        return _entry(self._find(model, caller))
 
     @endpoint(
         "GET", "/models/<path:model>/health", role=Role.INFERENCE, reply=ModelHealth,
         statuses=(200, 503),
     )  # fmt: skip
-    def health(self, model: str) -> ModelHealth | Status[ModelHealth]:
+    def health(self, model: str, caller: Caller) -> ModelHealth | Status[ModelHealth]:
         """Tell whether the model serves."""
-        status = self._find(model)
+        status = self._find(model, caller)
         reply = ModelHealth(status.phase.value)
         return reply if status.ready else Status(503, reply)
 
     @endpoint("GET", "/models/<path:model>/info", role=Role.INFERENCE, reply=ModelInfo)
-    def info(self, model: str) -> ModelInfo:
+    def info(self, model: str, caller: Caller) -> ModelInfo:
         """Tell what the model is."""
-        status = self._find(model)
+        status = self._find(model, caller)
         return ModelInfo(
             # A folder is nobody's business but the operator's.
             model_id=status.name if status.model.startswith("/") else status.model,
@@ -60,8 +68,10 @@ class Models:
         """Delete a model's files, all revisions or the one after an ``@``; tells what has gone."""
         return Catalogue([*await self._fleet.catalogue.remove(model, by)])
 
-    def _find(self, model: str) -> DeploymentStatus:
-        return self._fleet.deployment(self._fleet.find(model))
+    def _find(self, model: str, caller: Caller) -> DeploymentStatus:
+        name = self._fleet.find(model)
+        require_deployment(name, caller)
+        return self._fleet.deployment(name)
 
 
 def _entry(status: DeploymentStatus) -> ModelEntry:

@@ -14,10 +14,15 @@ from tursi.api.messages import Document
 from tursi.faces.huggingface.errors import PipelineError
 from tursi.faces.openai.errors import ErrorBody
 from tursi.faces.route import Route
+from tursi.model import Role, Scope
 
 _REFERENCE = "#/components/schemas/{name}"
 PART = re.compile(r"<(?:\w+:)?(\w+)>")
 """A part of a path in werkzeug's syntax."""
+_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "A key of `tursi keys create`."},
+    "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+}
 _STREAM = {"schema": {"type": "string"}}
 
 
@@ -53,7 +58,10 @@ def document(
             "license": {"name": "MIT", "identifier": "MIT"},
         },
         "paths": paths,
-        "components": {"schemas": {name: _timed(one) for name, one in components.items()}},
+        "components": {
+            "schemas": {name: _timed(one) for name, one in components.items()},
+            "securitySchemes": _SCHEMES,
+        },
     }
 
 
@@ -88,6 +96,7 @@ def _endpoint(
         "operationId": f"{handler.__self__.__class__.__name__}.{handler.__name__}",  # type: ignore[attr-defined]
         "summary": _summary(handler),
         "tags": [tag],
+        "security": _security(contract.scope, contract.role),
         "responses": {
             **{
                 str(each): {"description": _meaning(each), "content": content}
@@ -125,6 +134,7 @@ def _route(route: Route, schemas: _Schemas) -> dict[str, Any]:
         "operationId": route.name,
         "summary": route.summary,
         "tags": ["inference"],
+        "security": _security(Scope.INFER, Role.INFERENCE),
         "requestBody": _json(schemas.of(*route.body), required=True),
         "responses": {
             "200": {
@@ -140,6 +150,15 @@ def _route(route: Route, schemas: _Schemas) -> dict[str, Any]:
     if route.model == "path":
         operation["parameters"] = [_parameter("path", "name", {"type": "string"})]
     return operation
+
+
+def _security(scope: Scope | None, role: Role | None) -> list[dict[str, list[str]]]:
+    """What a client has to send; on the control socket, nothing."""
+    if scope is None:
+        return []
+    # Where other machines can't come, inference and metrics need no key by default.
+    free: list[dict[str, list[str]]] = [] if role is Role.CONTROL else [{}]
+    return [{"bearer": [scope.value]}, {"header": [scope.value]}, *free]
 
 
 def _error(schemas: _Schemas, kind: Any) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 from twisted.python.failure import Failure
 from twisted.web import http, server
 
-from tursi.errors import InternalError, PayloadTooLarge
+from tursi.api.access import single
+from tursi.errors import InternalError, PayloadTooLarge, TursiError
 from tursi.faces import TABLE
 from tursi.faces.openai import errors
 from tursi.faces.route import Answer, Match
+from tursi.model import Caller, Role, Scope
 
 if TYPE_CHECKING:
     from tursi.api.channel import Channel
@@ -33,11 +35,16 @@ class Request(server.Request):
     match: Match | None = None
     """The face's route at this path, whatever the method."""
     request_id = b""
+    caller = Caller()
+    """Who sent it; nobody until the headers are here."""
     on_overdue: Callable[[], None] | None = None
     """Called when the answer takes longer than ``channel.answer_within`` was told."""
     on_lost: Callable[[], None] | None = None
     """Called when the connection is lost before the answer is finished."""
     _received: BytesIO
+    _face: Callable[[TursiError], Answer] = staticmethod(errors.answer)
+    _command = b""
+    """The method, known earlier than Twisted says it."""
     _limit = 0
     _chunks: int | None = None
     """How many more chunks the body may have."""
@@ -53,18 +60,39 @@ class Request(server.Request):
         given = headers.getRawHeaders(b"x-request-id")
         self.request_id = site.request_id(given[0] if given is not None else None)
         command, target = channel.request_line
+        self._command = command
+        self.caller = channel.visitor.stranger
         self.match = TABLE.find(target.partition(b"?")[0].decode("latin-1"))
-        refusal = site.access.refusal(headers, local=channel.local)
+        is_inference = self.match is not None and command == b"POST"
+        self._face = self.match.route.error if self.match and is_inference else errors.answer
+        refusal = self._refusal(target, is_inference=is_inference)
         if refusal is not None:
             site.audit.refused(self, command, target, refusal)
             channel.refuse(refusal)
         elif length != 0:
             settings = site.settings
-            is_inference = self.match is not None and command == b"POST"
             self._limit = settings.max_inference_body if is_inference else settings.max_control_body
             self._chunks = _MAX_CHUNKS if length is None else None
             if length is not None and length > self._limit:
                 channel.refuse(self._too_large())
+
+    def _refusal(self, target: bytes, *, is_inference: bool) -> TursiError | None:
+        """Why the request is refused by its headers alone, if it is."""
+        access, headers = self.site.access, self.requestHeaders
+        refusal = access.refusal(headers, target, local=self.channel.local)
+        if refusal is not None:
+            return refusal
+        forwarded = headers.getRawHeaders(b"x-forwarded-for") or (None,)
+        try:
+            self.caller = self.channel.visitor.caller(
+                single(headers, b"authorization"), single(headers, b"x-api-key"), forwarded[-1]
+            )
+            if is_inference and Scope.INFER not in self.caller.scopes:
+                # Nobody's large bodies are wanted.
+                access.require(Role.INFERENCE, Scope.INFER, self.caller)
+        except TursiError as error:
+            return error
+        return None
 
     def handleContentChunk(self, data: bytes) -> None:  # noqa: N802 - Twisted's name
         """A piece of the body."""
@@ -107,6 +135,8 @@ class Request(server.Request):
         headers = self.responseHeaders
         headers.setRawHeaders(b"Date", [self.site.date()])
         headers.setRawHeaders(b"X-Request-Id", [self.request_id])
+        for name, value in self.cors().items():
+            headers.setRawHeaders(name.encode("latin-1"), [value.encode("latin-1")])
         try:
             self.site.resource.render(self)
         except Exception:  # noqa: BLE001 - whatever it is, the client gets an answer
@@ -126,6 +156,41 @@ class Request(server.Request):
         """The answer takes too long."""
         if self.on_overdue is not None:
             self.on_overdue()
+
+    def error(self, error: TursiError) -> Answer:
+        """``error`` in the shape of the route's face."""
+        return self._face(error)
+
+    def cors(self) -> Mapping[str, str]:
+        """The headers by which a browser lets the page of an allowed origin see the answer."""
+        headers = self.requestHeaders
+        origin = self.site.access.allowed_origin(headers) if self.site else None
+        if origin is None:
+            return {}
+        found = {
+            "Access-Control-Allow-Origin": origin.decode("latin-1"),
+            "Access-Control-Expose-Headers": "Retry-After, X-Request-Id, X-Should-Retry",
+            "Vary": "Origin",
+        }
+        if self.is_preflight:
+            found |= {
+                "Access-Control-Allow-Methods": "GET, POST, PUT, DELETE",
+                "Access-Control-Allow-Headers": (
+                    headers.getRawHeaders(b"access-control-request-headers") or [b""]
+                )[0].decode("latin-1"),
+                "Access-Control-Max-Age": "600",
+            }
+        return found
+
+    @property
+    def is_preflight(self) -> bool:
+        """Whether a browser asks what the page of another origin may send."""
+        headers = self.requestHeaders
+        return (
+            self._command == b"OPTIONS"
+            and headers.hasHeader(b"access-control-request-method")
+            and self.site.access.allowed_origin(headers) is not None
+        )
 
     def prepare(self, answer: Answer) -> bytes:
         """Set status and headers; the body to write."""

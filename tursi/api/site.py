@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -59,6 +60,8 @@ class Site(server.Site):
         self.new_id = new_id
         self.channels: set[Channel] = set()
         """Open connections."""
+        self._peers: Counter[str] = Counter()
+        """How many of them each address has."""
         self.configure(access, settings)
         self._look: Any = None
         self._second = -1
@@ -72,6 +75,8 @@ class Site(server.Site):
         self.settings = settings
         shortest = min(settings.header_seconds, settings.body_seconds, settings.idle_seconds)
         self._interval = min(1.0, shortest / 4)
+        for channel in self.channels:
+            channel.visitor = access.visitor(channel)
 
     def startFactory(self) -> None:  # noqa: N802 - Twisted's name
         """Nothing: Twisted would keep a clock for its access log."""
@@ -90,9 +95,28 @@ class Site(server.Site):
         self, addr: IAddress | None
     ) -> Channel | None:
         """A new connection, or ``None`` to close it where there are too many."""
-        if len(self.channels) >= self.settings.max_connections:
+        settings = self.settings
+        host = getattr(addr, "host", None)
+        if (
+            host is not None
+            and not self.access.is_proxied
+            and self._peers[host] >= settings.max_connections_per_peer
+        ) or (len(self.channels) >= settings.max_connections and not self._make_room()):
             return None
-        return cast("Channel", super().buildProtocol(addr))
+        channel = cast("Channel", super().buildProtocol(addr))
+        channel.host = host
+        return channel
+
+    def _make_room(self) -> bool:
+        """Close a connection that waits for its client, of the one who has most of them."""
+        waiting = [each for each in self.channels if each.is_waiting]
+        if not waiting:
+            return False
+        victim = min(waiting, key=lambda each: (-self._peers[each.host or ""], each.deadline))
+        # Now: it would be told of its end only in another turn of the reactor.
+        self.closed(victim)
+        victim.abort()
+        return True
 
     def request_id(self, given: bytes | None) -> bytes:
         """The client's id for its request if it is one that can do no harm, or a new one."""
@@ -124,12 +148,19 @@ class Site(server.Site):
     def opened(self, channel: Channel) -> None:
         """Watch the deadlines of ``channel``."""
         self.channels.add(channel)
+        self._peers[channel.host or ""] += 1
         if self._look is None:
             self._look = self.reactor.callLater(self._interval, self._look_at_deadlines)
 
     def closed(self, channel: Channel) -> None:
         """The connection is gone."""
-        self.channels.discard(channel)
+        if channel not in self.channels:
+            return
+        self.channels.remove(channel)
+        host = channel.host or ""
+        self._peers[host] -= 1
+        if not self._peers[host]:
+            del self._peers[host]
         if not self.channels and self._look is not None:
             self._look.cancel()
             self._look = None

@@ -18,6 +18,7 @@ from tursi.cli import (
     generations,
     history,
     install,
+    keys,
     models,
     run,
     service,
@@ -48,12 +49,18 @@ class _Commands(click.Group):
     envvar="TURSI_SOCKET",
     help="The daemon's control socket (default: control.sock in its runtime folder).",
 )
+@click.option(
+    "--url",
+    envvar="TURSI_URL",
+    help="Talk to the daemon at this URL instead, with the key in TURSI_API_KEY.",
+)
 @click.pass_context
-def main(context: click.Context, socket: Path | None) -> None:
+def main(context: click.Context, socket: Path | None, url: str | None) -> None:
     """Serve AI models on this machine, through the Tursi daemon (`tursi start`)."""
     tolerate()
     chosen = socket or folders(os.environ, os.getuid()).socket
-    context.obj = Connection(chosen.absolute())
+    key = os.environ.get("TURSI_API_KEY", "").strip()
+    context.obj = Connection(chosen.absolute(), url or "", key)
 
 
 for _command in (
@@ -80,6 +87,7 @@ for _command in (
     run.run,
     chat.chat,
     install.install_service,
+    keys.keys,
     service.start,
     service.stop,
     service.restart,

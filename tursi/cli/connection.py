@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
@@ -26,6 +27,7 @@ ANSWER_SECONDS = 60.0
 INFERENCE_SECONDS = 660.0
 """A little more than the daemon's own deadline for a request."""
 _CONNECT_SECONDS = 5.0
+_URL = re.compile(r"https?://[A-Za-z0-9.\[\]:_-]+/?")
 _MAX_LINE = 16 * 1024 * 1024
 """Bytes in one line of an event stream."""
 
@@ -84,10 +86,20 @@ class StreamEvent(NamedTuple):
 
 
 class Connection:
-    """Speaks to the daemon behind ``socket``; connects when first used."""
+    """Speaks to the daemon behind ``socket``, or at ``url``; connects when first used.
 
-    def __init__(self, socket: Path) -> None:
+    ``key`` is an API key, which a daemon at a URL asks for.
+    """
+
+    def __init__(self, socket: Path, url: str = "", key: str = "") -> None:
         self.socket = socket
+        self.url = url
+        self._key = key
+
+    @property
+    def place(self) -> str:
+        """Where the daemon is looked for."""
+        return self.url or str(self.socket)
 
     def get(self, path: str, **parameters: object) -> Any:
         """The body of ``GET path``."""
@@ -157,6 +169,11 @@ class Connection:
         # Imported late: it takes longer than all the rest of a command's start.
         import httpx
 
+        headers = {"user-agent": "tursi-cli"}
+        if self._key:
+            headers["authorization"] = f"Bearer {self._key}"
+        if self.url:
+            return self._over_tcp(headers)
         if len(os.fsencode(self.socket)) > SOCKET_PATH_LIMIT:
             raise Failure(
                 f"The socket's path {self.socket} is over {SOCKET_PATH_LIMIT} bytes, which no "
@@ -168,10 +185,21 @@ class Connection:
             # No TLS on it: loading the certificates would only take time.
             transport=httpx.HTTPTransport(uds=str(self.socket), verify=False),
             base_url="http://localhost",
-            headers={"user-agent": "tursi-cli"},
+            headers=headers,
             # Proxies and .netrc have no say on a local socket.
             trust_env=False,
         )
+
+    def _over_tcp(self, headers: Mapping[str, str]) -> httpx.Client:
+        import httpx
+
+        if not _URL.fullmatch(self.url):
+            raise Failure(
+                "The daemon's URL isn't one; write it like https://models.example.org:8430, and "
+                "the key into TURSI_API_KEY.",
+                Exit.USAGE,
+            )
+        return httpx.Client(base_url=self.url, headers=headers)
 
     def _request(
         self,
@@ -209,17 +237,21 @@ class Connection:
             ) from None
         except httpx.RemoteProtocolError as error:
             raise Failure(
-                f"The connection to the daemon at {self.socket} broke: {error}", Exit.NO_DAEMON
+                f"The connection to the daemon at {self.place} broke: {error}", Exit.NO_DAEMON
             ) from None
         except httpx.TransportError as error:
             raise Failure(
-                f"The connection to the daemon at {self.socket} broke: "
+                f"The connection to the daemon at {self.place} broke: "
                 f"{error or type(error).__name__}",
                 Exit.NO_DAEMON,
             ) from None
 
     def _unreachable(self, error: BaseException) -> NoReturn:
         number = _errno(error)
+        if self.url:
+            raise Failure(
+                f"No daemon answers at {self.url} ({error or 'no answer'}).", Exit.NO_DAEMON
+            ) from None
         if number in {errno.EACCES, errno.EPERM}:
             raise Failure(
                 f"You may not use the control socket {self.socket} (permission denied); run this "
@@ -232,7 +264,7 @@ class Connection:
             errno.ECONNREFUSED: "nobody listens on it",
         }.get(number or 0, str(error) or "no answer")
         raise Failure(
-            f"No daemon answers at {self.socket} ({why}). Start one with `tursi start`, or "
+            f"No daemon answers at {self.place} ({why}). Start one with `tursi start`, or "
             "name its socket with --socket or TURSI_SOCKET.",
             Exit.NO_DAEMON,
         ) from None

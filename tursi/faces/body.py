@@ -8,7 +8,13 @@ from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
-from tursi.errors import DeploymentUnavailable, InvalidRequest, TursiError
+from tursi.errors import (
+    DeploymentUnavailable,
+    InvalidRequest,
+    KeyRefused,
+    KeyRequired,
+    TursiError,
+)
 from tursi.faces.route import Answer
 from tursi.tasks import Embeddings, Text
 
@@ -72,14 +78,20 @@ def retry_after(seconds: int) -> int:
     return min(max(seconds, 1), 120)
 
 
-def retry_headers(error: TursiError) -> Mapping[str, str] | None:
-    """The headers that tell a client when to try again, or not to."""
+def error_headers(error: TursiError) -> Mapping[str, str] | None:
+    """The headers that tell a client when to try again, or not to, or how to say who it is."""
     if error.retry_after is not None:
         return {"Retry-After": str(retry_after(error.retry_after))}
     if error.code == DeploymentUnavailable.code:
         # Clients retry every 503, but waiting doesn't help here.
         return {"x-should-retry": "false"}
-    return None
+    return _CHALLENGES.get(error.code)
+
+
+_CHALLENGES: Mapping[str, Mapping[str, str]] = {
+    KeyRequired.code: {"WWW-Authenticate": 'Bearer realm="tursi"'},
+    KeyRefused.code: {"WWW-Authenticate": 'Bearer realm="tursi", error="invalid_token"'},
+}
 
 
 def buffers(embeddings: Embeddings) -> Iterator[memoryview]:

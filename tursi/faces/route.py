@@ -21,9 +21,14 @@ STATUS: Mapping[str, int] = {
     errors.InvalidRequest.code: 400,
     errors.ContextLengthExceeded.code: 400,
     errors.TaskNotSupported.code: 400,
+    errors.KeyRequired.code: 401,
+    errors.KeyRefused.code: 401,
     errors.HostRefused.code: 403,
     errors.OriginRefused.code: 403,
     errors.RoleNotOffered.code: 403,
+    errors.ScopeMissing.code: 403,
+    errors.DeploymentForbidden.code: 403,
+    errors.PeerRefused.code: 403,
     errors.RouteNotFound.code: 404,
     errors.ModelNotFound.code: 404,
     errors.DeploymentNotFound.code: 404,
@@ -32,14 +37,17 @@ STATUS: Mapping[str, int] = {
     errors.PullNotFound.code: 404,
     errors.CatalogueEntryNotFound.code: 404,
     errors.ModelInUse.code: 409,
+    errors.KeyNotFound.code: 404,
     errors.AddressInUse.code: 409,
     errors.MethodNotAllowed.code: 405,
     errors.RequestTimeout.code: 408,
+    errors.KeyExists.code: 409,
     errors.PayloadTooLarge.code: 413,
     errors.UnsupportedMediaType.code: 415,
     errors.ConfigurationError.code: 422,
     errors.PoisonRequest.code: 422,
     errors.QueueFull.code: 429,
+    errors.RateLimited.code: 429,
     errors.RequestCancelled.code: 499,
     errors.WorkerLost.code: 502,
     errors.ModelLoading.code: 503,
@@ -272,10 +280,18 @@ def decoded(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     except msgspec.ValidationError as error:
         raise _invalid(str(error)) from None
     except msgspec.DecodeError as error:
+        if _HALF_A_PAIR.search(body):
+            raise InvalidRequest(
+                "A string in the body has half of a surrogate pair, such as \\ud800 alone."
+            ) from None
         reason = str(error).removeprefix("JSON is malformed: ")
         raise InvalidRequest(f"The body isn't valid JSON: {reason}.") from None
 
 
+_HALF_A_PAIR = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])"
+    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
+)
 _PLACE = re.compile(r"`\$([^`]*)`")
 _MISSING = re.compile(r"Object missing required field `([^`]+)`")
 

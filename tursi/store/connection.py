@@ -12,6 +12,7 @@ from tursi.store import place
 
 BUSY_MILLISECONDS = 1000
 """How long SQLite itself waits for another process's lock, per attempt."""
+_BROKEN = "The database can't be used; the daemon's log says why."
 
 _NO_ROOM = frozenset({sqlite3.SQLITE_IOERR_SHMSIZE})
 """Further codes of SQLite that mean a full disk."""
@@ -55,16 +56,18 @@ def meaning(error: sqlite3.Error, path: Path, hint: str | None = None) -> TursiE
     code = _primary(error)
     if is_busy(error):
         return DatabaseBusy(
-            f"Another process holds the database {path}; try again shortly.", retry_after=5
+            f"Another process holds the database {path}; try again shortly.",
+            retry_after=5,
+            public=DatabaseBusy.__doc__,
         )
     if code == sqlite3.SQLITE_FULL or getattr(error, "sqlite_errorcode", 0) in _NO_ROOM:
         return DatabaseFull()
     hint = advice(path) if hint is None else hint
     if code == sqlite3.SQLITE_NOTADB:
-        return DatabaseError(f"{path} isn't a database{hint}.")
+        return DatabaseError(f"{path} isn't a database{hint}.", public=_BROKEN)
     if is_corrupt(error):
-        return DatabaseError(f"The database {path} is damaged ({error}){hint}.")
-    return DatabaseError(f"The database {path} can't be used: {error}.")
+        return DatabaseError(f"The database {path} is damaged ({error}){hint}.", public=_BROKEN)
+    return DatabaseError(f"The database {path} can't be used: {error}.", public=_BROKEN)
 
 
 def unusable(error: OSError, path: Path) -> TursiError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -17,6 +17,7 @@ from twisted.python.failure import Failure
 from tursi.config import Storage
 from tursi.errors import DatabaseBusy, ShuttingDown
 from tursi.model import (
+    ApiKey,
     AuditEntry,
     AuditQuery,
     Crash,
@@ -31,6 +32,7 @@ from tursi.model import (
     Request,
     Resolution,
     Schedule,
+    Scope,
     WorkerLife,
 )
 from tursi.store import (
@@ -40,6 +42,7 @@ from tursi.store import (
     crashes,
     deployments,
     events,
+    keys,
     lives,
     place,
     pulls,
@@ -280,6 +283,45 @@ class Store:
     def report(self) -> Deferred[DatabaseReport]:
         """Read all of the file, and tell how it is."""
         return self._aside(partial(backups.report, self._path, in_use=True))
+
+    # -- keys ----------------------------------------------------------------------
+
+    def keys(self) -> Deferred[list[tuple[ApiKey, bytes]]]:
+        """All API keys with their digests, the revoked ones too, oldest first."""
+        return self._read(keys.every)
+
+    def add_key(
+        self,
+        name: str,
+        digest: bytes,
+        *,
+        scopes: Sequence[Scope],
+        deployments: Sequence[str] | None,
+        requests_per_minute: int | None,
+        tokens_per_minute: int | None,
+        by: str,
+        at: float,
+    ) -> Deferred[ApiKey]:
+        """Keep a key's digest and what it allows; ``KeyExists``."""
+        return self._write(
+            keys.add,
+            name,
+            digest,
+            scopes=tuple(scopes),
+            deployments=None if deployments is None else tuple(deployments),
+            requests_per_minute=requests_per_minute,
+            tokens_per_minute=tokens_per_minute,
+            by=by,
+            at=at,
+        )
+
+    def revoke_key(self, name: str, *, at: float) -> Deferred[ApiKey]:
+        """Make the key with this name or id invalid for ever; ``KeyNotFound``."""
+        return self._write(keys.revoke, name, at=at)
+
+    def keys_used(self, times: Mapping[int, float]) -> Deferred[None]:
+        """Note when keys, by their ids, were last used."""
+        return self._write(keys.used, dict(times))
 
     # -- transactions --------------------------------------------------------------
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from tursi.errors import InternalError, InvalidRequest, PoisonRequest, QueueFull, TursiError
+from tursi.errors import (
+    InternalError,
+    InvalidRequest,
+    PoisonRequest,
+    QueueFull,
+    RateLimited,
+    TursiError,
+)
 from tursi.faces import body
 from tursi.faces.route import Answer, status_of
 
@@ -28,7 +35,7 @@ def detail(error: TursiError) -> PipelineError:
     found = PipelineError(error.message, error.code)
     if isinstance(error, InvalidRequest | PoisonRequest):
         found.error_type = "validation"
-    elif isinstance(error, QueueFull):
+    elif isinstance(error, QueueFull | RateLimited):
         found.error_type = "overloaded"
     if error.param is not None:
         found.param = error.param
@@ -44,7 +51,7 @@ def detail(error: TursiError) -> PipelineError:
 
 def answer(error: TursiError) -> Answer:
     """The answer to a request that failed before anything was sent."""
-    return body.answer(detail(error), body.retry_headers(error), status_of(error))
+    return body.answer(detail(error), body.error_headers(error), status_of(error))
 
 
 def failure(error: TursiError) -> bytes:

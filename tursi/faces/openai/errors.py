@@ -63,7 +63,7 @@ def detail(error: TursiError) -> ErrorBody:
 
 def answer(error: TursiError) -> Answer:
     """The answer to a request that failed before anything was sent."""
-    return body.answer(detail(error), body.retry_headers(error), status_of(error))
+    return body.answer(detail(error), body.error_headers(error), status_of(error))
 
 
 def failure(error: TursiError) -> bytes:

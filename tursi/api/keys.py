@@ -1,0 +1,129 @@
+"""API keys: made, listed and revoked, in the store and in the keyring alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from twisted.internet.defer import Deferred
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+
+from tursi.api.endpoint import endpoint
+from tursi.api.keyring import Keyring, new_secret, written
+from tursi.api.messages import KeyBody, KeyList, NewKey
+from tursi.errors import InvalidRequest, KeyNotFound
+from tursi.model import ApiKey, Role, Scope, deployment_name, key_name
+
+log = Logger()
+
+_ADMIN: dict[str, Any] = {"role": Role.CONTROL, "scope": Scope.ADMIN}
+_SAVE_SECONDS = 10.0
+"""How long the last use of a key may be known in memory only."""
+_DIGITS = 19
+"""Fewer than these always fit into what SQLite counts with."""
+
+
+class KeyStore(Protocol):
+    """The store, as far as keys need it."""
+
+    def keys(self) -> Deferred[list[tuple[ApiKey, bytes]]]:
+        """All keys with their digests, the revoked ones too, oldest first."""
+        ...
+
+    def add_key(
+        self,
+        name: str,
+        digest: bytes,
+        *,
+        scopes: Sequence[Scope],
+        deployments: Sequence[str] | None,
+        requests_per_minute: int | None,
+        tokens_per_minute: int | None,
+        by: str,
+        at: float,
+    ) -> Deferred[ApiKey]:
+        """Keep a key's digest and what it allows; ``KeyExists``."""
+        ...
+
+    def revoke_key(self, name: str, *, at: float) -> Deferred[ApiKey]:
+        """Make the key with this name or id invalid for ever; ``KeyNotFound``."""
+        ...
+
+    def keys_used(self, times: Mapping[int, float]) -> Deferred[None]:
+        """Note when keys, by their ids, were last used."""
+        ...
+
+
+class Keys:
+    """Handlers under ``/keys``, and the keyring that every request is judged by."""
+
+    def __init__(self, store: KeyStore, reactor: Any, now: Callable[[], float] = time.time) -> None:
+        self._store = store
+        self._now = now
+        self._saving = LoopingCall(self._save)
+        self._saving.clock = reactor
+        self.ring = Keyring(reactor.seconds, now)
+
+    async def start(self) -> None:
+        """Read the keys; from now on keys are judged."""
+        found = await self._store.keys()
+        self.ring.load((key, digest) for key, digest in found if key.revoked_at is None)
+        self._saving.start(_SAVE_SECONDS, now=False)
+
+    async def stop(self) -> None:
+        """Store what is known in memory only."""
+        if self._saving.running:
+            self._saving.stop()
+        await self._save()
+
+    async def _save(self) -> None:
+        used = self.ring.take_used()
+        if used:
+            with log.failuresHandled("The last use of keys could not be stored"):
+                await self._store.keys_used(used)
+
+    @endpoint("GET", "/keys", reply=KeyList, **_ADMIN)
+    async def list(self) -> KeyList:
+        """List the API keys, without their secrets."""
+        return KeyList([self.ring.up_to_date(key) for key, _ in await self._store.keys()])
+
+    @endpoint("POST", "/keys", body=KeyBody, reply=NewKey, statuses=(201,), **_ADMIN)
+    async def create(
+        self,
+        name: str,
+        scopes: Sequence[Scope],
+        deployments: Sequence[str] | None,
+        requests_per_minute: int | None,
+        tokens_per_minute: int | None,
+        by: str,
+    ) -> NewKey:
+        """Make an API key; its secret is in this answer and nowhere else."""
+        limited = None if deployments is None else sorted({*map(deployment_name, deployments)})
+        if limited is not None and {*scopes} != {Scope.INFER}:
+            raise InvalidRequest(
+                "A key for certain deployments can only have the scope 'infer'.", param="scopes"
+            )
+        secret = new_secret()
+        key = await self._store.add_key(
+            key_name(name),
+            secret.digest,
+            scopes=[each for each in Scope if each in scopes],
+            deployments=limited,
+            requests_per_minute=requests_per_minute,
+            tokens_per_minute=tokens_per_minute,
+            by=by,
+            at=self._now(),
+        )
+        self.ring.add(key, secret.digest)
+        return NewKey(key, written(key.id, secret))
+
+    @endpoint("DELETE", "/keys/<name>", reply=ApiKey, **_ADMIN)
+    async def revoke(self, name: str) -> ApiKey:
+        """Revoke an API key, by its name or id; it is invalid at once and for ever."""
+        if name.isdigit() and not (name.isascii() and len(name) < _DIGITS):
+            raise KeyNotFound
+        key = await self._store.revoke_key(name, at=self._now())
+        self.ring.drop(key.id)
+        return self.ring.up_to_date(key)
