@@ -61,6 +61,7 @@ RULES = {
     "POST /pulls/<number>/resume": CHANGING,
     "DELETE /pulls/<number>": CHANGING,
     "DELETE /catalogue/<path:model>": CHANGING,
+    "POST /reload": CHANGING,
     "POST /keys": CHANGING,
     "DELETE /keys/<name>": CHANGING,
     "POST /deployments": CHANGING,

@@ -68,7 +68,7 @@ def test_a_reload_says_what_has_changed_or_why_nothing_did() -> None:
     async def refuse() -> Reloaded:
         raise ConfigurationError("tursi.toml: it is wrong.")
 
-    front = Front(house.fleet, INFO, house.configuration, house.clock, refuse)
+    front = Front(house.fleet, INFO, house.configuration, house.clock, house.keys, refuse)
     house.front = front
     refused = house.ask("POST", "/reload")
     assert (refused.status, refused.json()["error"]["code"]) == (422, "configuration_error")
