@@ -14,7 +14,7 @@ ALL = sorted(
 # Reported within a deployment's status and events, or before anything listens;
 # as the answer to a request they would be our own failure.
 NEVER_AN_ANSWER = (errors.LoadError, errors.FetchError)
-BEFORE_LISTENING = {errors.ConfigurationError, errors.AlreadyRunning, errors.AddressInUse}
+BEFORE_LISTENING = {errors.AlreadyRunning}
 OUR_FAILURE = {errors.TursiError, errors.InternalError, errors.DatabaseError}
 
 

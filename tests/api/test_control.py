@@ -12,7 +12,17 @@ from tursi.api import Front, Reloaded
 from tursi.config import Configuration, Http
 from tursi.errors import ConfigurationError, DatabaseFull, RoleNotOffered
 from tursi.fleet import Part
-from tursi.model import DeploymentStatus, Desired, Limits, Load, Phase, Request, Role, Schedule
+from tursi.model import (
+    Caller,
+    DeploymentStatus,
+    Desired,
+    Limits,
+    Load,
+    Phase,
+    Request,
+    Role,
+    Schedule,
+)
 
 
 def test_deployments_are_listed_with_times_in_rfc_3339() -> None:
@@ -82,9 +92,9 @@ def test_another_configuration_holds_for_sites_that_are_open() -> None:
     house.front.adapt(site, (Role.CONTROL,))
     assert site.access.knows(b"my.example", local=False)
     assert site.settings == changed.http
-    site.access.require(Role.CONTROL)
+    site.access.require(Role.CONTROL, None, Caller())
     with pytest.raises(RoleNotOffered):
-        site.access.require(Role.HEALTH)
+        site.access.require(Role.HEALTH, None, Caller())
 
 
 def test_limits_are_taken_and_shown() -> None:
