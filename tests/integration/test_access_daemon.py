@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import ssl
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from daemon import Daemon, daemon, free_port
+from daemon import Daemon, daemon, free_port, until
 from self_signed import certificate, common_name, handshake
 
 TURSI = Path(sys.executable).with_name("tursi")
@@ -220,6 +221,11 @@ def _exists(gid: int) -> bool:
 # -- TLS and other machines -----------------------------------------------------------------
 
 
+def fresh_name(port: int) -> str:
+    with handshake(port) as secured:
+        return common_name(secured)
+
+
 def get(secured: ssl.SSLSocket, path: str, token: str = "") -> bytes:
     authorization = f"Authorization: Bearer {token}\r\n" if token else ""
     head = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{authorization}\r\n"
@@ -257,6 +263,15 @@ def test_a_listener_with_tls_needs_keys_outside_and_takes_new_certificates(
             old.maximum_version = ssl.TLSVersion.TLSv1_1
         with pytest.raises(OSError, match=r"(?i)alert|protocol|version|EOF|reset"):
             handshake(port, old)
+        # A reload takes new certificates; who is connected stays so.
+        certificate(tmp_path, "second")
+        assert one.process is not None
+        one.process.send_signal(signal.SIGHUP)
+        until(lambda: fresh_name(port) == "second", "the new certificate is used")
+        assert get(early, "/deployments", token).startswith(b"HTTP/1.1 200")
+        (tmp_path / "cert.pem").write_text("garbage")
+        assert one.control.post("/reload").status_code == 422
+        assert fresh_name(port) == "second"
         early.close()
 
 
