@@ -32,7 +32,8 @@ SANS_IO = ("msgspec", "automat")
 NETWORK = ("twisted", "zope", *SANS_IO)
 HOUSE = ("instance", "logging", "launch", "signals", "premises")
 RUN = (
-    *HOUSE, "listen", "certificates", "notify", "ports", "children", "lag", "health", "hooks",
+    *HOUSE, "listen", "certificates", "notify", "ports", "children", "lag", "heap", "health",
+    "hooks",
 )  # fmt: skip
 DAEMON = (*PURE, *STATE, *RUN, "fleet", "api", "service", "keeper", "sandbox", "removal")
 
@@ -64,6 +65,7 @@ FLOORS = {
     "supervision": Floor((*PURE, "removal"), (*NETWORK, "psutil")),
     "notify": Floor(PURE, NETWORK),
     "lag": Floor(PURE, NETWORK),
+    "heap": Floor((), NETWORK),
     "hooks": Floor(PURE, NETWORK),
     # 3
     "fleet": Floor((*PURE, *STATE), NETWORK),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import resource
 import signal
@@ -14,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
@@ -24,7 +22,7 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from tursi import __version__, api, config, logging, store
+from tursi import __version__, api, config, heap, logging, store
 from tursi.api import Reloaded
 from tursi.certificates import certificates
 from tursi.children import WORKER_COMMAND, Children
@@ -36,6 +34,7 @@ from tursi.errors import (
     DatabaseBusy,
     DatabaseError,
     DatabaseFull,
+    InternalError,
     ShuttingDown,
     TursiError,
 )
@@ -56,7 +55,7 @@ from tursi.listen import (
     unclaimed,
 )
 from tursi.lock import StateLock
-from tursi.model import Folders, Host
+from tursi.model import AuditEntry, Folders, Host
 from tursi.notify import Notifier, describe
 from tursi.ports import Ports
 from tursi.premises import Premises
@@ -108,16 +107,6 @@ def preflight(configuration: Configuration, folders: Folders) -> None:
         check(listener)
         certificates(listener)
     control(folders.socket, configuration.http.listeners)
-
-
-class Reloadable(Protocol):
-    """Something that goes by the configuration, and takes on another while the daemon runs."""
-
-    def check(self, configuration: Configuration) -> None:
-        """Raise what is wrong with it; change nothing."""
-
-    def reload(self, configuration: Configuration) -> None:
-        """Go by it from now on; whatever can fail has been checked."""
 
 
 class Daemon(Service):
@@ -173,10 +162,9 @@ class Daemon(Service):
         self._front: api.Front
         self._info: api.Info
         self._reloading = DeferredLock()
-        self._reloadables: list[Reloadable] = []
-        """Who else is told of a new configuration."""
         self._notifier = Notifier(reactor, environment)
         self._lag = Lag(reactor)
+        self._heap = heap.Heap(reactor, lambda: self._fleet.busy)
         self._checks = Checks(
             fleet=self._fleet,
             store=self._store,
@@ -320,9 +308,10 @@ class Daemon(Service):
         self._starting.addErrback(self._give_up)
 
     async def _start(self) -> None:
-        _tune_memory()
+        heap.tune()
         self._store.start()
         self._lag.start()
+        self._heap.start()
         self._notifier.watch(self._store.ping)
         leftovers.become_subreaper()
         leftovers.bury(self._reactor)
@@ -397,6 +386,7 @@ class Daemon(Service):
         await self._children.monitor.stopService()
         self._notifier.unwatch()
         self._lag.stop()
+        self._heap.stop()
         await self._keys.stop()
         await self._store.stop()
         self._premises.leave()
@@ -422,7 +412,15 @@ class Daemon(Service):
     # -- reload ---------------------------------------------------------------------------
 
     def _hang_up(self) -> None:
-        ensureDeferred(self._reload()).addErrback(_not_reloaded)
+        ensureDeferred(self._reload()).addErrback(_not_reloaded).addBoth(self._audit_reload)
+
+    def _audit_reload(self, error: TursiError | Reloaded | None) -> None:
+        """Keep that there was a SIGHUP; nobody can tell from whom."""
+        code = error.code if isinstance(error, TursiError) else None
+        entry = AuditEntry(0, time.time(), "SIGHUP", "reload", code=code)
+        ensureDeferred(self._fleet.record(entry)).addErrback(
+            lambda failure: log.failure("a reload is not audited", failure)
+        )
 
     async def _reload(self) -> Reloaded:
         """Open the log anew, read the configuration and apply what has changed, all or nothing."""
@@ -445,8 +443,6 @@ class Daemon(Service):
             self._reactor, self._reactor.getThreadPool(), self._read
         )
         changed = config.changes(self._configuration, configuration)
-        for each in self._reloadables:
-            each.check(configuration)
         listeners = (self._listeners[0], *configuration.http.listeners)
         await self._ports.change(self._listeners, listeners)
         # From here on nothing can fail.
@@ -455,8 +451,6 @@ class Daemon(Service):
         self._front.configure(_fitting(configuration))
         for listener, site in self._ports.sites(listeners):
             self._front.adapt(site, listener.roles, **_kind(listener))
-        for each in self._reloadables:
-            each.reload(configuration)
         logging.current.configure(configuration.log)
         self._hub.configure(configuration.hub)
         self._hooks.configure(configuration.hooks)
@@ -512,11 +506,12 @@ def _gpus(environment: Mapping[str, str]) -> int:
     return here if chosen is None else min(here, len([*filter(None, chosen.split(","))]))
 
 
-def _not_reloaded(failure: Failure) -> None:
+def _not_reloaded(failure: Failure) -> TursiError:
     if isinstance(failure.value, TursiError):
         log.error("the configuration stays as it was: {message}", message=failure.value.message)
-    else:
-        log.failure("the configuration stays as it was", failure)
+        return failure.value
+    log.failure("the configuration stays as it was", failure)
+    return InternalError()
 
 
 def _toggle_debug() -> None:
@@ -550,17 +545,3 @@ def _fitting(configuration: Configuration) -> Configuration:
     return msgspec.structs.replace(
         configuration, http=msgspec.structs.replace(http, max_connections=fitting)
     )
-
-
-def _tune_memory() -> None:
-    """Give back less memory than glibc would, and tell the collector what stays.
-
-    Every buffer of 128 KiB or more would otherwise be mapped and unmapped, which
-    is most of the cost of a large body.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-3, 64 << 20)  # M_MMAP_THRESHOLD
-        mallopt(-1, 128 << 20)  # M_TRIM_THRESHOLD
-    gc.collect()
-    gc.freeze()

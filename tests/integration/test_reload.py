@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -141,3 +142,17 @@ def test_what_workers_are_told_rolls_those_whom_it_concerns_and_no_request_is_lo
     after = {name: running.wait(name) for name in ("echo", "own")}
     assert after["own"]["workers"][0]["pid"] == before["own"]["workers"][0]["pid"]
     assert after["echo"]["generation"] == before["echo"]["generation"]
+
+
+def test_a_sighup_is_audited_also_one_that_changes_nothing(running: Daemon) -> None:
+    def audited() -> list[tuple[str, str, str | None]]:
+        entries = running.control.get("/audit").json()["entries"]
+        return [(each["by"], each["action"], each["code"]) for each in entries]
+
+    assert running.process is not None
+    running.process.send_signal(signal.SIGHUP)
+    until(lambda: audited() == [("SIGHUP", "reload", None)], "the reload is audited")
+    running.configuration.write_text("[http\n")
+    running.process.send_signal(signal.SIGHUP)
+    until(lambda: len(audited()) == 2, "the refused one too")
+    assert audited()[1] == ("SIGHUP", "reload", "configuration_error")

@@ -436,6 +436,11 @@ class Fleet:
         self._convergence.soon()
         return member.status()
 
+    @property
+    def busy(self) -> bool:
+        """Whether any request waits or is with a worker."""
+        return any(member.busy for member in self._members.values())
+
     def deployment(self, name: str) -> DeploymentStatus:
         """How it is; ``DeploymentNotFound``."""
         self._check_opened()
