@@ -14,7 +14,7 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.logger import ILogObserver, LogEvent, formatEvent, globalLogPublisher
 
 from tursi import lag as lag_module
-from tursi.errors import DatabaseFull, StartingUp
+from tursi.errors import DatabaseBusy, DatabaseError, DatabaseFull, StartingUp
 from tursi.fleet import Part
 from tursi.health import LEAST, REMEMBERED, SECONDS, STUCK, Checks, overall
 from tursi.lag import Lag
@@ -95,12 +95,20 @@ def test_a_database_that_does_not_answer_in_time(bench: Bench) -> None:
     assert found == []
     bench.reactor.advance(SECONDS)
     status, parts = found[0]
-    assert status == "unhealthy"
+    # Models serve all the while: nobody should restart the daemon for it.
+    assert status == "degraded"
     assert (parts[0].name, parts[0].healthy) == ("database", False)
-    bench.store.answer = fail(DatabaseFull())
-    status, named = bench.now()
-    assert status == "unhealthy"
-    assert "database_full" in named["database"].message
+    for passing in (DatabaseFull(), DatabaseBusy()):
+        bench.store.answer = fail(passing)
+        status, named = bench.now()
+        assert status == "degraded"
+        assert passing.code in named["database"].message
+
+
+def test_a_database_that_is_broken(bench: Bench) -> None:
+    for broken in (DatabaseError(), RuntimeError()):
+        bench.store.answer = fail(broken)
+        assert bench.now()[0] == "unhealthy"
 
 
 def test_who_asks_often_costs_nothing_more(bench: Bench) -> None:

@@ -12,7 +12,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.threads import deferToThreadPool
 from twisted.python.failure import Failure
 
-from tursi.errors import TursiError
+from tursi.errors import DatabaseBusy, DatabaseFull, TursiError
 from tursi.fleet import Fleet, Part
 from tursi.lag import Lag
 from tursi.store import Store
@@ -98,13 +98,16 @@ class Checks:
             return Part("database", healthy=True, message="answers", kind="database")
 
         def silent(failure: Failure) -> Part:
+            kind = "database"
             if failure.check(defer.TimeoutError):
-                why = f"has not answered within {SECONDS:g} s"
+                why, kind = f"has not answered within {SECONDS:g} s", "disk"
+            elif isinstance(failure.value, DatabaseBusy | DatabaseFull):
+                why, kind = f"takes nothing just now ({failure.value.code})", "disk"
             elif isinstance(failure.value, TursiError):
                 why = f"can't be used ({failure.value.code})"
             else:
                 why = "can't be used"
-            return Part("database", healthy=False, message=why, kind="database")
+            return Part("database", healthy=False, message=why, kind=kind)
 
         # Through both threads, and to the file itself.
         found = self._store.ping().addCallback(lambda _: self._store.last_crash())
@@ -148,7 +151,11 @@ class Checks:
 
 
 def overall(parts: list[Part]) -> str:
-    """``unhealthy`` without a database, ``degraded`` while any part isn't well, or ``healthy``."""
+    """``unhealthy`` without a database, ``degraded`` while any part isn't well, or ``healthy``.
+
+    A database that is locked or full comes back by itself, and models serve meanwhile: who
+    restarts the daemon for it makes it worse.
+    """
     if any(part.kind == "database" and not part.healthy for part in parts):
         return "unhealthy"
     return "healthy" if all(part.healthy for part in parts) else "degraded"

@@ -19,7 +19,7 @@ from twisted.internet.unix import Port as UnixPort
 from twisted.python.failure import Failure
 
 from tursi.config import Listener
-from tursi.errors import AddressInUse, ConfigurationError
+from tursi.errors import AddressInUse, AlreadyRunning, ConfigurationError
 from tursi.model import Role
 
 _SOCKET_PATH_LIMIT = 107
@@ -40,7 +40,9 @@ class _Recorder:
         self.host = ""
         self.port: int | None = None
         self.descriptor: int | None = None
-        """The socket, where the service manager has handed it over."""
+        """The socket, where the service manager has handed it over,"""
+        self.family: int | None = None
+        """and its address family."""
         self.context: Any = None
         """For TLS, if it has that."""
 
@@ -69,7 +71,7 @@ class _Recorder:
                 raise ValueError("the socket doesn't listen (its unit must say Accept=no)")
             if family != socket.AF_UNIX:
                 self.host, self.port = one.getsockname()[:2]
-        self.descriptor = descriptor
+        self.descriptor, self.family = descriptor, family
         raise _HandedOver
 
 
@@ -169,6 +171,22 @@ def control(path: Path, others: Iterable[Listener]) -> Listener:
     return unix(path)
 
 
+def check_nobody_serves(path: Path) -> None:
+    """Raise ``AlreadyRunning`` if somebody listens on the Unix socket ``path``."""
+    with socket.socket(socket.AF_UNIX) as one:
+        one.setblocking(False)
+        try:
+            one.connect(str(path))
+        except BlockingIOError:
+            pass  # it does, and is busy
+        except OSError:
+            return
+    raise AlreadyRunning(
+        f"Another daemon, with another state folder, serves {path}; choose another runtime folder "
+        "with --runtime."
+    )
+
+
 def is_handed_over(listener: Listener) -> bool:
     """Whether its socket is the service manager's, which goes on listening without us."""
     return listener.endpoint.startswith("systemd:")
@@ -208,8 +226,8 @@ def bind(reactor: Any, listener: Listener, factory: IProtocolFactory) -> IListen
     """Listen now; a failure is raised rather than left in a Deferred."""
     if is_handed_over(listener):
         found = _look(listener.endpoint)
-        if found.descriptor is not None and found.port is None:
-            return _adopt(reactor, found.descriptor, factory)
+        if found.descriptor is not None:
+            return _adopt(reactor, found, factory)
     outcome: list[IListeningPort | Failure] = []
     serverFromString(reactor, listener.endpoint).listen(factory).addBoth(outcome.append)
     if not outcome:
@@ -222,13 +240,19 @@ def bind(reactor: Any, listener: Listener, factory: IProtocolFactory) -> IListen
     return outcome[0]
 
 
-def _adopt(reactor: Any, descriptor: int, factory: IProtocolFactory) -> IListeningPort:
-    """Listen on a Unix socket of the service manager, and leave it as it was."""
-    # Twisted's own way opens the socket to everybody; and with the port it would shut the
-    # socket down and remove its file, so that no later start could serve it.
+def _adopt(reactor: Any, found: _Recorder, factory: IProtocolFactory) -> IListeningPort:
+    """Listen on a copy of the service manager's socket, and leave that as it was.
+
+    Twisted's own way closes the socket that it copies; a reload looks at it again.
+    """
+    descriptor: Any = found.descriptor
     os.set_blocking(descriptor, False)
+    if found.port is not None:
+        adopted: IListeningPort = reactor.adoptStreamPort(descriptor, found.family, factory)
+        return adopted
+    # And it opens a Unix socket to everybody; and with the port it would shut the
+    # socket down and remove its file, so that no later start could serve it.
     port: Any = UnixPort._fromListeningDescriptor(reactor, descriptor, factory)  # noqa: SLF001 - no other way
-    os.close(descriptor)
     path = port._preexistingSocket.getsockname()  # noqa: SLF001 - the same
     if isinstance(path, str):
         port.mode = stat.S_IMODE(Path(path).stat().st_mode)

@@ -28,9 +28,7 @@ class Ports:
         """Listen there; raises why that can't be."""
         for listener in listeners:
             if listener.endpoint in self._open:
-                raise ConfigurationError(
-                    f"http.listeners: {listener.endpoint!r} is there twice; leave one out."
-                )
+                raise _twice(listener)
             site, reactor = self._make_site(listener), self._reactor
             secured = certificates(listener)
             if secured is not None:
@@ -44,7 +42,10 @@ class Ports:
         What both have is left alone, but that its certificates are read again. Open
         connections stay.
         """
+        endpoints = [each.endpoint for each in new]
         for each in new:
+            if endpoints.count(each.endpoint) > 1:
+                raise _twice(each)
             if each.endpoint in self._open and each.endpoint in self._certificates:
                 self._certificates[each.endpoint].reload()
         added = [each for each in new if each.endpoint not in self._open]
@@ -84,3 +85,9 @@ class Ports:
             found = self._open.pop(listener.endpoint, None)
             if found is not None:
                 await maybeDeferred(found[0].stopListening)
+
+
+def _twice(listener: Listener) -> ConfigurationError:
+    return ConfigurationError(
+        f"http.listeners: {listener.endpoint!r} is there twice; leave one out."
+    )

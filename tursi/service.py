@@ -47,6 +47,7 @@ from tursi.lag import Lag
 from tursi.launch import Launch
 from tursi.listen import (
     check,
+    check_nobody_serves,
     control,
     give_to_group,
     group_id,
@@ -106,7 +107,8 @@ def preflight(configuration: Configuration, folders: Folders) -> None:
     for listener in configuration.http.listeners:
         check(listener)
         certificates(listener)
-    control(folders.socket, configuration.http.listeners)
+    if not is_handed_over(control(folders.socket, configuration.http.listeners)):
+        check_nobody_serves(folders.socket)
 
 
 class Daemon(Service):
@@ -162,6 +164,8 @@ class Daemon(Service):
         self._front: api.Front
         self._info: api.Info
         self._reloading = DeferredLock()
+        self._group: int | None = None
+        """Of the control socket."""
         self._notifier = Notifier(reactor, environment)
         self._lag = Lag(reactor)
         self._heap = heap.Heap(reactor, lambda: self._fleet.busy)
@@ -246,6 +250,7 @@ class Daemon(Service):
         # An upgrade of a large database takes its time, and so does the look at it.
         self._notifier.extend(_UPGRADE_SECONDS)
         store.prepare(self._folders.database)
+        self._check_socket()
         self._premises.remove_socket()
         self._children.contain()
         info = api.Info(
@@ -259,7 +264,7 @@ class Daemon(Service):
         for each in unclaimed(self._listeners):
             log.warn("systemd has handed over {socket}, but no listener uses it", socket=each)
         self._info = info
-        group = group_id(self._configuration.http.control_group)
+        self._group = group = group_id(self._configuration.http.control_group)
         self._front = api.Front(
             self._fleet,
             info,
@@ -272,11 +277,18 @@ class Daemon(Service):
             group=group,
         )
         self._ports.open(each for each in self._listeners if not is_handed_over(each))
-        if group is not None and self._premises.socket_is_ours:
-            give_to_group(self._folders.socket, group)
+        self._give_socket(group)
         self._write_status()
         if self._launch.parent is not None:
             self._launch.parent.serves()
+
+    def _check_socket(self) -> None:
+        if self._premises.socket_is_ours:
+            check_nobody_serves(self._folders.socket)
+
+    def _give_socket(self, group: int | None) -> None:
+        if group is not None and self._premises.socket_is_ours:
+            give_to_group(self._folders.socket, group)
 
     def _write_status(self) -> None:
         file = logging.current.path
@@ -373,9 +385,13 @@ class Daemon(Service):
         return ensureDeferred(self._stop())
 
     async def _stop(self) -> None:
+        self._stopping = True
         self._last_resort.begin(self._stop_seconds())
         self._notifier.stopping()
         self._notifier.extend(self._stop_seconds())
+        # A reload under way would open the ports again; those that wait find out by themselves.
+        await self._reloading.acquire()
+        self._reloading.release()
         await self._ports.close()
         if self._starting is not None:
             # Half a start can't be undone; it takes no longer than the last resort allows.
@@ -439,16 +455,24 @@ class Daemon(Service):
             self._reloading.release()
 
     async def _apply(self) -> Reloaded:
-        configuration = await deferToThreadPool(
+        configuration, group = await deferToThreadPool(
             self._reactor, self._reactor.getThreadPool(), self._read
         )
         changed = config.changes(self._configuration, configuration)
         listeners = (self._listeners[0], *configuration.http.listeners)
-        await self._ports.change(self._listeners, listeners)
+        if group != self._group:
+            self._give_socket(os.getegid() if group is None else group)
+        try:
+            await self._ports.change(self._listeners, listeners)
+        except TursiError:
+            if group != self._group:
+                self._give_socket(os.getegid() if self._group is None else self._group)
+            raise
         # From here on nothing can fail.
         self._configuration = self._children.configuration = configuration
         self._listeners = self._info.listeners = listeners
-        self._front.configure(_fitting(configuration))
+        self._group = group
+        self._front.configure(_fitting(configuration), group)
         for listener, site in self._ports.sites(listeners):
             self._front.adapt(site, listener.roles, **_kind(listener))
         logging.current.configure(configuration.log)
@@ -459,15 +483,15 @@ class Daemon(Service):
         log.info("the configuration was read: {changed}", changed=", ".join(changed) or "no change")
         return Reloaded(changed, rolled)
 
-    def _read(self) -> Configuration:
-        """The configuration as the file has it now, if it can be used."""
+    def _read(self) -> tuple[Configuration, int | None]:
+        """The configuration as the file has it now, if it can be used, and its control group."""
         configuration = config.load(self._launch.configuration, self._folders.configuration)
         for listener in configuration.http.listeners:
             # Who listens there may be ourselves.
             with suppress(AddressInUse):
                 check(listener)
             certificates(listener)
-        return configuration
+        return configuration, group_id(configuration.http.control_group)
 
     # -- for people -------------------------------------------------------------------------
 

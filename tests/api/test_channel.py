@@ -318,3 +318,22 @@ def test_what_is_refused_on_the_way_is_counted(house: House) -> None:
         "invalid_api_key", "request_timeout",
     ):  # fmt: skip
         assert f'tursi_requests_refused_total{{code="{code}"}} 1.0' in text
+
+
+def test_after_a_refusal_many_small_pieces_are_not_read_one_by_one(house: House) -> None:
+    channel, transport = house.connect()
+    head = {"Content-Length": str(HTTP.max_inference_body + 1)}
+    channel.dataReceived(request("POST", "/v1/embeddings", headers=head))
+    assert parse(transport.value()).status == 413
+    assert transport.producerState == "producing"
+    channel.dataReceived(b"1\r\nx\r\n")
+    assert transport.producerState == "paused"
+    house.clock.advance(0.1)
+    assert transport.producerState == "producing"
+    # What is large is soon over.
+    channel.dataReceived(b"x" * 65536)
+    assert transport.producerState == "producing"
+    channel.dataReceived(b"1\r\nx\r\n")
+    channel.connectionLost()
+    house.clock.advance(0.1)
+    assert transport.producerState == "paused"

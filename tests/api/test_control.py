@@ -88,7 +88,7 @@ def test_another_configuration_holds_for_sites_that_are_open() -> None:
     house = House()
     site = house.front.site((Role.HEALTH,))
     changed = Configuration(http=Http(hosts=("my.example",), hot_path=False, max_connections=1))
-    house.front.configure(changed)
+    house.front.configure(changed, None)
     house.front.adapt(site, (Role.CONTROL,))
     assert site.access.knows(b"my.example", local=False)
     assert site.settings == changed.http

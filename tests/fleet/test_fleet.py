@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from fakes import InlineConnectionPool, InlineReactor
 
 from tursi import store
-from tursi.config import Configuration, Requests, Workers
+from tursi.config import Configuration, Hub, Memory, Requests, Workers
 from tursi.errors import (
     CatalogueEntryNotFound,
     DeploymentNotFound,
@@ -34,6 +34,7 @@ from tursi.errors import (
     RepositoryNotFound,
     ShuttingDown,
     StartingUp,
+    TursiError,
 )
 from tursi.fleet import Fleet, Work
 from tursi.model import (
@@ -43,6 +44,7 @@ from tursi.model import (
     FailureClass,
     Host,
     Limits,
+    Load,
     Loaded,
     LoadOrder,
     Phase,
@@ -50,6 +52,7 @@ from tursi.model import (
     Reference,
     Request,
     Resolution,
+    Schedule,
     Trust,
     WorkerLife,
     WorkerStatus,
@@ -79,6 +82,7 @@ class FakeWorker:
         self.deployment, self.generation, self.replica, _ = key
         self.phase = Phase.STOPPED
         self.reason: str | None = None
+        self.failure: FailureClass | None = None
         self.observer = observer
         self.stopped: Deferred[None] = Deferred()
         self.resets = 0
@@ -115,7 +119,13 @@ class FakeWorker:
 
     def status(self) -> WorkerStatus:
         return WorkerStatus(
-            self.name, self.replica, self.phase, NOW, generation=self.generation, reason=self.reason
+            self.name,
+            self.replica,
+            self.phase,
+            NOW,
+            generation=self.generation,
+            reason=self.reason,
+            failure=self.failure,
         )
 
     def submit(self, ask: object, sink: object) -> int:
@@ -131,6 +141,13 @@ class FakeHub:
         self.trusted: list[Trust] = []
         self.entries = [CatalogueEntry("org/name", "/cache/name", 10)]
         self.touched: list[str] = []
+        self.lacking: set[str] = set()
+        """Folders whose files are gone."""
+        self.removing: Callable[[], object] = lambda: None
+        """Called when something is removed."""
+
+    def lacks(self, resolution: Resolution) -> Deferred[bool]:
+        return succeed(resolution.folder in self.lacking)
 
     def resolve(self, reference: Reference, progress: Any, trust: Trust) -> Deferred[Resolution]:
         def cancel(_: object) -> None:
@@ -150,6 +167,7 @@ class FakeHub:
             for entry in self.entries
             if entry.name != repository or entry.commit not in commits
         ]
+        self.removing()
         return succeed(None)
 
     def touch(self, folder: str) -> Deferred[None]:
@@ -604,6 +622,120 @@ def test_only_what_nobody_uses_is_removed_from_the_disk(bench: Bench) -> None:
     bench.do(bench.fleet.pulls.cancel(1, "uid 0"))
     bench.do(bench.fleet.catalogue.remove("org/name", "uid 0"))
     assert bench.hub.entries == []
+
+
+def test_a_limit_of_the_cache_holds_from_a_reload_on_and_never_takes_what_came_into_use(
+    bench: Bench,
+) -> None:
+    bench.hub.entries = [
+        CatalogueEntry(f"org/{each}", f"/cache/{each}", 10, commit=each * 40, used_at=float(each))
+        for each in "1234"
+    ]
+    bench.fleet.configure(Configuration(hub=Hub(cache_bytes=5)))
+
+    def deploy() -> None:
+        bench.hub.removing = lambda: None
+        bench.deploy("found", model="org/2")
+        bench.found(folder="/cache/2", commit="2" * 40)
+        bench.deploy("looking", model="org/3")
+
+    # While the first of them goes, another two are wanted.
+    bench.hub.removing = deploy
+    bench.do(bench.fleet.catalogue.collect())
+    assert [entry.name for entry in bench.hub.entries] == ["org/2", "org/3"]
+    with pytest.raises(ModelInUse, match="looked for"):
+        bench.do(bench.fleet.catalogue.remove("org/3", "uid 0"))
+
+
+def test_files_that_are_gone_are_fetched_again_as_they_were(bench: Bench) -> None:
+    bench.deploy(model="org/name")
+    commit = "1" * 40
+    bench.found(folder="/cache/1", commit=commit)
+    [first] = bench.workers
+    first.failure = FailureClass.NOT_FOUND
+    first.become(Phase.FAILED, "There is no model folder.")
+    bench.turn()
+    # They are there: it is something else that is missing.
+    assert (bench.phase(), bench.hub.asked) == (Phase.FAILED, [])
+    bench.hub.lacking.add("/cache/1")
+    first.stopped.callback(None)
+    first.become(Phase.FAILED, "There is no model folder.")
+    bench.turn()
+    first.become(Phase.QUEUED)
+    first.become(Phase.FAILED, "There is no model folder.")
+    bench.turn()
+    assert [str(reference) for reference, _, _ in bench.hub.asked] == [f"org/name@{commit}"]
+    assert bench.phase() is Phase.QUEUED
+    bench.found(folder="/cache/1", commit=commit)
+    assert len(bench.workers) == 2
+    bench.workers[1].become(Phase.READY)
+    assert bench.phase() is Phase.READY
+    kinds = [event.kind for event in bench.do(bench.fleet.events("a", 0, 100))]
+    assert kinds.count("files.lost") == 1
+
+
+def test_what_has_failed_is_not_unloaded_and_forgets_nothing(bench: Bench) -> None:
+    schedule = Schedule(Load.ON_DEMAND, 1.0)
+    bench.do(bench.fleet.deploy("a", Request("/models/a"), 1, "uid 0", schedule))
+    bench.found()
+    [worker] = bench.workers
+    worker.become(Phase.READY)
+    bench.turn()
+    worker.become(Phase.QUARANTINED, "it has failed 5 times")
+    for _ in range(20):
+        bench.reactor.advance(1)
+    assert bench.workers == [worker]
+    assert bench.phase() is Phase.QUARANTINED
+    worker.become(Phase.READY)
+    bench.reactor.advance(2)
+    bench.turn()
+    assert worker.phase is Phase.DRAINING
+
+
+class Answer:
+    """Who waits for an answer."""
+
+    def __init__(self) -> None:
+        self.error: TursiError | None = None
+
+    def failed(self, error: TursiError) -> None:
+        self.error = error
+
+
+def submit(bench: Bench) -> Answer:
+    answer = Answer()
+    bench.fleet.submit("a", Work("r", "i", "", b"", 600.0), answer)  # type: ignore[arg-type] # all it needs
+    return answer
+
+
+def test_who_waits_for_a_model_is_told_when_it_is_unloaded_instead(bench: Bench) -> None:
+    schedule = Schedule(Load.ON_DEMAND, None)
+    bench.do(bench.fleet.deploy("a", Request("/models/a"), 1, "uid 0", schedule))
+    answer = submit(bench)
+    bench.do(bench.fleet.unload("a", "uid 0"))
+    assert isinstance(answer.error, DeploymentUnavailable)
+    again = submit(bench)
+    bench.found()
+    assert again.error is None
+    bench.workers[0].become(Phase.FAILED, "it is broken")
+    assert isinstance(again.error, DeploymentUnavailable)
+    assert "it is broken" in again.error.message
+
+
+def test_what_can_never_have_memory_has_failed(bench: Bench) -> None:
+    bench.deploy()
+    answer = submit(bench)
+    bench.found(size=2**40)
+    status = bench.fleet.deployment("a")
+    assert (status.phase, status.failure) == (Phase.FAILED, FailureClass.RESOURCE)
+    assert "more than the 64.0 GiB" in (status.reason or "")
+    assert isinstance(answer.error, DeploymentUnavailable)
+    with pytest.raises(DeploymentUnavailable, match="It needs about"):
+        submit(bench)
+    assert bench.fleet.health()[0] == "degraded"
+    bench.fleet.configure(Configuration(memory=Memory(limit_bytes=2**42)))
+    bench.turn()
+    assert bench.phase() is Phase.SPAWNING
 
 
 def test_a_model_that_is_loaded_is_noted_as_used(bench: Bench) -> None:

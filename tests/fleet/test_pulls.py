@@ -16,6 +16,7 @@ from twisted.python.failure import Failure
 
 from tursi import store
 from tursi.errors import (
+    FetchInterrupted,
     HubUnreachable,
     InvalidRequest,
     PullNotFound,
@@ -176,7 +177,7 @@ def test_a_cancelled_pull_has_ended(bench: Bench) -> None:
 
 def test_a_hub_that_can_not_be_reached_is_tried_again_when_it_says_so(bench: Bench) -> None:
     bench.start()
-    bench.hub.asked[0][1].errback(HubUnreachable("It rests."))
+    bench.hub.asked[0][1].errback(FetchInterrupted("It rests."))
     status = bench.do(bench.pulls.one(1))
     assert (status.state, status.error) == (PullState.RUNNING, "It rests.")
     assert status.next_try_at == NOW + 5

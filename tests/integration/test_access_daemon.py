@@ -210,6 +210,16 @@ def test_members_of_the_control_group_get_in() -> None:
         assert {path.stat().st_gid, path.parent.stat().st_gid} == {group.gr_gid}
         assert ask_as(path, 4242, group.gr_gid) == "HTTP/1.1 200"
         assert ask_as(path, 4242) == "denied"
+        text = one.configuration.read_text()
+        one.configuration.write_text(text.replace(group.gr_name, ""))
+        assert one.control.post("/reload").json()["changed"] == ["http.control_group"]
+        assert path.stat().st_gid == os.getgid()
+        assert ask_as(path, 4242, group.gr_gid) == "denied"
+        one.configuration.write_text(text.replace(group.gr_name, "nobody-knows-it"))
+        assert one.control.post("/reload").status_code == 422
+        one.configuration.write_text(text)
+        assert one.control.post("/reload").status_code == 200
+        assert ask_as(path, 4242, group.gr_gid) == "HTTP/1.1 200"
 
 
 def _exists(gid: int) -> bool:

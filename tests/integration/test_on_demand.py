@@ -143,7 +143,11 @@ def test_what_can_never_fit_says_so(running: Daemon) -> None:
     running.deploy("huge", script(running, "huge", 64 * GIB))
     until(lambda: running.status("huge")["reason"], "there is a reason")
     status = running.status("huge")
-    assert status["phase"] == "queued"
+    assert (status["phase"], status["failure"]) == ("failed", "resource")
+    assert ask(running, "huge") == 503
+    # It is not on its way, so that nobody waits for it.
+    assert running.client.get("/ready").status_code == 200
+    assert running.client.get("/health").json()["status"] == "degraded"
     assert "more than the 3.0 GiB that models may take here" in status["reason"]
     # Others don't wait behind it.
     running.deploy("small", script(running, "small", 1000))

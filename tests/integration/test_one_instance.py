@@ -108,3 +108,23 @@ def test_the_status_file_says_what_runs(idle: Daemon) -> None:
     until(lambda: gone(process), "it is gone")
     # What it has left behind is in nobody's way.
     assert idle.daemonize().pid != process.pid
+
+
+def test_another_state_folder_does_not_take_the_runtime_folder(idle: Daemon) -> None:
+    first = idle.daemonize()
+    files = {
+        each: each.read_text() for each in (idle.runtime / "tursi.pid", idle.runtime / "tursi.json")
+    }
+    arguments = [
+        str(idle.folder / "other") if each == str(idle.state) else each for each in idle.arguments()
+    ]
+    text = idle.configuration.read_text()
+    idle.configuration.write_text(text.replace(f"tcp:{idle.port}:", "tcp:0:"))
+    refused = subprocess.run(
+        arguments, capture_output=True, text=True, cwd=idle.folder, env=idle.environment(),
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert refused.returncode == 75
+    assert "choose another runtime folder with --runtime" in refused.stderr
+    assert {each: each.read_text() for each in files} == files
+    assert idle.control.get("/status").json()["pid"] == first.pid

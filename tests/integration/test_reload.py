@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 
 import httpx
+import psutil
 import pytest
 from daemon import Daemon, daemon, free_port, until
 
@@ -108,6 +109,51 @@ def test_what_is_wrong_leaves_everything_as_it_was(
     assert len(running.control.get("/status").json()["listeners"]) == 2
     configure(running)
     assert reload(running)["changed"] == []
+
+
+def test_a_listener_that_is_there_twice_is_refused_as_at_a_start(running: Daemon) -> None:
+    text = running.configuration.read_text()
+    running.configuration.write_text(text + text)
+    answer = running.control.post("/reload")
+    assert answer.status_code == 422
+    assert "is there twice" in answer.json()["error"]["message"]
+    assert running.client.get("/live").status_code == 200
+
+
+def test_a_reload_opens_nothing_when_the_daemon_stops(running: Daemon) -> None:
+    running.deploy("echo", running.script(echo=True, delay=3.0))
+    running.wait("echo")
+    late: list[int] = []
+
+    def ask() -> None:
+        late.append(httpx.post(f"{running.url}/v1/embeddings", json=BODY, timeout=60).status_code)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    until(lambda: running.status("echo")["in_flight"], "it is at it")
+    configure(running, port=free_port())
+    assert running.process is not None
+    for _ in range(20):
+        running.process.send_signal(signal.SIGHUP)
+    running.process.send_signal(signal.SIGTERM)
+    for _ in range(20):
+        running.process.send_signal(signal.SIGHUP)
+    until(lambda: "stopping because" in running.log.read_text(), "it stops")
+    until(lambda: not listens(running), "nobody listens", 2)
+    asking.join()
+    assert late == [200]
+    assert not listens(running)
+    assert running.process.wait(30) == 0
+    assert "Traceback" not in running.log.read_text()
+
+
+def listens(running: Daemon) -> bool:
+    assert running.process is not None
+    try:
+        found = psutil.Process(running.process.pid).net_connections()
+    except psutil.NoSuchProcess:
+        return False
+    return any(each.status == psutil.CONN_LISTEN for each in found)
 
 
 def test_what_workers_are_told_rolls_those_whom_it_concerns_and_no_request_is_lost(

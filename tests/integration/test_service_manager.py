@@ -206,6 +206,19 @@ def test_sockets_of_systemd_are_served_and_stay_its_own(activated: Activated) ->
     assert httpx.get(f"http://127.0.0.1:{port}/deployments").status_code == 403
     assert activated.log.read_text().count("but no listener uses it") == 1
 
+    # A reload looks at them again, leaves them as they are, and can let go of one and take it back.
+    for settings in (activated.configuration.read_text(), "", None):
+        before = activated.configuration.read_text()
+        if settings is not None:
+            activated.configuration.write_text(settings)
+        answer = activated.control.post("/reload")
+        assert answer.status_code == 200, answer.text
+        activated.configuration.write_text(before)
+    assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(activated.folder / "ctl"))) as other:
+        assert other.get("http://localhost/deployments").status_code == 200
+    assert control.stat().st_mode & 0o777 == 0o640
+
     if activated.scripted:
         activated.deploy("echo", activated.script(echo=True))
         activated.wait("echo")

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 _LINGER_SECONDS = 2.0
 """How long what the client still sends is thrown away, so that it can read its refusal."""
+_LARGE = 16384
+"""Bytes of it that are worth a read;"""
+_REST_SECONDS = 0.02
+"""after less nothing is read for this long."""
 _FLUSH_SECONDS = 15.0
 """How long an idle connection may take to send what is left when it is closed."""
 _NEVER = math.inf
@@ -54,6 +58,8 @@ class Channel(http.HTTPChannel):
     """Who is at the other end."""
     deadline = _NEVER
     """Monotonic time, in seconds, at which ``overdue`` is called."""
+    _resting = False
+    """Whether nothing is read for a moment."""
     _stage = "idle"
     """What is waited for: idle, headers, body, answer, or closing."""
 
@@ -121,6 +127,7 @@ class Channel(http.HTTPChannel):
     def dataReceived(self, data: bytes) -> None:  # noqa: N802 - Twisted's name
         """Bytes from the client; dropped once a request was refused."""
         if self._stage == "closing":
+            self._throw_away(data)
             return
         if self._stage == "idle":
             self._wait("headers", self.site.settings.header_seconds)
@@ -134,6 +141,19 @@ class Channel(http.HTTPChannel):
         ):
             # Twisted would wait for a CR LF.
             self.refuse(InvalidRequest(_BARE_LINE_FEED))
+
+    def _throw_away(self, data: bytes) -> None:
+        """Read on after a refusal, but no faster than that costs little."""
+        if len(data) < _LARGE and not self._resting:
+            # Many small pieces cost the more, and arrive together a moment later.
+            self._resting = True
+            self.transport.pauseProducing()
+            self.site.reactor.callLater(_REST_SECONDS, self._read_on)
+
+    def _read_on(self) -> None:
+        self._resting = False
+        if self.deadline != _NEVER:
+            self.transport.resumeProducing()
 
     def headerReceived(self, line: bytes) -> bool:  # noqa: N802 - Twisted's name
         """A header."""

@@ -88,9 +88,10 @@ class Front:
         numbers = itertools.count(1)
         self._new_id = lambda: f"{prefix}{next(numbers):x}".encode("ascii")
 
-    def configure(self, configuration: Configuration) -> None:
-        """Go by this from now on; each site is then to be told by ``adapt``."""
+    def configure(self, configuration: Configuration, group: int | None) -> None:
+        """Go by these from now on; each site is then to be told by ``adapt``."""
         self._configuration = configuration
+        self._group = group
         self._inference.configure(configuration)
 
     def adapt(

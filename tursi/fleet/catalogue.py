@@ -36,10 +36,14 @@ class Catalogue:
         self._journal = journal
         self._limit = limit
 
+    def configure(self, limit: int) -> None:
+        """Keep the cache to this many bytes from now on."""
+        self._limit = limit
+
     async def entries(self) -> list[CatalogueEntry]:
         """All models in the cache, and the folders outside it that deployments use."""
-        users = self._users()
         entries = await self._hub.catalogue()
+        users = self._users()
         known = {entry.folder for entry in entries}
         outside = [
             CatalogueEntry(Path(folder).name, folder, size=0)
@@ -79,6 +83,8 @@ class Catalogue:
             )
         if self._pulls.using(reference.repository):
             raise ModelInUse(f"{model} is being pulled; cancel that first.")
+        if self._fetching(reference.repository):
+            raise ModelInUse(f"{model} is being looked for by a deployment; `tursi ps` shows it.")
         await self._delete(entries)
         self._journal.note("model.removed", f"{by} removes {model} from the disk", cause=by)
         return entries
@@ -89,16 +95,37 @@ class Catalogue:
             return
         try:
             for entry in excess(await self.entries(), self._limit):
-                if self._pulls.using(entry.name):
-                    continue
-                await self._delete([entry])
-                self._journal.note(
-                    "model.removed",
-                    f"{entry.name} ({mebibytes(entry.size)}) is removed from the disk",
-                    cause=f"downloaded models take more than {mebibytes(self._limit)}",
-                )
+                # Removing the ones before it has taken a while.
+                if not self._in_use(entry):
+                    await self._drop(entry)
         except TursiError as error:
             log.warn("the cache keeps its size: {message}", message=error.message)
+
+    async def _drop(self, entry: CatalogueEntry) -> None:
+        try:
+            await self._delete([entry])
+        except ModelInUse:
+            return
+        self._journal.note(
+            "model.removed",
+            f"{entry.name} ({mebibytes(entry.size)}) is removed from the disk",
+            cause=f"downloaded models take more than {mebibytes(self._limit)}",
+        )
+
+    def _in_use(self, entry: CatalogueEntry) -> bool:
+        return (
+            self._pulls.using(entry.name)
+            or self._fetching(entry.name)
+            or entry.folder in self._users()
+        )
+
+    def _fetching(self, repository: str) -> bool:
+        """Whether a deployment has its files looked for; they may be found at any moment."""
+        return any(
+            member.fetch is not None
+            and Reference.parse(member.deployment.generation.request.model).repository == repository
+            for member in self._members.values()
+        )
 
     async def _delete(self, entries: Collection[CatalogueEntry]) -> None:
         [name] = {entry.name for entry in entries}

@@ -199,6 +199,8 @@ class Convergence:
         member.woken_at = member.loaded_at = None
         name = member.deployment.name
         self._journal.note("unload", f"{name} is unloaded", deployment=name, cause=reason)
+        # Nothing comes any more that what waits could wait for.
+        member.queue.pump()
         self.soon()
 
     def forget(self, member: Member) -> None:
@@ -221,6 +223,9 @@ class Convergence:
         room = self._memory.room()
         for member in self._members.values():
             member.waits = self._memory.explain(member, room)
+            member.never = member.waits is not None and self._memory.never(member)
+            if member.never:
+                member.queue.pump()
             deadline = self._memory.deadline(member)
             ahead = None if deadline is None else deadline - self._reactor.seconds()
             member.unloads_at = None if ahead is None else self._now() + ahead
@@ -310,6 +315,8 @@ class Convergence:
     # -- files ---------------------------------------------------------------------
 
     def _resolve(self, member: Member, generation: int) -> None:
+        if member.lost:
+            self._retire_failed(member)
         fetch = member.fetch
         if fetch is None:
             fetch = member.fetch = Fetch(generation)
@@ -317,6 +324,10 @@ class Convergence:
             return
         request = member.deployment.generation.request
         reference = Reference.parse(request.model)
+        known = member.deployment.generation.resolution
+        if known is not None and known.commit is not None:
+            # What it was, whatever the name means by now.
+            reference = replace(reference, revision=known.commit)
 
         def advanced(progress: Progress) -> None:
             fetch.progress = progress
@@ -332,6 +343,7 @@ class Convergence:
         fetch.running = None
         if member.fetch is fetch:
             member.fetch = None
+            member.lost = False
             self._learn(member, resolution)
             self.soon()
 
@@ -369,6 +381,39 @@ class Convergence:
         fetch.timer = fetch.error = fetch.retry_at = None
         self.soon()
 
+    def _look_for_files(self, member: Member, worker: Worker) -> None:
+        """Have files of the hub fetched again that were there and are gone."""
+        generation = member.deployment.generation
+        resolution = generation.resolution
+        if (
+            resolution is None
+            or resolution.commit is None
+            or worker.generation != generation.number
+            or worker.status().failure is not FailureClass.NOT_FOUND
+        ):
+            return
+
+        def looked(lacks: bool) -> None:
+            if lacks and member.deployment.generation == generation and not member.lost:
+                member.lost = True
+                name = member.deployment.name
+                self._journal.note(
+                    "files.lost",
+                    f"the files of {name} are gone from the disk; they are fetched again",
+                    deployment=name,
+                )
+                self.soon()
+
+        self._hub.lacks(resolution).addCallbacks(
+            looked, lambda failure: log.warn("{error}", error=failure.getErrorMessage())
+        )
+
+    def _retire_failed(self, member: Member) -> None:
+        for key, worker in list(member.workers.items()):
+            current = key.generation == member.deployment.generation.number
+            if current and worker.phase is Phase.FAILED and key not in member.retiring:
+                self._retire(member, key)
+
     # -- what the workers tell (supervision.worker.Observer) -----------------------------
 
     def changed(self, worker: Worker, cause: str) -> None:
@@ -396,6 +441,8 @@ class Convergence:
                 if used is not None and worker.generation == member.deployment.generation.number:
                     member.peak = max(member.peak or 0, used)
                 self._ready(member, worker)
+            if phase is Phase.FAILED:
+                self._look_for_files(member, worker)
             self.soon()
         member.queue.pump()
 

@@ -195,6 +195,7 @@ class Fleet:
         self._configuration = configuration
         self._crashes.keep(configuration.storage.crashes)
         self._memory.configure(configuration.memory)
+        self.catalogue.configure(configuration.hub.cache_bytes)
         self._logs.keep(configuration.workers.log_lives)
         for member in self._members.values():
             member.queue.configure(configuration.requests)
@@ -603,6 +604,7 @@ class Fleet:
             member.queue = self._queue(member)
         if deployment.generation.number != member.deployment.generation.number:
             member.drop_fetch()
+            member.lost = False
             member.queue.forgive()
             member.peak = member.load_seconds = None
             member.wake(self._reactor.seconds())

@@ -16,6 +16,7 @@ from tursi.model import (
     Deployment,
     DeploymentStatus,
     Desired,
+    FailureClass,
     Load,
     Phase,
     Progress,
@@ -81,6 +82,8 @@ class Member:
         self.leaving = False
         """Whether it has been removed and only waits for its workers to end."""
         self.fetch: Fetch | None = None
+        self.lost = False
+        """Whether the files that it had are gone from the disk, and are fetched again."""
         self.crash: Crash | None = None
         """The last one, until a worker serves again."""
         self.awake = deployment.schedule.load is Load.ALWAYS
@@ -96,6 +99,8 @@ class Member:
         """What the last load took."""
         self.waits: str | None = None
         """Why what is queued isn't loaded, if it isn't its turn."""
+        self.never = False
+        """Whether that can't change by itself: it is larger than all that there is."""
         self.unloads_at: float | None = None
         """UTC epoch seconds, if nobody uses it until then."""
         self.queue = make_queue(self)
@@ -136,7 +141,7 @@ class Member:
             deployment.name,
             deployment.generation.number,
             deployment.replicas if running else 0,
-            deployment.generation.resolution is not None,
+            deployment.generation.resolution is not None and not self.lost,
             self.revision,
         )
 
@@ -164,7 +169,10 @@ class Member:
             return DeploymentUnavailable(
                 f"The model {name} is not loaded; `tursi load {name}` loads it."
             )
-        if any(worker.phase in _COMING for worker in self.serving()):
+        phases = {worker.phase for worker in self.serving()}
+        if self.never and self.waits is not None and phases <= {Phase.QUEUED}:
+            return DeploymentUnavailable(f"{name} can't be served: {self._discreet(self.waits)}")
+        if not phases.isdisjoint(_COMING):
             return None
         if self.fetch is not None and self.fetch.error is not None:
             if self.fetch.retry_at is not None:
@@ -222,6 +230,8 @@ class Member:
             next_try_at, progress = best.next_try_at, best.progress
             if phase is Phase.QUEUED and self.waits is not None:
                 reason = self.waits
+                if self.never:
+                    phase, failure = Phase.FAILED, FailureClass.RESOURCE
         elif deployment.desired is Desired.STOPPED or self.leaving or not self.awake:
             phase = min(
                 (status.phase for status in workers), key=_ORDER.index, default=Phase.STOPPED

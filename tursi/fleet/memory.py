@@ -17,6 +17,7 @@ _ACTIVATIONS = 1.2
 _CONVERSION = 1.75
 """Times the files' size: while a load changes the dtype, old and new weights are there."""
 _THERE = frozenset({Phase.READY, Phase.SUSPECT, Phase.DRAINING, Phase.STOPPING, Phase.KILLING})
+_SERVES = frozenset({Phase.READY, Phase.SUSPECT})
 _LOADING = frozenset({Phase.SPAWNING, Phase.LOADING, Phase.WARMING})
 _LOAD_SECONDS = 10.0
 """Of a model that has never been loaded."""
@@ -111,6 +112,10 @@ class Memory:
             )
         return f"It waits for memory: it needs about {mebibytes(need)}, {mebibytes(room)} are free."
 
+    def never(self, member: Member) -> bool:
+        """Whether one of its workers needs more than all of them may have together."""
+        return self._limit is not None and self.need(member) > self._limit
+
     def idle(self) -> list[tuple[Member, str]]:
         """What is loaded on demand and has not been used for long enough, with the reason."""
         now, found = self._clock(), []
@@ -126,7 +131,10 @@ class Memory:
         seconds = self._keep_alive(member)
         if member.deployment.schedule.load is not Load.ON_DEMAND or not member.awake or seconds < 0:
             return None
-        if member.loaded_at is None:
+        # What has failed takes no memory, and coming back it would forget its failures.
+        if member.loaded_at is None or not any(
+            worker.phase in _SERVES for worker in member.workers.values()
+        ):
             return None
         return max(member.used_at, member.loaded_at) + seconds
 

@@ -12,7 +12,13 @@ from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from tursi.errors import HubUnreachable, InternalError, InvalidRequest, TursiError
+from tursi.errors import (
+    FetchInterrupted,
+    HubUnreachable,
+    InternalError,
+    InvalidRequest,
+    TursiError,
+)
 from tursi.fleet.journal import Journal
 from tursi.hub import Hub
 from tursi.model import Progress, Pull, PullState, PullStatus, Reference, Resolution, Trust
@@ -210,7 +216,7 @@ class Pulls:
         if not isinstance(error, TursiError):
             log.failure("the pull of {model} failed", failure, model=going.pull.model)
             error = InternalError(f"The download failed: {error}")
-        if not isinstance(error, HubUnreachable):
+        if not isinstance(error, HubUnreachable | FetchInterrupted):
             self._end(going, running, error)
             return
         going.halt()

@@ -96,6 +96,10 @@ class Hub:
         """Remove these snapshots from the cache; fails with ``ModelInUse`` while it is fetched."""
         return self._in_thread(partial(_removed, repository, tuple(commits)), self._cache)
 
+    def lacks(self, resolution: Resolution) -> Deferred[bool]:
+        """Whether files that were found are no longer there."""
+        return self._in_thread(partial(disk.lacks, names=resolution.files), Path(resolution.folder))
+
     def touch(self, folder: str) -> Deferred[None]:
         """Note that the model in ``folder`` is used now, if it is in the cache."""
         if not Path(folder).is_relative_to(self._cache):

@@ -100,6 +100,11 @@ def catalogue(cache: Path) -> list[CatalogueEntry]:
     return sorted(entries, key=lambda entry: (entry.name, entry.commit or ""))
 
 
+def lacks(snapshot: Path, names: Collection[str]) -> bool:
+    """Whether one of the files ``names`` of ``snapshot`` is missing."""
+    return not snapshot.is_dir() or not all((snapshot / name).exists() for name in names)
+
+
 def touch(snapshot: Path) -> None:
     """Note that the model is used now."""
     with contextlib.suppress(OSError):
