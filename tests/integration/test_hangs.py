@@ -198,4 +198,3 @@ def test_a_stopped_model_is_found_and_replaced_with_default_settings() -> None:
         assert (life["failure"], life["intent"]) == ("hung", "hung")
         log = (running.state / "workers" / "minilm" / f"{before['uuid']}.log").read_text()
         assert "scheduler.py" in log
-        assert " in _take" in log

@@ -36,6 +36,7 @@ KILL_SECONDS = 10.0
 ANSWER_SECONDS = 5.0
 RELOAD_SECONDS = 120.0
 _POLL_SECONDS = 0.05
+_LETTING_GO_SECONDS = 1.0
 _ALREADY_RUNNING = 75
 _IGNORED = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -200,8 +201,11 @@ def _silent(service: Service, error: Failure) -> tuple[int, str]:
     """What it means that the daemon doesn't say how it is."""
     if error.code == "starting_up":
         return RUNS, "Tursi is starting."
+    deadline = time.monotonic() + _LETTING_GO_SECONDS
     try:
-        pid = service.holder()
+        # A process that has just been killed holds its lock until its last thread is gone.
+        while (pid := service.holder()) is not None and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
     except Failure as unknown:
         return UNKNOWN, unknown.message
     if pid is not None:
