@@ -1,0 +1,118 @@
+"""The words of the domain: frozen values that every floor speaks.
+
+Times are UTC epoch seconds (``float``), sizes are bytes, durations are seconds.
+"""
+
+from __future__ import annotations
+
+from tursi.model.access import ALL_SCOPES, DEFAULT_PORT, ApiKey, Caller, Role, Scope
+from tursi.model.audit import AuditEntry, AuditQuery
+from tursi.model.crash import Crash, Dossier, last_line
+from tursi.model.deployment import (
+    DTYPES,
+    MAX_REPLICAS,
+    Deployment,
+    Desired,
+    Generation,
+    Load,
+    Request,
+    Resolution,
+    Schedule,
+    Trust,
+    check_replicas,
+)
+from tursi.model.fit import Fit, Verdict
+from tursi.model.history import Event, Minute, Story
+from tursi.model.limits import (
+    MAX_PROCESSES,
+    MIN_CPU,
+    MIN_FILES,
+    MIN_MEMORY,
+    MIN_PROCESSES,
+    Host,
+    Limits,
+    mebibytes,
+)
+from tursi.model.name import deployment_name, key_name
+from tursi.model.paths import Folders, folders
+from tursi.model.pull import CatalogueEntry, Pull, PullState, PullStatus
+from tursi.model.reference import Reference
+from tursi.model.status import (
+    Containment,
+    DatabaseReport,
+    DeploymentStatus,
+    StorageStatus,
+    WorkerStatus,
+)
+from tursi.model.task import Task
+from tursi.model.worker import (
+    FailureClass,
+    Loaded,
+    LoadOrder,
+    Phase,
+    Progress,
+    Sample,
+    Usage,
+    WorkerLife,
+)
+
+__all__ = [
+    "ALL_SCOPES",
+    "DEFAULT_PORT",
+    "DTYPES",
+    "MAX_PROCESSES",
+    "MAX_REPLICAS",
+    "MIN_CPU",
+    "MIN_FILES",
+    "MIN_MEMORY",
+    "MIN_PROCESSES",
+    "ApiKey",
+    "AuditEntry",
+    "AuditQuery",
+    "Caller",
+    "CatalogueEntry",
+    "Containment",
+    "Crash",
+    "DatabaseReport",
+    "Deployment",
+    "DeploymentStatus",
+    "Desired",
+    "Dossier",
+    "Event",
+    "FailureClass",
+    "Fit",
+    "Folders",
+    "Generation",
+    "Host",
+    "Limits",
+    "Load",
+    "LoadOrder",
+    "Loaded",
+    "Minute",
+    "Phase",
+    "Progress",
+    "Pull",
+    "PullState",
+    "PullStatus",
+    "Reference",
+    "Request",
+    "Resolution",
+    "Role",
+    "Sample",
+    "Schedule",
+    "Scope",
+    "StorageStatus",
+    "Story",
+    "Task",
+    "Trust",
+    "Usage",
+    "Verdict",
+    "WorkerLife",
+    "WorkerStatus",
+    "check_replicas",
+    "deployment_name",
+    "folders",
+    "key_name",
+    "last_line",
+    "mebibytes",
+]

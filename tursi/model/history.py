@@ -1,0 +1,44 @@
+"""What has happened, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened, and because of what; append-only."""
+
+    id: int
+    at: float
+    kind: str
+    deployment: str | None
+    message: str
+    cause: str | None = None
+    worker: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """Why a deployment is as it is."""
+
+    sentences: tuple[str, ...]
+    """The answer as one would give it to a colleague."""
+    events: tuple[Event, ...]
+    """The chain that led there, oldest first."""
+    crash: int | None = None
+    """The crash that has the evidence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Minute:
+    """Statistics of one deployment over one minute."""
+
+    deployment: str
+    minute: int
+    requests: int = 0
+    errors: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+    queue_seconds: float = 0.0
