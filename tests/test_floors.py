@@ -27,6 +27,7 @@ PURE = (
     *WORDS, "heartbeat", "config", "wire", "claims", "lifecycle", "plan", "residency", "schema",
     "faces",
 )  # fmt: skip
+MACHINE = ("mark", "mounts")
 STATE = ("store", "supervision", "hub", "lock")
 SANS_IO = ("msgspec", "automat")
 NETWORK = ("twisted", "zope", *SANS_IO)
@@ -35,7 +36,7 @@ RUN = (
     *HOUSE, "listen", "certificates", "notify", "ports", "children", "lag", "heap", "health",
     "hooks",
 )  # fmt: skip
-DAEMON = (*PURE, *STATE, *RUN, "fleet", "api", "service", "keeper", "sandbox", "removal")
+DAEMON = (*PURE, *MACHINE, *STATE, *RUN, "fleet", "api", "service", "keeper", "sandbox", "removal")
 
 FLOORS = {
     # 0: the words of the domain
@@ -57,12 +58,14 @@ FLOORS = {
     # 2: input and output, one kind each
     "lock": Floor(("errors",)),
     "instance": Floor(),
+    "mark": Floor(),
+    "mounts": Floor(),
     "launch": Floor(),
     "logging": Floor(PURE, NETWORK),
     "signals": Floor((), ("twisted",)),
-    "store": Floor(PURE, NETWORK),
+    "store": Floor((*PURE, "mounts"), NETWORK),
     "hub": Floor(PURE, NETWORK),
-    "supervision": Floor((*PURE, "removal"), (*NETWORK, "psutil")),
+    "supervision": Floor((*PURE, "mark", "removal"), (*NETWORK, "psutil")),
     "notify": Floor(PURE, NETWORK),
     "lag": Floor(PURE, NETWORK),
     "heap": Floor((), NETWORK),
@@ -96,8 +99,10 @@ FLOORS = {
     ),
     "fetcher": Floor(("errors", "model", "wire"), ("msgspec", "huggingface_hub", "httpx")),
     # the user
-    "doctor": Floor((*WORDS, "config", "sandbox"), ("msgspec", "psutil")),
-    "cli": Floor(("errors", "model", "doctor", "lock", "instance"), ("click", "rich", "httpx")),
+    "doctor": Floor((*WORDS, *MACHINE, "config", "lock", "sandbox"), ("msgspec", "psutil")),
+    "cli": Floor(
+        ("errors", "model", "doctor", "lock", "instance", "mark"), ("click", "rich", "httpx")
+    ),
 }
 CHILDREN_AND_USER = {"keeper", "hook", "inference", "fetcher", "cli"}
 

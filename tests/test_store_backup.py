@@ -18,11 +18,12 @@ from fakes import InlineConnectionPool, InlineReactor
 
 from twisted.internet.defer import Deferred
 
-from tursi import database
+from tursi import database, mounts
 from tursi.errors import DatabaseBusy, DatabaseError
 from tursi.lock import StateLock
 from tursi.model import AuditQuery
-from tursi.store import Store, backup, inspect, place, prepare, report, restore, schema
+from tursi.mounts import file_system
+from tursi.store import Store, backup, inspect, prepare, report, restore, schema
 
 
 def result(deferred: Deferred[Any]) -> Any:
@@ -284,16 +285,16 @@ nonsense
     ],
 )
 def test_the_file_system_of_a_folder(folder: str, kind: str) -> None:
-    assert place.file_system(MOUNTS, Path(folder)) == kind
-    assert place.file_system("", Path(folder)) == ""
+    assert file_system(MOUNTS, Path(folder)) == kind
+    assert file_system("", Path(folder)) == ""
 
 
 def test_a_network_file_system_is_refused(
     path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    mounts = tmp_path / "mounts"
-    mounts.write_text("22 1 8:1 / / rw - nfs4 server:/ rw\n")
-    monkeypatch.setattr(place, "_MOUNTS", mounts)
+    mounted = tmp_path / "mounts"
+    mounted.write_text("22 1 8:1 / / rw - nfs4 server:/ rw\n")
+    monkeypatch.setattr(mounts, "MOUNTS", mounted)
     path.parent.mkdir()
     for look in (inspect, prepare):
         with pytest.raises(DatabaseError, match=r"network file system \(nfs4\)"):

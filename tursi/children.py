@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tursi import sandbox
+from tursi import mark, sandbox
 from tursi.config import Configuration
 from tursi.model import Folders, Limits, LoadOrder
 from tursi.plan import Key
@@ -110,7 +110,7 @@ class Children:
                 "TOKENIZERS_PARALLELISM": "false",
                 "OMP_NUM_THREADS": threads,
                 "MKL_NUM_THREADS": threads,
-                "TURSI_STATE": str(self._folders.state),
+                mark.STATE: str(self._folders.state),
             },
             logs=self._folders.logs / key.deployment,
             settings=self.configuration.workers,
@@ -137,7 +137,7 @@ class Children:
         return self._one_shot.run(
             name,
             arguments,
-            {**environment, "TURSI_STATE": str(self._folders.state)},
+            {**environment, mark.STATE: str(self._folders.state)},
             receive,
             LifeLog(
                 self._folders.state / "fetches" / f"{name}.log",
@@ -152,7 +152,7 @@ class Children:
         return self._one_shot.run(
             f"hook {name}",
             arguments,
-            {**self._inherited(_KEPT_VARIABLES), "TURSI_STATE": str(self._folders.state)},
+            {**self._inherited(_KEPT_VARIABLES), mark.STATE: str(self._folders.state)},
             lambda _: None,
             LifeLog(
                 self._folders.state / "hooks" / f"{name}.log",

@@ -14,9 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-PID_FILE = "tursi.pid"
-STATUS_FILE = "tursi.json"
-
 
 @dataclass(frozen=True, slots=True)
 class Instance:

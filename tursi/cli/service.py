@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import click
 
-from tursi import instance
+from tursi import instance, mark
 from tursi.cli.connection import Connection, Exit, Failure
 from tursi.cli.options import as_json
 from tursi.cli.terminal import dump, line, local_time, note, table
@@ -100,7 +100,7 @@ def _service(
         runtime = connection.socket.parent
     if state is None and runtime is not None:
         # A daemon that runs there says where the rest is.
-        said = instance.read_status(runtime / instance.STATUS_FILE)
+        said = instance.read_status(places.moved(runtime=runtime).status_file)
         if said is not None:
             places = replace(places, state=Path(said.state), cache=Path(said.cache))
     places = places.moved(state=state, runtime=runtime, cache=cache)
@@ -369,24 +369,13 @@ def _ended(process: int, seconds: float) -> bool:
 
 def _clear_workers(state: Path) -> None:
     """See to it that none is left; they end by themselves when the daemon has ended."""
+    ours = mark.of_state(state)
     deadline = time.monotonic() + KILL_SECONDS
-    while (left := _workers(state)) and time.monotonic() < deadline:
+    while (left := [*mark.bearers(ours)]) and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
-    for pid in left:
+    for pid, _ in left:
         with suppress(OSError):
             os.kill(pid, signal.SIGKILL)
-
-
-def _workers(state: Path) -> list[int]:
-    """Processes that carry the mark of a daemon on this state folder."""
-    mark = b"TURSI_STATE=" + os.fsencode(state)
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdecimal():
-            with suppress(OSError):
-                if mark in (folder / "environ").read_bytes().split(b"\0"):
-                    found.append(int(folder.name))
-    return found
 
 
 def _clean(service: Service) -> None:

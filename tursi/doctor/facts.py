@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import glob
 import os
 import platform
@@ -20,15 +19,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from tursi import config, sandbox
+from tursi import config, mark, mounts, sandbox
 from tursi.errors import ConfigurationError
+from tursi.lock import StateLock
 from tursi.model import Folders
 
 PACKAGES = ("tursi", "torch", "transformers", "huggingface-hub", "twisted", "jinja2", "kernels")
 _NVIDIA_VERSION = re.compile(r"Kernel Module\s+(?:for \S+\s+)?(\d+[\d.]*)|\b(\d{3,}\.\d+[\d.]*)\b")
 _TCP = re.compile(r"tcp6?:(?:port=)?(\d+)")
 _INTERFACE = re.compile(r"interface=((?:\\:|[^:])+)")
-_MAX_PROCESSES = 100_000
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def collect(
     except ConfigurationError as error:
         problem = error.message
     token = settings.hub.token_file
-    holder = _holder(folders.state / "tursi.lock")
+    holder = _holder(folders.state)
     running = status is not None or holder is not None
     return Facts(
         system=platform.system(),
@@ -185,24 +184,9 @@ def _place(what: str, path: Path) -> Place:
         mode=known.st_mode if known else 0,
         uid=known.st_uid if known else 0,
         writable=os.access(there, os.W_OK),
-        filesystem=_filesystem(there),
+        filesystem=mounts.file_system(_read(mounts.MOUNTS), there.resolve()),
         free=usage.free if usage else None,
     )
-
-
-def _filesystem(path: Path) -> str:
-    real, best, kind = str(path.resolve()), "", ""
-    for text in _read("/proc/self/mountinfo").splitlines():
-        left, _, right = text.partition(" - ")
-        fields = left.split()
-        if len(fields) < 5 or not right:
-            continue
-        # Spaces and the like are written in octal.
-        mount = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4])
-        inside = real == mount or real.startswith(mount.rstrip("/") + "/")
-        if inside and len(mount) >= len(best):
-            best, kind = mount, right.split()[0]
-    return kind
 
 
 def _newest(state: Path) -> float | None:
@@ -212,21 +196,12 @@ def _newest(state: Path) -> float | None:
         return None
 
 
-def _holder(path: Path) -> int | None:
-    """Who holds the lock on the state folder."""
+def _holder(state: Path) -> int | None:
+    """Who holds the lock on the state folder, as far as this user may know."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
+        return StateLock(state).holder()
+    except (ConfigurationError, OSError):
         return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        text = os.read(descriptor, 20).strip()
-        return int(text) if text.isdigit() else 0
-    else:
-        return None
-    finally:
-        os.close(descriptor)
 
 
 def _ports(settings: config.Configuration) -> Iterator[Port]:
@@ -290,17 +265,10 @@ def _nvidia_driver() -> str | None:
 
 
 def _orphans(state: Path) -> Iterator[tuple[int, str]]:
-    mark = b"TURSI_STATE=" + os.fsencode(state)
-    for path in glob.glob("/proc/[0-9]*")[:_MAX_PROCESSES]:  # noqa: PTH207 - as strings
-        try:
-            environment = Path(path, "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        pid = int(path.rpartition("/")[2])
+    for pid, environment in mark.bearers(mark.of_state(state)):
         # A shell that has the variable set is nobody's orphan.
-        marked = any(each.startswith(b"TURSI_WORKER=") for each in environment)
-        if mark in environment and marked and pid != os.getpid():
-            yield pid, _read(f"{path}/comm").strip()
+        if any(each.startswith(mark.of_worker("")) for each in environment):
+            yield pid, _read(f"/proc/{pid}/comm").strip()
 
 
 def _read(path: str | Path) -> str:

@@ -7,6 +7,7 @@ import re
 import stat
 from pathlib import Path
 
+from tursi import mounts
 from tursi.errors import DatabaseError
 
 _NETWORK = frozenset(
@@ -15,8 +16,6 @@ _NETWORK = frozenset(
         "nfs4", "smb3", "smbfs", "sshfs", "s3fs",
     }
 )  # fmt: skip
-_OCTAL = re.compile(r"\\([0-7]{3})")
-_MOUNTS = Path("/proc/self/mountinfo")
 
 
 def check(path: Path, *, owner: int | None) -> None:
@@ -32,7 +31,7 @@ def check(path: Path, *, owner: int | None) -> None:
             f"The database {path} is a symbolic link; put the file itself there, or make the whole "
             "state folder a link."
         )
-    kind = file_system(_MOUNTS.read_text(errors="replace"), path.parent.resolve())
+    kind = mounts.file_system(mounts.MOUNTS.read_text(errors="replace"), path.parent.resolve())
     if kind.removeprefix("fuse.") in _NETWORK:
         raise DatabaseError(
             f"The database {path} is on a network file system ({kind}), where SQLite can't keep it "
@@ -70,18 +69,3 @@ def copies(path: Path) -> list[Path]:
         if (match := name.fullmatch(other.name))
     ]
     return [other for _, other in sorted(found)]
-
-
-def file_system(mounts: str, folder: Path) -> str:
-    """The type of the file system that holds ``folder``, by the text of a ``mountinfo``."""
-    found, depth = "", -1
-    for line in mounts.splitlines():
-        before, separator, after = line.partition(" - ")
-        fields = before.split(" ")
-        if not separator or len(fields) < 5:
-            continue
-        point = Path(_OCTAL.sub(lambda code: chr(int(code[1], 8)), fields[4]))
-        # The last one mounted on a place hides the others.
-        if folder.is_relative_to(point) and len(point.parts) >= depth:
-            found, depth = after.split(" ")[0], len(point.parts)
-    return found

@@ -3,9 +3,7 @@
 After a ``kill -9`` of a keeper its tree falls to the daemon, which is a child
 subreaper; after one of the daemon whatever its keepers could not clear (a
 stopped keeper, say) is found by the next daemon. The marks are the keeper's pid
-with its start time, valid within one boot, and two variables in the
-environment: TURSI_WORKER, a life's uuid, and TURSI_STATE, the daemon's state
-folder.
+with its start time, valid within one boot, and those in the environment.
 """
 
 from __future__ import annotations
@@ -24,11 +22,12 @@ from twisted.internet import process
 from twisted.internet.task import LoopingCall, deferLater
 from twisted.logger import Logger
 
+from tursi import mark
 from tursi.model import WorkerLife
+from tursi.supervision.procfs import PROC
 
 log = Logger()
 
-PROC = Path("/proc")
 _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37
 _SLICE = 32
 """Processes looked at in one turn of the reactor: less than a millisecond."""
@@ -91,7 +90,7 @@ async def clear_orphans(reactor: Any, uuid: str, proc: Path = PROC) -> int:
     told = False
     while True:
         try:
-            found = _adopted(proc) | await _marked(reactor, {f"TURSI_WORKER={uuid}".encode()}, proc)
+            found = _adopted(proc) | await _marked(reactor, {mark.of_worker(uuid)}, proc)
             for leftover in found:
                 _kill(leftover, proc)
             killed |= found
@@ -122,8 +121,8 @@ async def sweep(
     ``seconds`` is logged.
     """
     unfinished = list(lives)
-    marks = {f"TURSI_WORKER={life.uuid}".encode() for life in unfinished}
-    marks.add(b"TURSI_STATE=" + os.fsencode(state))
+    marks = {mark.of_worker(life.uuid) for life in unfinished}
+    marks.add(mark.of_state(state))
     keepers = {
         Leftover(life.keeper_pid, life.keeper_start_time)
         for life in unfinished

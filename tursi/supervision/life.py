@@ -20,7 +20,8 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from tursi.supervision import leftovers
+from tursi import mark
+from tursi.supervision import leftovers, procfs
 from tursi.supervision.logs import LifeLog
 
 log = Logger()
@@ -156,7 +157,7 @@ class Keepers:
         self,
         reactor: Any,
         *,
-        proc: Path = leftovers.PROC,
+        proc: Path = procfs.PROC,
         clear_orphans: Callable[[str], Deferred[int]] | None = None,
         last_resort: float = 5.0,
     ) -> None:
@@ -204,7 +205,7 @@ class KeeperProtocol(ProcessProtocol):
             self._socket, theirs = socket.socketpair()
             opened.enter_context(theirs)
             fds = {0: null, 1: "r", 2: "r", _DATA: theirs.fileno(), _LIFELINE: "w", _STATUS: "r"}
-            environment = {**launch.environment, "TURSI_WORKER": launch.uuid}
+            environment = {**launch.environment, mark.WORKER: launch.uuid}
             try:
                 # Without path (the keeper changes the folder) the reactor uses
                 # posix_spawn; with it, it would fork the whole daemon.
