@@ -31,7 +31,7 @@ MACHINE = ("mark", "mounts")
 STATE = ("store", "supervision", "hub", "lock")
 SANS_IO = ("msgspec", "automat")
 NETWORK = ("twisted", "zope", *SANS_IO)
-HOUSE = ("instance", "logging", "launch", "signals", "premises")
+HOUSE = ("instance", "logging", "launch", "signals", "premises", "preflight", "host")
 RUN = (
     *HOUSE, "listen", "certificates", "notify", "ports", "children", "lag", "heap", "health",
     "hooks",
@@ -83,6 +83,8 @@ FLOORS = {
     "ports": Floor(DAEMON, NETWORK),
     "children": Floor(DAEMON, NETWORK),
     "premises": Floor(DAEMON, NETWORK),
+    "preflight": Floor(DAEMON, NETWORK),
+    "host": Floor(DAEMON, NETWORK),
     "certificates": Floor(DAEMON, NETWORK),
     "service": Floor(DAEMON, (*NETWORK, "klein")),
     # The command line runs it in a process of its own, where no daemon answers.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import threading
 import time
@@ -13,8 +12,6 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, DeferredLock, ensureDeferred
@@ -29,10 +26,7 @@ from tursi.children import WORKER_COMMAND, Children
 from tursi.config import Configuration, Listener
 from tursi.errors import (
     AddressInUse,
-    AlreadyRunning,
-    ConfigurationError,
     DatabaseBusy,
-    DatabaseError,
     DatabaseFull,
     InternalError,
     ShuttingDown,
@@ -41,6 +35,7 @@ from tursi.errors import (
 from tursi.fleet import Fleet
 from tursi.health import Checks
 from tursi.hooks import Hooks
+from tursi.host import fitting, host
 from tursi.hub import Hub
 from tursi.instance import Instance
 from tursi.lag import Lag
@@ -55,10 +50,10 @@ from tursi.listen import (
     needs_keys,
     unclaimed,
 )
-from tursi.lock import StateLock
-from tursi.model import AuditEntry, Folders, Host
+from tursi.model import AuditEntry, Folders
 from tursi.notify import Notifier, describe
 from tursi.ports import Ports
+from tursi.preflight import exit_status
 from tursi.premises import Premises
 from tursi.signals import LastResort, Signals
 from tursi.store import Store
@@ -66,49 +61,9 @@ from tursi.supervision import leftovers
 
 log = Logger()
 
-_EXIT_STATUS: Mapping[type[TursiError], int] = {
-    AlreadyRunning: 75,
-    ConfigurationError: 78,
-    DatabaseError: 78,
-}
 _UPGRADE_SECONDS = 600.0
 _SAVE_SECONDS = 30.0
-_MANY_FILES = 65536
-"""Open files beyond which there is no use for more."""
-_OWN_FILES = 512
-"""Open files for everything but connections of clients."""
-_FEW = 16
 _SOFTWARE = 70
-_UNAVAILABLE = 69
-
-
-def exit_status(error: TursiError) -> int:
-    """The process's exit status when ``error`` keeps it from starting (sysexits.h)."""
-    for kind, status in _EXIT_STATUS.items():
-        if isinstance(error, kind):
-            return status
-    return _UNAVAILABLE
-
-
-def preflight(configuration: Configuration, folders: Folders) -> None:
-    """Raise what would keep the daemon from starting; change nothing.
-
-    The same is looked at again, authoritatively, in ``startService``: between
-    the two, the world may change.
-    """
-    group_id(configuration.http.control_group)
-    StateLock(folders.state).probe()
-    try:
-        store.inspect(folders.database)
-    except DatabaseError:
-        # Or a daemon has begun to write it in the meantime.
-        StateLock(folders.state).probe()
-        raise
-    for listener in configuration.http.listeners:
-        check(listener)
-        certificates(listener)
-    if not is_handed_over(control(folders.socket, configuration.http.listeners)):
-        check_nobody_serves(folders.socket)
 
 
 class Daemon(Service):
@@ -153,7 +108,7 @@ class Daemon(Service):
             logs=folders.logs,
             reactor=reactor,
             now=time.time,
-            host=_host(environment),
+            host=host(environment),
         )
         others = configuration.http.listeners
         self._listeners = (control(folders.socket, others), *others)
@@ -268,7 +223,7 @@ class Daemon(Service):
         self._front = api.Front(
             self._fleet,
             info,
-            _fitting(self._configuration),
+            fitting(self._configuration),
             self._reactor,
             self._keys,
             self._reload,
@@ -472,7 +427,7 @@ class Daemon(Service):
         self._configuration = self._children.configuration = configuration
         self._listeners = self._info.listeners = listeners
         self._group = group
-        self._front.configure(_fitting(configuration), group)
+        self._front.configure(fitting(configuration), group)
         for listener, site in self._ports.sites(listeners):
             self._front.adapt(site, listener.roles, **_kind(listener))
         logging.current.configure(configuration.log)
@@ -512,24 +467,6 @@ class Daemon(Service):
         log.info("{status}", status="\n".join(["status", *lines]))
 
 
-def _host(environment: Mapping[str, str]) -> Host:
-    """What this machine has."""
-    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return Host(
-        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        cores=len(os.sched_getaffinity(0)),
-        files=None if files == resource.RLIM_INFINITY else files,
-        gpus=tuple(f"cuda:{index}" for index in range(_gpus(environment))),
-    )
-
-
-def _gpus(environment: Mapping[str, str]) -> int:
-    """How many GPUs workers can see."""
-    here = len([*Path("/dev").glob("nvidia[0-9]*")])
-    chosen = environment.get("CUDA_VISIBLE_DEVICES")
-    return here if chosen is None else min(here, len([*filter(None, chosen.split(","))]))
-
-
 def _not_reloaded(failure: Failure) -> TursiError:
     if isinstance(failure.value, TursiError):
         log.error("the configuration stays as it was: {message}", message=failure.value.message)
@@ -546,26 +483,3 @@ def _toggle_debug() -> None:
 def _kind(listener: Listener) -> dict[str, bool]:
     """What a listener's site has to know of it besides its roles."""
     return {"is_open": not needs_keys(listener), "is_proxied": listener.behind_proxy}
-
-
-def _fitting(configuration: Configuration) -> Configuration:
-    """``configuration`` with no more connections than there may be descriptors for.
-
-    Without one left nobody could be let in, on the control socket neither.
-    """
-    http = configuration.http
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    files = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
-    fitting = max(_FEW, (files - _OWN_FILES) // (len(http.listeners) + 1))
-    if fitting >= http.max_connections:
-        return configuration
-    log.warn(
-        "http.max_connections is taken as {fitting}: the system allows this process only {files} "
-        "open files (LimitNOFILE=, ulimit -n)",
-        fitting=fitting,
-        files=files,
-    )
-    return msgspec.structs.replace(
-        configuration, http=msgspec.structs.replace(http, max_connections=fitting)
-    )

@@ -53,7 +53,7 @@ class Options(usage.Options):
     def postOptions(self) -> None:  # noqa: N802 - Twisted's name
         """Refuse whatever can be known to fail, before twistd forks."""
         # It takes a moment, during which signals are already held.
-        from tursi.service import exit_status
+        from tursi.preflight import exit_status
 
         try:
             self._read()
@@ -62,7 +62,7 @@ class Options(usage.Options):
             raise SystemExit(exit_status(error)) from None
 
     def _read(self) -> None:
-        from tursi.service import preflight
+        from tursi.preflight import preflight
 
         places = folders(os.environ, os.getuid()).moved(
             # Made absolute: a daemonized process has another working directory.
