@@ -22,7 +22,7 @@ import psutil
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-sys.path.insert(0, str(HERE.parent / "tests" / "integration"))
+sys.path += [str(HERE.parent / "tests"), str(HERE.parent / "tests" / "integration")]
 
 from daemon import daemon, free_port  # noqa: E402 - found by the lines above
 from measure import Round, alternate, load, request, wait_for  # noqa: E402 - the same

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import psutil
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "integration"))
+TESTS = Path(__file__).parent.parent / "tests"
+sys.path += [str(TESTS), str(TESTS / "integration")]
 
-from daemon import daemon
+from daemon import daemon  # noqa: E402 - found by the line above
 
 
 def main() -> None:

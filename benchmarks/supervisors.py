@@ -28,9 +28,10 @@ import httpx
 import psutil
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests" / "integration"))
+sys.path += [str(HERE.parent / "tests"), str(HERE.parent / "tests" / "integration")]
 
-from daemon import Daemon, daemon, until  # noqa: E402 - found by the line above
+from daemon import Daemon, daemon  # noqa: E402 - found by the line above
+from patience import until  # noqa: E402 - the same
 
 WORKER = (sys.executable, "-I", "-u", str(HERE / "peers" / "scripted.py"))
 DEADLINE = 60.0

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 from fakes import InlineReactor, InlineThreadPool
+from patience import until
 from zope.interface import implementer
 
 from twisted.internet.defer import Deferred, fail, succeed
@@ -196,9 +196,7 @@ def test_a_stall_is_told_with_the_stack() -> None:
     lag = Lag(InlineReactor())
     lag.start()
     try:
-        deadline = time.monotonic() + 30
-        while not notes and time.monotonic() < deadline:
-            time.sleep(0.05)
+        until(lambda: notes, "it is told", 30)
     finally:
         lag.stop()
         globalLogPublisher.removeObserver(cast("ILogObserver", observe))

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from patience import until
 from pytest_twisted import ensureDeferred
 
 from twisted.internet import reactor as _reactor
@@ -124,9 +126,7 @@ if os.fork() == 0:
     killed = await sweep(reactor, [], boot_id=BOOT_ID, state=tmp_path)
     assert {each.pid for each in killed} == {keeper.pid, child}
     assert keeper.wait(10) == -signal.SIGKILL
-    deadline = time.monotonic() + 10
-    while _state(child) != "Z":
-        assert time.monotonic() < deadline
+    until(lambda: _state(child) == "Z", "the child has ended", 10)
 
 
 def test_the_daemon_and_its_ancestors_are_never_killed(tmp_path: Path) -> None:
@@ -191,10 +191,7 @@ def test_the_dead_of_others_are_buried() -> None:
     loop = bury(clock)
     pid = os.posix_spawn("/bin/true", ["true"], {})
     try:
-        deadline = time.monotonic() + 30
-        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(lambda: psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, "it has ended", 30)
         clock.advance(5)
         with pytest.raises(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)

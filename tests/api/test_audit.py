@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from conversation import House, request
 from fake_fleet import FakeFleet
 from fakes import InlineReactor, InlineThreadPool

@@ -24,7 +24,7 @@ from tursi.supervision.leftovers import become_subreaper
 from tursi.supervision.monitor import WorkerMonitor
 
 TESTS = Path(__file__).parents[1]
-sys.path += [str(TESTS / "integration")]
+sys.path += [str(TESTS), str(TESTS / "integration")]
 
 from small_daemon import ProgramChild  # noqa: E402 - after the path
 

@@ -38,8 +38,9 @@ from checker import (  # noqa: E402 - after the path
 )
 from clients import PIECES, Changer, Choice, Client, StreamClient  # noqa: E402 - the same
 from clock_daemon import set_clock  # noqa: E402 - the same
-from daemon import Daemon, until  # noqa: E402 - the same
+from daemon import Daemon  # noqa: E402 - the same
 from nemesis import Nemesis, lives  # noqa: E402 - the same
+from patience import until  # noqa: E402 - the same
 
 SETTINGS = """
 [workers]

@@ -10,12 +10,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from patience import until
 from scripted_api import child
 
 from tursi.cli import demo
@@ -125,13 +125,6 @@ def running() -> Iterator[Demo]:
         shutil.rmtree(folder)
 
 
-def eventually(look: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
-    while not look():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_it_deploys_answers_explains_and_stops_at_ctrl_c(running: Demo) -> None:
     with running.start() as process:
         shown = running.until_it_serves(process)
@@ -165,7 +158,7 @@ def test_after_kill_9_no_daemon_stays_and_the_next_demo_works(running: Demo) -> 
         running.until_it_serves(first)
         first.kill()
         first.communicate(timeout=30)
-    eventually((running.state / "stopped").exists)
+    until((running.state / "stopped").exists, "it has stopped", 30)
     running.play("busy")
     with running.start() as second:
         running.until_it_serves(second)

@@ -7,11 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from patience import until
 from scripted_api import Api, Reply, child, deployment, refusal, scripted_api, worker
 
 import tursi.cli.deployments
@@ -256,11 +256,8 @@ def test_ctrl_c_in_up_leaves_the_deployment_to_come_up_and_says_so(api: Api) -> 
     api.on("GET", "/deployments/mini", deployment("loading"))
     command = [sys.executable, "-c", TURSI, "--socket", str(api.socket), "up", "org/mini"]
     with child(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        deadline = time.monotonic() + 30
-        while len(api.asked) < 3:
-            assert time.monotonic() < deadline, "it doesn't wait"
-            assert process.poll() is None
-            time.sleep(0.02)
+        until(lambda: len(api.asked) > 2 or process.poll() is not None, "it waits", 30)
+        assert process.poll() is None
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=30)
     assert process.returncode == Exit.INTERRUPTED

@@ -7,13 +7,12 @@ import os
 import signal
 import socket
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import psutil
 import pytest
 from click.testing import CliRunner, Result
+from patience import gone, until
 
 from tursi import instance
 from tursi.cli import main, service
@@ -47,18 +46,7 @@ class Place:
     def kill(self) -> None:
         pid = self.pid
         os.kill(pid, signal.SIGKILL)
-        deadline = time.monotonic() + 30
-        while not gone(pid):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
-
-def gone(pid: int) -> bool:
-    """Whether it has ended; who its parent is may take its time to collect it."""
-    try:
-        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
+        until(lambda: gone(pid), "it has ended", 30)
 
 
 @pytest.fixture

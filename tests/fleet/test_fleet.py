@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from fakes import InlineConnectionPool, InlineReactor
 
 from twisted.internet.defer import Deferred, succeed
 from twisted.python.failure import Failure
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from fakes import InlineConnectionPool, InlineReactor
 
 from tursi import store
 from tursi.config import Configuration, Hub, Memory, Requests, Workers

@@ -10,40 +10,18 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import httpx
 import psutil
-
-T = TypeVar("T")
+from patience import until
 
 TWISTD = Path(sys.executable).with_name("twistd")
 PLUGINS = Path(__file__).with_name("plugins")
 """Where ``twistd scripted`` is, which is ``twistd tursi`` with scripted workers."""
-
-
-def until(look: Callable[[], T | Literal[False] | None], what: str, seconds: float = 60.0) -> T:
-    """The first true answer of ``look``; fails with ``what`` when the time is over."""
-    deadline = time.monotonic() + seconds
-    while True:
-        found = look()
-        if found:
-            return found
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.02)
-
-
-def gone(process: psutil.Process | int) -> bool:
-    """Whether it has ended; who its parent is may take its time to collect it."""
-    try:
-        found = psutil.Process(process) if isinstance(process, int) else process
-        return not found.is_running() or found.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def free_port() -> int:
@@ -76,6 +54,8 @@ class Daemon:
         self.log = folder / "daemon.log"
         self.process: subprocess.Popen[bytes] | None = None
         self.daemonized: psutil.Process | None = None
+        self.handed_over: list[int] = []
+        """Descriptors that the program gets."""
         self.control = httpx.Client(
             transport=httpx.HTTPTransport(uds=str(self.runtime / "control.sock")),
             base_url="http://localhost",
@@ -115,6 +95,7 @@ class Daemon:
                 stderr=log,
                 cwd=self.folder,
                 env=self.environment(environment),
+                pass_fds=self.handed_over,
             )
 
     def _answers(self) -> bool:

@@ -15,7 +15,8 @@ from typing import Any
 
 import httpx
 import pytest
-from daemon import Daemon, daemon, free_port, until
+from daemon import Daemon, daemon, free_port
+from patience import until
 from self_signed import certificate, common_name, handshake
 
 TURSI = Path(sys.executable).with_name("tursi")

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from clock_daemon import set_clock
-from daemon import Daemon, until
+from daemon import Daemon
+from patience import until
 
 BACKOFF = 2.0
 SETTINGS = f"""

@@ -15,8 +15,9 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from daemon import Daemon, daemon, until
+from daemon import Daemon, daemon
 from minilm import minilm_folder
+from patience import until
 
 from tursi import sandbox
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from daemon import Daemon, until
+from daemon import Daemon
+from patience import until
 
 UNSHARE: tuple[str, ...] = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child=SIGKILL")
 if os.getuid() != 0:

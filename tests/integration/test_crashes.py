@@ -15,7 +15,8 @@ from typing import Any
 
 import httpx
 import pytest
-from daemon import Daemon, daemon, until
+from daemon import Daemon, daemon
+from patience import until
 
 SETTINGS = "[workers]\nbackoff_initial = 0.2\nmax_failures = 50\n"
 TURSI = Path(sys.executable).with_name("tursi")

@@ -14,7 +14,8 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from daemon import TWISTD, Daemon, daemon, until
+from daemon import TWISTD, Daemon, daemon
+from patience import until
 
 BODY = {"model": "echo", "input": "hello"}
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from daemon import Daemon, daemon, gone, until
+from daemon import Daemon, daemon
+from patience import gone, until
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from daemon import Daemon, daemon, until
+from daemon import Daemon, daemon
+from patience import until
 
 TURSI = Path(sys.executable).with_name("tursi")
 SECRET = "xyzzy-the-quick-secret"

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from daemon import Daemon, daemon, until
+from daemon import Daemon, daemon
+from patience import until
 from stand_in_hub import Fault, StandInHub
 
 MODEL = "someone/tiny"

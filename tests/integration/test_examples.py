@@ -11,9 +11,6 @@ from pathlib import Path
 
 import pytest
 from daemon import Daemon, daemon
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from minilm import minilm_folder
 from stand_in_hub import StandInHub
 

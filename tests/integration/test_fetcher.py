@@ -18,6 +18,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from patience import until
 from pytest_twisted import ensureDeferred
 from stand_in_hub import Fault, Snapshot, StandInHub
 
@@ -456,10 +457,11 @@ def test_what_a_killed_fetcher_got_is_not_fetched_again(
     process, ours = fetch.start(MODEL, "", {})
     blobs = fetch.cache / "models--someone--tiny/blobs"
     with process, ours:
-        deadline = time.monotonic() + 20
-        while not any(part.stat().st_size > 1_000_000 for part in blobs.glob("*.incomplete")):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(
+            lambda: any(part.stat().st_size > 1_000_000 for part in blobs.glob("*.incomplete")),
+            "some of it has come",
+            20,
+        )
         process.send_signal(signal.SIGKILL)
     assert fetch(HF_HUB_OFFLINE="1").failed is not None
     run = fetch()

@@ -13,7 +13,8 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from daemon import Daemon, daemon, until
+from daemon import Daemon, daemon
+from patience import until
 from processes import marked
 
 MEBIBYTE = 2**20

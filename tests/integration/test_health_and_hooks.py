@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from daemon import daemon, until
+from daemon import daemon
+from patience import until
 
 WRITE = """#!{python}
 import os, sys

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import httpx
 import psutil
 import pytest
-from daemon import Daemon, daemon, until
+from daemon import Daemon, daemon
+from patience import until
 
 HALF_OPEN = 1000
 MIB = 1024 * 1024

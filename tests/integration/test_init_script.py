@@ -13,7 +13,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from daemon import free_port, until
+from daemon import free_port
+from patience import until
 
 SCRIPT = Path(__file__).parents[2] / "etc/init.d/tursi"
 TURSI = Path(sys.executable).with_name("tursi")

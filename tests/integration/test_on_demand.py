@@ -9,7 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
-from daemon import Daemon, daemon, until
+from daemon import Daemon, daemon
+from patience import until
 
 GIB = 1024**3
 # Each script passes for a model of 1 GiB, so that two of them have room.

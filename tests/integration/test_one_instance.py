@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from daemon import Daemon, gone, until
+from daemon import Daemon
+from patience import gone, until
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import httpx
 import psutil
 import pytest
-from daemon import Daemon, daemon, free_port, until
+from daemon import Daemon, daemon, free_port
+from patience import until
 
 BODY = {"model": "echo", "input": "hello"}
 

@@ -9,7 +9,8 @@ from contextlib import closing, suppress
 
 import httpx
 import psutil
-from daemon import Daemon, daemon, until
+from daemon import Daemon, daemon
+from patience import until
 
 EAGER = """
 [workers]

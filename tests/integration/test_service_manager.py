@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import sqlite3
-import subprocess
 import sys
 import tempfile
 import threading
@@ -16,7 +15,8 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from daemon import Daemon, daemon, until
+from daemon import Daemon, daemon
+from patience import until
 
 
 class Manager:
@@ -153,16 +153,8 @@ class Activated(Daemon):
 
     def start(self, environment: Mapping[str, str] | None = None) -> None:
         """As systemd does: the program finds its descriptors from 3 on."""
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.arguments("-n", "--pidfile="),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=self.folder,
-                env=self.environment(environment),
-                pass_fds=[each.fileno() for each in self.sockets.values()],
-            )
+        self.handed_over = [each.fileno() for each in self.sockets.values()]
+        self.launch(environment)
 
     def wait_until_it_answers(self) -> None:
         until(self._answers, "the daemon answers", 60)

@@ -11,15 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import models
 import openai
 import psutil
 import pytest
-from daemon import Daemon, daemon, until
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import models
+from daemon import Daemon, daemon
 from minilm import minilm_folder
+from patience import until
 from stand_in_hub import Fault, StandInHub
 
 TURSI = Path(sys.executable).with_name("tursi")

@@ -15,7 +15,8 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from daemon import Daemon, daemon, gone, until
+from daemon import Daemon, daemon
+from patience import gone, until
 
 SOFT = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
 

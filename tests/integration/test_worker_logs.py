@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from daemon import Daemon, daemon, until
+from daemon import Daemon, daemon
+from patience import until
 
 SIZE = 64 * 1024
 SETTINGS = f"""
