@@ -27,7 +27,7 @@ PURE = (
     *WORDS, "heartbeat", "config", "wire", "claims", "lifecycle", "plan", "residency", "schema",
     "faces",
 )  # fmt: skip
-MACHINE = ("mark", "mounts")
+MACHINE = ("mark", "mounts", "textfile")
 STATE = ("store", "supervision", "hub", "lock")
 SANS_IO = ("msgspec", "automat")
 NETWORK = ("twisted", "zope", *SANS_IO)
@@ -57,7 +57,8 @@ FLOORS = {
     "faces": Floor((*WORDS, "config", "wire", "schema"), SANS_IO),
     # 2: input and output, one kind each
     "lock": Floor(("errors",)),
-    "instance": Floor(),
+    "instance": Floor(("textfile",)),
+    "textfile": Floor(),
     "mark": Floor(),
     "mounts": Floor(),
     "launch": Floor(),
@@ -103,7 +104,8 @@ FLOORS = {
     # the user
     "doctor": Floor((*WORDS, *MACHINE, "config", "lock", "sandbox"), ("msgspec", "psutil")),
     "cli": Floor(
-        ("errors", "model", "doctor", "lock", "instance", "mark"), ("click", "rich", "httpx")
+        ("errors", "model", "doctor", "lock", "instance", "mark", "textfile"),
+        ("click", "rich", "httpx"),
     ),
 }
 CHILDREN_AND_USER = {"keeper", "hook", "inference", "fetcher", "cli"}

@@ -14,6 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tursi import textfile
+
+_MODE = 0o644
+"""For all who may look into the folder."""
+
 
 @dataclass(frozen=True, slots=True)
 class Instance:
@@ -38,12 +43,12 @@ class Instance:
 
 def write_pid(path: Path, owner: tuple[int, int] | None = None) -> None:
     """Make ``path`` a PID file of this process."""
-    _write(path, f"{os.getpid()}\n", owner)
+    textfile.replace(path, f"{os.getpid()}\n", _MODE, owner)
 
 
 def write_status(path: Path, instance: Instance) -> None:
     """Make ``path`` say how ``instance`` is."""
-    _write(path, json.dumps(asdict(instance), indent=2) + "\n", None)
+    textfile.replace(path, json.dumps(asdict(instance), indent=2) + "\n", _MODE)
 
 
 def read_status(path: Path) -> Instance | None:
@@ -75,25 +80,3 @@ def make_folder(folder: Path, owner: tuple[int, int] | None = None) -> None:
     folder.chmod(0o750)
     if owner is not None:
         os.chown(folder, *owner, follow_symlinks=False)
-
-
-def _write(path: Path, text: str, owner: tuple[int, int] | None) -> None:
-    """Replace ``path`` in one step: nobody reads half of it, and a link there is replaced too."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with suppress(FileNotFoundError):
-        temporary.unlink()
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(temporary, flags, 0o644)
-    try:
-        try:
-            # For all who may look into the folder, whatever the umask is.
-            os.fchmod(descriptor, 0o644)
-            os.write(descriptor, text.encode())
-            if owner is not None:
-                os.fchown(descriptor, *owner)
-        finally:
-            os.close(descriptor)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import click
 
+from tursi import textfile
 from tursi.cli.connection import Exit, Failure
 from tursi.cli.options import as_json
 from tursi.cli.terminal import dump, line, note
@@ -142,18 +143,19 @@ def _install(file: File, root: Path) -> Written:
     content = _commented(text) if file.source == "tursi.toml" else _marked(_filled(text), file)
     before = _content(target)
     if before is None and not target.is_symlink():
-        _write(target, content, file.mode)
+        _make_folder(target.parent)
+        textfile.replace(target, content, file.mode)
         return Written(file.target, "written")
     if before == content:
         return Written(file.target, "unchanged")
     if file.settings:
         return Written(file.target, "present")
     if before is not None and not target.is_symlink() and _is_ours(before):
-        _write(target, content, file.mode)
+        textfile.replace(target, content, file.mode)
         return Written(file.target, "updated")
     if not target.is_symlink():
         # Not executable, and under a name that no service manager reads.
-        _write(target.with_name(f"{target.name}.new"), content, 0o644)
+        textfile.replace(target.with_name(f"{target.name}.new"), content, 0o644)
     return Written(file.target, "kept")
 
 
@@ -194,22 +196,6 @@ def _content(path: Path) -> str | None:
         return path.read_text(encoding="utf-8", errors="surrogateescape")
     except FileNotFoundError:
         return None
-
-
-def _write(path: Path, text: str, mode: int) -> None:
-    """In one step: nobody reads half of it."""
-    _make_folder(path.parent)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            # Whatever the umask is.
-            os.fchmod(stream.fileno(), mode)
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def _make_folder(folder: Path) -> None:
