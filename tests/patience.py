@@ -26,6 +26,9 @@ def gone(process: psutil.Process | int) -> bool:
     """Whether it has ended; who its parent is may take its time to collect it."""
     try:
         found = psutil.Process(process) if isinstance(process, int) else process
-        return not found.is_running() or found.status() == psutil.STATUS_ZOMBIE
+        # As long as one of its threads hasn't ended, its files and locks are held.
+        return not found.is_running() or (
+            found.status() == psutil.STATUS_ZOMBIE and found.num_threads() <= 1
+        )
     except psutil.NoSuchProcess:
         return True

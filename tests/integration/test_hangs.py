@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import pytest_twisted
 from daemon import Daemon, daemon
-from daemon import until as wait
 from fakes import RecordedSink
 from minilm import minilm_folder
+from patience import until as wait
 from processes import alive
 from test_worker_processes import ASK, House, reach, until
 

@@ -17,8 +17,8 @@ import psutil
 import pytest
 import pytest_twisted
 from daemon import daemon
-from daemon import until as wait
 from fakes import RecordedSink
+from patience import until as wait
 from processes import marked, zombies
 from test_worker_processes import ASK, House, reach, until
 
