@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from patience import gone, until
 
 from tursi import instance
-from tursi.cli import main, service
+from tursi.cli import main, process, service
 from tursi.cli.service import DEAD_WITH_LOCK, DEAD_WITH_PID_FILE, RUNS, STOPPED, UNKNOWN
 
 
@@ -118,7 +118,7 @@ def test_a_daemon_that_hangs_is_told_and_killed(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service, "ANSWER_SECONDS", 0.5)
-    monkeypatch.setattr(service, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(process, "GRACE_SECONDS", 0.1)
     place.start()
     pid = place.pid
     os.kill(pid, signal.SIGSTOP)
