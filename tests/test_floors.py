@@ -104,7 +104,7 @@ FLOORS = {
     # the user
     "doctor": Floor((*WORDS, *MACHINE, "config", "lock", "sandbox"), ("msgspec", "psutil")),
     "cli": Floor(
-        ("errors", "model", "doctor", "lock", "instance", "mark", "textfile"),
+        ("errors", "model", "config", "doctor", "lock", "instance", "mark", "textfile"),
         ("click", "rich", "httpx"),
     ),
 }

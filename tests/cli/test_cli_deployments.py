@@ -123,7 +123,7 @@ def test_no_sizes(api: Api, text: str) -> None:
     [
         ("unchanged", "mini: nothing to do, it is serving (generation 1)."),
         ("replaced", "mini: changed, generation 1 takes over when it is ready."),
-        ("scaled", "mini: scaled to 1 replicas."),
+        ("scaled", "mini: scaled to 1 replica."),
         ("started", "mini: started again (generation 1)."),
         ("retried", "mini: nothing has changed, but it had failed; it tries again."),
     ],

@@ -71,6 +71,7 @@ def test_diff_compares_the_last_two_unless_told(api: Api) -> None:
     assert api.tursi("diff", "mini", "1", "2", "3").exit_code == Exit.USAGE
     api.on("GET", "/deployments/mini/generations", {"generations": [generation(1)]})
     assert api.tursi("diff", "mini").stdout == "mini has one generation only.\n"
+    assert json.loads(api.tursi("diff", "mini", "--json").stdout) == {}
 
 
 def test_rollback_waits_until_it_is_ready(api: Api) -> None:
@@ -153,6 +154,29 @@ def test_what_is_as_the_file_says_is_left_alone(api: Api, tmp_path: Path) -> Non
     assert "desired: stopped -> running" in api.tursi("apply", "-f", str(file), "--dry-run").stdout
 
 
+def test_apply_sets_the_schedule_that_the_file_names(api: Api, tmp_path: Path) -> None:
+    file = tmp_path / "deployments.toml"
+    file.write_text('[deployments.mini]\nmodel = "org/mini"\nload = "on_demand"\nkeep_alive = 0\n')
+    api.on("GET", "/deployments/mini/generations", {"generations": [generation(1)]})
+    was = deployment(load="always", keep_alive=None)
+    api.on("GET", "/deployments", {"deployments": [was]})
+    now = deployment(load="on_demand", keep_alive=0.0)
+    api.on("PUT", "/deployments/mini", {"deployment": now, "outcome": "scheduled"})
+    assert api.tursi("apply", "-f", str(file)).stdout.splitlines() == [
+        "change mini",
+        "  load: always -> on_demand",
+        "  keep_alive: not set -> 0",
+        "Done.",
+    ]
+    [body] = [asked.body for asked in api.asked if asked.method == "PUT"]
+    assert (body["load"], body["keep_alive"]) == ("on_demand", 0)
+    api.on("GET", "/deployments", {"deployments": [now]})
+    assert api.tursi("apply", "-f", str(file)).stdout == "Nothing to do.\n"
+    # A file that says nothing of it leaves it as it is.
+    file.write_text('[deployments.mini]\nmodel = "org/mini"\n')
+    assert api.tursi("apply", "-f", str(file)).stdout == "Nothing to do.\n"
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -162,9 +186,11 @@ def test_what_is_as_the_file_says_is_left_alone(api: Api, tmp_path: Path) -> Non
         ("[deployments.mini]\nmodel = 5\n", "needs a model"),
         ('[deployments."../x"]\nmodel = "org/mini"\n', "name has 1 to 96"),
         ('[deployments.mini]\nmodel = "../nowhere"\n', "There is no folder"),
-        ('[deployments.mini]\nmodel = "org/mini"\nreplica = 2\n', "keyword argument 'replica'"),
+        ('[deployments.mini]\nmodel = "org/mini"\nreplica = 2\n', "no field 'replica'; use"),
         ('[deployments.mini]\nmodel = "org/mini"\ntask = "cooking"\n', "cooking"),
         ('[deployments.mini]\nmodel = "org/mini"\nreplicas = 0\n', "1 to 64 replicas"),
+        ('[deployments.mini]\nmodel = "org/mini"\nload = "never"\n', "always, on_demand, manual"),
+        ('[deployments.mini]\nmodel = "org/mini"\nkeep_alive = "1h"\n', "number of seconds"),
     ],
 )
 def test_a_file_that_is_wrong_changes_nothing(

@@ -83,6 +83,12 @@ def test_the_story_of_a_service(place: Place) -> None:
     refused = place.tursi("reload")
     assert refused.exit_code == 1
     assert "unknown field `ofline`" in refused.stderr
+    # Who couldn't be started again isn't stopped.
+    refused = place.tursi("restart")
+    assert refused.exit_code == 1
+    assert "unknown field `ofline`" in refused.stderr
+    assert place.pid == first
+    assert place.tursi("status").exit_code == RUNS
     place.configure()
 
     restarted = place.tursi("restart", "--json")

@@ -10,8 +10,8 @@ from tursi.cli.terminal import table
 ROWS = [("one", "ready", "/a/very/long/folder/of/a/model"), ("another", None, "/short")]
 
 
-def shown(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    table(("NAME", "PHASE", "MODEL"), ROWS)
+def shown(capsys: pytest.CaptureFixture[str], *spare: str) -> list[str]:
+    table(("NAME", "PHASE", "MODEL"), ROWS, spare=spare)
     return click.unstyle(capsys.readouterr().out).splitlines()
 
 
@@ -54,3 +54,35 @@ def test_a_narrow_terminal_gets_whole_lines(
     # It wraps them itself; columns of a few characters each could not be read.
     terminal.setenv("COLUMNS", "30")
     assert [line.rstrip() for line in shown(capsys)] == WHOLE
+
+
+def test_a_narrow_terminal_goes_without_what_can_be_spared(
+    terminal: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal.setenv("COLUMNS", "33")
+    assert [line.rstrip() for line in shown(capsys, "PHASE", "NAME")] == [
+        "NAME     MODEL",
+        "one      /a/very/long/folder/of/a",
+        "         /model",
+        "another  /short",
+    ]
+    terminal.setenv("COLUMNS", "17")
+    assert [line.rstrip() for line in shown(capsys, "MODEL")] == [
+        "NAME     PHASE",
+        "one      ready",
+        "another  -",
+    ]
+
+
+def test_where_there_is_room_nothing_is_spared(
+    terminal: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal.setenv("COLUMNS", "80")
+    assert [line.rstrip() for line in shown(capsys, "PHASE")] == WHOLE
+
+
+def test_a_file_gets_what_could_be_spared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    assert shown(capsys, "PHASE") == WHOLE

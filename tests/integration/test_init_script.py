@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import shutil
 import subprocess
 import sys
@@ -117,6 +118,10 @@ def test_every_action_and_its_exit_status(folder: Path) -> None:
         status, said = init("reload")
         assert status != 0
         assert "nothing" in said
+        # What couldn't be started again isn't stopped.
+        status, said = init("restart")
+        assert status not in {0, 3, 5, 6, 7}
+        assert "nothing" in said
         assert init.serves()
     finally:
         stopped = init("stop")
@@ -137,6 +142,37 @@ def test_what_it_refuses(folder: Path) -> None:
     nobody = Init(folder, TURSI_USER="nobody-of-this-name")
     assert [nobody(each)[0] for each in ("start", "stop", "status")] == [6, 0, 3]
     assert "install-service --sysv" in nobody("start")[1]
+
+
+def test_the_folders_that_nobody_has_named_reach_the_daemon(folder: Path) -> None:
+    stand_in = folder / "tursi"
+    names = ("STATE_DIR", "CACHE_DIR", "RUNTIME_DIR", "LOG_DIR", "CONFIG")
+    stand_in.write_text("#!/bin/sh\n" + "".join(f'echo "$TURSI_{name}"\n' for name in names))
+    stand_in.chmod(0o755)
+    script = folder / "script"
+    text = SCRIPT.read_text()
+    script.write_text(re.sub(r"(?m)^(TURSI_(?:\w+_DIR|CONFIG))=", rf"\1={folder}", text))
+    script.chmod(0o755)
+    defaults = folder / "default"
+    defaults.write_text(f"TURSI={stand_in}\nTURSI_USER={ME}\n")
+    done = subprocess.run(
+        [script, "start"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={"PATH": os.environ["PATH"], "TURSI_DEFAULTS": str(defaults)},
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    places = (
+        "var/lib/tursi",
+        "var/cache/tursi",
+        "run/tursi",
+        "var/log/tursi",
+        "etc/tursi/tursi.toml",
+    )
+    assert done.stdout.split() == [f"{folder}/{place}" for place in places]
 
 
 @pytest.mark.skipif(

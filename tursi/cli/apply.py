@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,10 @@ from tursi.cli.options import as_json
 from tursi.cli.progress import display, wait
 from tursi.cli.terminal import dump, line
 from tursi.errors import InvalidRequest
-from tursi.model import Limits, Reference, Request, check_replicas, deployment_name
+from tursi.model import Limits, Load, Reference, Request, check_replicas, deployment_name
+
+_SCHEDULE = ("load", "keep_alive")
+_FIELDS = (*(each.name for each in fields(Request)), "replicas", *_SCHEDULE)
 
 
 class _Change(NamedTuple):
@@ -106,11 +109,13 @@ def _wanted(file: Path, name: str, table: Any) -> dict[str, Any]:
                 Exit.USAGE,
             )
         given = dict(table)
+        _check_fields(given)
         replicas = given.pop("replicas", 1)
         check_replicas(replicas)
+        schedule = _schedule(given)
         given["model"] = str(_reference(file, given["model"]))
         given["limits"] = Limits(**given.get("limits", {}))
-        return {**asdict(Request(**given).checked()), "replicas": replicas}
+        return {**asdict(Request(**given).checked()), "replicas": replicas, **schedule}
     except InvalidRequest as error:
         raise Failure(f"{file}: [deployments.{name}]: {error.message}", Exit.USAGE) from None
     except click.BadParameter as error:
@@ -119,6 +124,23 @@ def _wanted(file: Path, name: str, table: Any) -> dict[str, Any]:
         # Of a field that there isn't, or a value of a wrong type.
         what = str(error).rpartition("__() got an ")[2]
         raise Failure(f"{file}: [deployments.{name}]: {what}", Exit.USAGE) from None
+
+
+def _check_fields(given: dict[str, Any]) -> None:
+    unknown = sorted(given.keys() - _FIELDS)
+    if unknown:
+        raise InvalidRequest(f"There is no field {unknown[0]!r}; use {', '.join(_FIELDS)}.")
+
+
+def _schedule(given: dict[str, Any]) -> dict[str, Any]:
+    """When it is in memory, taken out of ``given``; what the file leaves out stays as it is."""
+    schedule = {key: given.pop(key) for key in _SCHEDULE if key in given}
+    if schedule.get("load", Load.ALWAYS) not in [*Load]:
+        raise InvalidRequest(f"load is one of {', '.join(Load)}.", param="load")
+    seconds = schedule.get("keep_alive", 0.0)
+    if type(seconds) not in {int, float} or not seconds >= -1:
+        raise InvalidRequest("keep_alive is a number of seconds, or -1.", param="keep_alive")
+    return schedule
 
 
 def _reference(file: Path, model: str) -> Reference:
@@ -139,7 +161,8 @@ def _plan(
             plan.append(_Change(name, "create", changes({}, flat(body)), body))
             continue
         [*_, newest] = connection.get(path("deployments", name, "generations"))["generations"]
-        request = {**newest["request"], "replicas": status["replicas"]}
+        others = ["replicas", *(key for key in _SCHEDULE if key in body)]
+        request = {**newest["request"], **{key: status[key] for key in others}}
         found = changes({"desired": status["desired"], **flat(request)}, after)
         if found:
             plan.append(_Change(name, "change", found, body))

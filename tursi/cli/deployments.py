@@ -210,6 +210,7 @@ def ps(connection: Connection, *, json: bool) -> None:
             )
             for status in statuses
         ],
+        spare=("TASK", "DEVICE", "QUEUED", "BUSY"),
     )
     for status in statuses:
         if status["reason"] and status["phase"] != Phase.READY:
@@ -268,11 +269,15 @@ def _announcement(status: dict[str, Any], outcome: str, *, ready: bool) -> str:
     return {
         "created": f"{name}: created from {status['model']}.",
         "replaced": f"{name}: changed, generation {number} takes over when it is ready.",
-        "scaled": f"{name}: scaled to {status['replicas']} replicas.",
+        "scaled": f"{name}: scaled to {_count(status['replicas'])}.",
         "scheduled": f"{name}: is now loaded {_load(status)}.",
         "started": f"{name}: started again (generation {number}).",
         "retried": f"{name}: nothing has changed, but it had failed; it tries again.",
     }.get(outcome, f"{name}: {outcome}.")
+
+
+def _count(replicas: int) -> str:
+    return f"{replicas} replica{'s' * (replicas > 1)}"
 
 
 def _load(status: dict[str, Any]) -> str:

@@ -36,6 +36,7 @@ def history(connection: Connection, *, name: str, json: bool) -> None:
             )
             for each in answer["generations"]
         ],
+        spare=("DTYPE", "DEVICE", "TASK", "COMMIT"),
     )
 
 
@@ -58,7 +59,7 @@ def diff(connection: Connection, *, name: str, generations: tuple[int, ...], jso
     later = generations[1] if len(generations) == 2 else max(known)
     earlier = generations[0] if generations else later - 1
     if earlier < 1:
-        line(f"{name} has one generation only.")
+        dump({}) if json else line(f"{name} has one generation only.")
         return
     for number in (earlier, later):
         if number not in known:
@@ -129,7 +130,11 @@ def flat(request: Mapping[str, Any]) -> dict[str, Any]:
     """A deployment's request with its limits beside the rest, what isn't set left out."""
     limits = {f"limits.{key}": value for key, value in (request.get("limits") or {}).items()}
     rest = {key: value for key, value in request.items() if key != "limits"}
-    return {key: value for key, value in {**rest, **limits}.items() if value not in {None, False}}
+    return {
+        key: value
+        for key, value in {**rest, **limits}.items()
+        if value is not None and value is not False
+    }
 
 
 def _flat(generation: Mapping[str, Any]) -> dict[str, Any]:

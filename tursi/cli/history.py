@@ -119,6 +119,7 @@ def audit(
             )
             for row in rows
         ],
+        spare=("REQUEST", "ID"),
     )
 
 
@@ -166,6 +167,7 @@ def crashes(
             )
             for row in rows
         ],
+        spare=("HELD", "REPLICA", "MEMORY", "WHILE"),
     )
 
 

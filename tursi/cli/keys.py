@@ -69,7 +69,8 @@ def list_keys(connection: Connection, *, json: bool) -> None:
         dump(found)
         return
     columns = ("ID", "NAME", "SCOPES", "DEPLOYMENTS", "PER MINUTE", "CREATED", "LAST USED")
-    table(columns, [_row(each) for each in found["keys"]])
+    rows = [_row(each) for each in found["keys"]]
+    table(columns, rows, spare=("CREATED", "ID", "PER MINUTE"))
 
 
 @keys.command()

@@ -88,6 +88,7 @@ def pulls(connection: Connection, *, json: bool) -> None:
             )
             for status in answer["pulls"]
         ],
+        spare=("BY", "WHEN"),
     )
 
 
@@ -116,6 +117,7 @@ def models(connection: Connection, *, json: bool) -> None:
             )
             for entry in answer["models"]
         ],
+        spare=("FOLDER", "COMMIT", "LAST USED"),
     )
 
 

@@ -24,7 +24,8 @@ from tursi.cli.process import (
     wait_until_it_serves,
 )
 from tursi.cli.terminal import dump, line, local_time, note, table
-from tursi.model import Containment, folders
+from tursi.errors import ConfigurationError
+from tursi.model import Containment, Folders, folders
 
 RELOAD_SECONDS = 120.0
 _LETTING_GO_SECONDS = 1.0
@@ -93,6 +94,7 @@ def restart(
             )
         if config is None and said.configuration is not None:
             config = Path(said.configuration)
+        _check(config, service.places)
     _stop(service, json=False, quiet=json)
     _start(service, config, json=json)
 
@@ -188,6 +190,17 @@ def _start(service: Service, configuration: Path | None, *, json: bool) -> None:
         line(f"Tursi is already running (pid {pid}).")
     else:
         line(f"Tursi runs (pid {pid}) and listens on {', '.join(listeners)}.")
+
+
+def _check(configuration: Path | None, places: Folders) -> None:
+    """Whoever can't be started again is not stopped."""
+    # Late: other commands needn't wait for it.
+    from tursi import config
+
+    try:
+        config.load(configuration, places.configuration)
+    except ConfigurationError as error:
+        raise Failure(f"{error.message} The daemon goes on as it was.") from None
 
 
 # -- stopping -----------------------------------------------------------------------

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeAlias
 
 import click
 
@@ -29,6 +29,9 @@ _WIDE = 1000
 """Columns of a table that goes into a file or a pipe, where nobody wants it folded."""
 _FOLDED = 24
 """Columns for the last one at least: folded into fewer it would be hard to read."""
+
+_Column: TypeAlias = tuple[str, int, list[str]]
+"""A column's header, its width and its cells."""
 
 
 def tolerate() -> None:
@@ -63,31 +66,54 @@ def dump(value: Any, *, indent: int | None = 2) -> None:
     click.echo(json.dumps(value, indent=indent).replace("\x7f", "\\u007f"))
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Write aligned columns; only the last one is folded, and only where it has room."""
+def table(
+    headers: Sequence[str], rows: Sequence[Sequence[object]], *, spare: Sequence[str] = ()
+) -> None:
+    """Write aligned columns; only the last one is folded, and only where it has room.
+
+    A terminal too narrow for all of them goes without those of ``spare``, the first ones first.
+    """
     from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     cells = [["-" if cell is None else safe(cell) for cell in row] for row in rows]
-    fixed = sum(
-        2 + max(map(cell_len, column)) for column in [*zip(headers, *cells, strict=True)][:-1]
-    )
+    columns = [
+        (header, max(map(cell_len, (header, *column))), column)
+        for header, *column in zip(headers, *cells, strict=True)
+    ]
     console = Console(file=sys.stdout)
-    if not console.is_terminal or console.width < fixed + _FOLDED:
+    if console.is_terminal:
+        columns = _fitting(columns, spare, console.width)
+    if not console.is_terminal or console.width < _least(columns):
         console = Console(file=sys.stdout, width=_WIDE)
     shown = Table(box=None, pad_edge=False, header_style="bold")
-    for header in headers[:-1]:
+    for header, _, _ in columns[:-1]:
         shown.add_column(header, no_wrap=True)
-    shown.add_column(headers[-1], overflow="fold")
-    for row in cells:
+    shown.add_column(columns[-1][0], overflow="fold")
+    for row in zip(*(column for _, _, column in columns), strict=True):
         shown.add_row(*map(Text, row))
     with console.capture() as captured:
         console.print(shown)
     for text in captured.get().splitlines():
         # The padding would wrap around in a narrow terminal.
         click.echo(text.rstrip(" "))
+
+
+def _fitting(columns: list[_Column], spare: Sequence[str], width: int) -> list[_Column]:
+    """``columns`` without as many of ``spare`` as are too many for ``width``."""
+    for name in spare:
+        if _least(columns) <= width:
+            break
+        columns = [column for column in columns if column[0] != name]
+    return columns
+
+
+def _least(columns: Sequence[_Column]) -> int:
+    """The width that they need, the last one folded."""
+    *others, (_, last, _) = columns
+    return sum(2 + width for _, width, _ in others) + min(last, _FOLDED)
 
 
 def size(count: float | None) -> str:

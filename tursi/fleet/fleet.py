@@ -411,7 +411,7 @@ class Fleet:
         member = self._member(name)
         if member.deployment.schedule.load is Load.ALWAYS:
             raise InvalidRequest(
-                f"{name} is to be loaded always; change that with `tursi up --load`, or stop it."
+                f"{name} is to be loaded always; change that with `tursi up --load on_demand`."
             )
         self._convergence.unload(member, by)
         return member.status()
