@@ -129,6 +129,31 @@ def test_a_report_lists_what_is_not_whole(path: Path) -> None:
     assert report(path, in_use=False).problems
 
 
+@pytest.mark.parametrize(
+    ("statement", "sentence"),
+    [("application_id=1", "another program"), ("user_version=99", "newer Tursi")],
+)
+def test_a_report_is_of_our_files_only(path: Path, statement: str, sentence: str) -> None:
+    written(path, "x")
+    other = sqlite3.connect(path)
+    other.execute(f"PRAGMA {statement}")
+    other.close()
+    with pytest.raises(DatabaseError, match=sentence):
+        report(path, in_use=False)
+
+
+def test_what_is_damaged_is_said(path: Path) -> None:
+    written(path, "x" * 200, 500)
+    other = sqlite3.connect(path)
+    (page,) = other.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'events'").fetchone()
+    other.close()
+    content = bytearray(path.read_bytes())
+    content[(page - 1) * 4096 : page * 4096] = b"\xff" * 4096
+    path.write_bytes(content)
+    with pytest.raises(DatabaseError, match=r"damaged \([^*]+\)"):
+        inspect(path)
+
+
 def test_a_restored_file_stands_in_the_place_of_the_old_one(path: Path, tmp_path: Path) -> None:
     backup(written(path, "old"), tmp_path / "copy", in_use=False)
     before = (tmp_path / "copy").read_bytes()

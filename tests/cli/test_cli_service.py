@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -139,6 +142,27 @@ def test_a_daemon_that_hangs_is_told_and_killed(
     assert killed.stdout.startswith(f"Tursi (pid {pid}) did not stop in time and was killed")
     assert gone(pid)
     assert not list(place.runtime.iterdir())
+
+
+def test_of_a_folder_that_may_not_be_read_it_cannot_be_told(place: Place) -> None:
+    place.state.mkdir(mode=0o000)
+    # What root may do isn't asked of the folder.
+    capabilities = ["setpriv", "--inh-caps=-all", "--bounding-set=-all"] if not os.getuid() else []
+    if capabilities:
+        if shutil.which("setpriv") is None:
+            pytest.skip("only setpriv takes root's rights away")
+        os.chown(place.state, 65534, -1)
+    tursi = Path(sys.executable).with_name("tursi")
+    done = subprocess.run(
+        [*capabilities, tursi, "status", "--state", place.state],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == UNKNOWN, done.stderr
+    assert "can't be told whether Tursi runs" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("case", ["setting", "port"])

@@ -27,6 +27,8 @@ from tursi.cli.connection import Connection, Exit
 from tursi.cli.terminal import note, tolerate
 from tursi.model import folders
 
+_MAX_SENTENCE = 200
+
 
 class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> object:
@@ -40,6 +42,15 @@ class _Commands(click.Group):
             # flush at its end goes nowhere.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(Exit.OK)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # Click's own cuts the sentences off.
+        rows = [
+            (name, self.commands[name].get_short_help_str(_MAX_SENTENCE))
+            for name in self.list_commands(ctx)
+        ]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
 
 @click.group("tursi", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -44,9 +44,9 @@ def _options(*names: str) -> Callable[[Any], Any]:
 
     def decorate(command: Any) -> Any:
         for name in reversed(names):
-            command = click.option(f"--{name}", type=click.Path(path_type=Path), help=helps[name])(
-                command
-            )
+            command = click.option(
+                f"--{name}", type=click.Path(path_type=Path, readable=False), help=helps[name]
+            )(command)
         return command
 
     return decorate

@@ -15,6 +15,7 @@ from tursi.store.file import (
     explained,
     finish_restore,
     give,
+    identify,
     problems,
     sync,
     sync_folder,
@@ -41,10 +42,10 @@ def backup(path: Path, to: Path, *, in_use: bool) -> None:
 
 
 def report(path: Path, *, in_use: bool) -> DatabaseReport:
-    """Read all of the file at ``path``, and tell how it is."""
+    """Read all of the file at ``path``, and tell how it is; ``DatabaseError`` if it isn't ours."""
     with explained(path):
         with connected(path, _IN_USE if in_use else untouched(path)) as connection:
-            (version,) = connection.execute("PRAGMA user_version").fetchone()
+            version = identify(connection, path)
             found = problems(connection, LISTED, thorough=True)
         return DatabaseReport(
             path=str(path),

@@ -73,6 +73,17 @@ def check(
     ``thorough`` also compares the indexes with their tables and follows references.
     ``hint`` ends the sentence that refuses it, instead of the way to restore it.
     """
+    hint = connections.advice(path) if hint is None else hint
+    version = identify(connection, path, hint=hint)
+    # Opening doesn't notice a damaged page.
+    found = problems(connection, 1, thorough=thorough)
+    if found:
+        raise DatabaseError(f"The database {path} is damaged ({found[0]}){hint}.")
+    return version
+
+
+def identify(connection: sqlite3.Connection, path: Path, *, hint: str | None = None) -> int:
+    """The file's version, if it is ours and not from the future; ``hint`` as of ``check``."""
     (identity,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (objects,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
@@ -85,10 +96,6 @@ def check(
             f"The database {path} was written by a newer Tursi (schema {version}, this one knows "
             f"{len(UPGRADES)}){hint}."
         )
-    # Opening doesn't notice a damaged page.
-    found = problems(connection, 1, thorough=thorough)
-    if found:
-        raise DatabaseError(f"The database {path} is damaged ({found[0]}){hint}.")
     return int(version)
 
 
@@ -101,7 +108,9 @@ def problems(connection: sqlite3.Connection, limit: int, *, thorough: bool) -> l
         if not connections.is_corrupt(error):
             raise
         return [str(error)]
-    found = [line for (text,) in rows if text != "ok" for line in text.splitlines()]
+    lines = [line for (text,) in rows if text != "ok" for line in text.splitlines()]
+    # Of some tables it says first which database they are in, of which there is one.
+    found = [line for line in lines if not line.startswith("***")] or lines
     if thorough and not found:
         broken = connection.execute("PRAGMA foreign_key_check").fetchmany(limit)
         found = [f"row {row[1]} of {row[0]} refers to nothing in {row[2]}" for row in broken]
