@@ -6,18 +6,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tursi.config import Requests, Workers
-from tursi.errors import FetchInterrupted, HubUnreachable, InternalError, TursiError
+from tursi.errors import InternalError
 from tursi.fleet.crashes import Crashes
 from tursi.fleet.devices import Devices
+from tursi.fleet.files import Files
 from tursi.fleet.governor import Governor
 from tursi.fleet.journal import Journal
 from tursi.fleet.logs import Logs
-from tursi.fleet.member import Fetch, Member
+from tursi.fleet.member import Member
 from tursi.fleet.memory import Memory
 from tursi.hub import Hub
 from tursi.model import (
@@ -27,8 +28,6 @@ from tursi.model import (
     Limits,
     LoadOrder,
     Phase,
-    Progress,
-    Reference,
     Resolution,
     WorkerLife,
 )
@@ -37,10 +36,6 @@ from tursi.store import Store
 from tursi.supervision.worker import Observer, Worker
 
 log = Logger()
-
-_FETCH_RETRY_SECONDS = (5.0, 300.0)
-"""First and longest wait before a hub that can't be reached is tried again."""
-
 
 _RUNNING = frozenset({Phase.LOADING, Phase.WARMING, Phase.READY, Phase.SUSPECT, Phase.DRAINING})
 
@@ -66,7 +61,7 @@ class MakeWorker(Protocol):
 
 
 class Convergence:
-    """Owns the workers of all members, and the fetches of their files.
+    """Owns the workers of all members.
 
     It is the observer of every worker; ``now`` gives UTC epoch seconds.
     """
@@ -91,7 +86,6 @@ class Convergence:
         self._journal = journal
         self._crashes = crashes
         self._logs = logs
-        self._store = store
         self._hub = hub
         self._make_worker = make_worker
         self._settings = settings
@@ -100,6 +94,9 @@ class Convergence:
         self._overcommitted = False
         self._reactor = reactor
         self._now = now
+        self._files = Files(
+            store=store, hub=hub, journal=journal, reactor=reactor, now=now, soon=self.soon
+        )
         self.governor = Governor(reactor.seconds)
         self.devices = Devices(reactor.seconds, host.gpus)
         self._resuming: Any = None
@@ -249,7 +246,10 @@ class Convergence:
     def _act(self, action: Action) -> None:
         match action:
             case Resolve(deployment, generation):
-                self._resolve(self._members[deployment], generation)
+                member = self._members[deployment]
+                if member.lost:
+                    self._retire_failed(member)
+                self._files.find(member, generation)
             case Create(key):
                 self._create(self._members[key.deployment], key)
             case Admit(key):
@@ -312,102 +312,6 @@ class Convergence:
 
         worker.stop().addBoth(gone)
 
-    # -- files ---------------------------------------------------------------------
-
-    def _resolve(self, member: Member, generation: int) -> None:
-        if member.lost:
-            self._retire_failed(member)
-        fetch = member.fetch
-        if fetch is None:
-            fetch = member.fetch = Fetch(generation)
-        elif fetch.running is not None or fetch.error is not None:
-            return
-        request = member.deployment.generation.request
-        reference = Reference.parse(request.model)
-        known = member.deployment.generation.resolution
-        if known is not None and known.commit is not None:
-            # What it was, whatever the name means by now.
-            reference = replace(reference, revision=known.commit)
-
-        def advanced(progress: Progress) -> None:
-            fetch.progress = progress
-
-        # Held before its callbacks are added: they may run at once.
-        fetch.running = running = self._hub.resolve(reference, advanced, request.trust)
-        running.addCallbacks(
-            lambda resolution: self._resolved(member, fetch, resolution),
-            lambda failure: self._unresolved(member, fetch, failure),
-        )
-
-    def _resolved(self, member: Member, fetch: Fetch, resolution: Resolution) -> None:
-        fetch.running = None
-        if member.fetch is fetch:
-            member.fetch = None
-            member.lost = False
-            self._learn(member, resolution)
-            self.soon()
-
-    def _learn(self, member: Member, resolution: Resolution) -> None:
-        """Remember, also in the store, what the current generation means."""
-        deployment = member.deployment
-        number = deployment.generation.number
-        member.deployment = replace(
-            deployment, generation=replace(deployment.generation, resolution=resolution)
-        )
-        at = self._now()
-        self._journal.hold(lambda: self._store.resolve(deployment.name, number, resolution, at=at))
-
-    def _unresolved(self, member: Member, fetch: Fetch, failure: Failure) -> None:
-        fetch.running = None
-        if failure.check(CancelledError) or member.fetch is not fetch:
-            return
-        name, error = member.deployment.name, failure.value
-        if not isinstance(error, TursiError):
-            log.failure("finding the files of {name} failed", failure, name=name)
-            error = InternalError(f"Finding the model's files failed: {error}")
-        fetch.error = error
-        message = f"the files of {name} can't be had"
-        if isinstance(error, HubUnreachable | FetchInterrupted):
-            first, most = _FETCH_RETRY_SECONDS
-            delay = max(min(most, first * 2**fetch.attempts), float(error.retry_after or 0))
-            fetch.attempts += 1
-            fetch.retry_at = self._now() + delay
-            message += f"; the next try is in {delay:.0f} s"
-            fetch.timer = self._reactor.callLater(delay, self._fetch_again, fetch)
-        self._journal.note("fetch.failed", message, deployment=name, cause=error.message)
-        member.queue.pump()
-
-    def _fetch_again(self, fetch: Fetch) -> None:
-        fetch.timer = fetch.error = fetch.retry_at = None
-        self.soon()
-
-    def _look_for_files(self, member: Member, worker: Worker) -> None:
-        """Have files of the hub fetched again that were there and are gone."""
-        generation = member.deployment.generation
-        resolution = generation.resolution
-        if (
-            resolution is None
-            or resolution.commit is None
-            or worker.generation != generation.number
-            or worker.status().failure is not FailureClass.NOT_FOUND
-        ):
-            return
-
-        def looked(lacks: bool) -> None:
-            if lacks and member.deployment.generation == generation and not member.lost:
-                member.lost = True
-                name = member.deployment.name
-                self._journal.note(
-                    "files.lost",
-                    f"the files of {name} are gone from the disk; they are fetched again",
-                    deployment=name,
-                )
-                self.soon()
-
-        self._hub.lacks(resolution).addCallbacks(
-            looked, lambda failure: log.warn("{error}", error=failure.getErrorMessage())
-        )
-
     def _retire_failed(self, member: Member) -> None:
         for key, worker in list(member.workers.items()):
             current = key.generation == member.deployment.generation.number
@@ -442,7 +346,7 @@ class Convergence:
                     member.peak = max(member.peak or 0, used)
                 self._ready(member, worker)
             if phase is Phase.FAILED:
-                self._look_for_files(member, worker)
+                self._files.look_again(member, worker)
             self.soon()
         member.queue.pump()
 
@@ -535,4 +439,4 @@ class Convergence:
             generation.resolution, task=loaded.task, dtype=loaded.dtype, device=loaded.device
         )
         if worker.generation == generation.number and known != generation.resolution:
-            self._learn(member, known)
+            self._files.learn(member, known)

@@ -6,10 +6,10 @@ Pure: status, events and crashes in, sentences out.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from types import MappingProxyType
 
 from tursi.config import Workers
+from tursi.fleet.words import ago, ahead, clause, clock, count, duration, moment, noun, times
 from tursi.model import (
     Crash,
     DeploymentStatus,
@@ -165,12 +165,12 @@ def _state(
         if status.phase is not Phase.QUEUED and failed:
             since = max(since, failed[-1])
     told = _progress(status.progress) if status.phase in _COMING else ""
-    sentence = f"{status.name} is {doing}{told}, since {_moment(since, now)}"
+    sentence = f"{status.name} is {doing}{told}, since {moment(since, now)}"
     if status.phase is Phase.READY:
-        sentence += f": {status.ready} of {_count(status.replicas, 'replica')} serving"
-        sentence += f", {_count(status.in_flight, 'request')} in flight"
+        sentence += f": {status.ready} of {count(status.replicas, 'replica')} serving"
+        sentence += f", {count(status.in_flight, 'request')} in flight"
     if status.queued:
-        sentence += f", {_count(status.queued, 'request')} waiting"
+        sentence += f", {count(status.queued, 'request')} waiting"
     return f"{sentence}."
 
 
@@ -215,41 +215,41 @@ def _happened(
     wish = _last_wish(events)
     if status.phase is Phase.READY or status.desired is Desired.STOPPED:
         if wish is not None:
-            yield f"The last order came {_ago(wish.at, now)}: {_clause(wish.message)}."
+            yield f"The last order came {ago(wish.at, now)}: {clause(wish.message)}."
         if not crashes:
             yield "None of its workers has ended unasked."
         else:
             last = crashes[0]
             yield (
-                f"The last time that a worker ended unasked was {_ago(last.at, now)}, while "
-                f"{last.phase.value}: {_clause(last.reason)} (crash {last.id})."
+                f"The last time that a worker ended unasked was {ago(last.at, now)}, while "
+                f"{last.phase.value}: {clause(last.reason)} (crash {last.id})."
             )
         return
     if status.reason:
-        yield f"The reason: {_clause(status.reason)}."
+        yield f"The reason: {clause(status.reason)}."
     if wish is not None:
-        yield f"It began {_ago(wish.at, now)}: {_clause(wish.message)}."
+        yield f"It began {ago(wish.at, now)}: {clause(wish.message)}."
 
 
 def _crashed(status: DeploymentStatus, crash: Crash, now: float) -> Iterator[str]:
     if crash.ready_at is None:
         seconds = crash.at - crash.spawned_at
-        after = f"{_duration(seconds)} after" if seconds >= 1 else "right after"
+        after = f"{duration(seconds)} after" if seconds >= 1 else "right after"
         lived = f"{after} its start, before it was ready"
     else:
         seconds = crash.at - crash.ready_at
-        lived = f"after {_duration(seconds)} in service" if seconds >= 1 else "as soon as it served"
+        lived = f"after {duration(seconds)} in service" if seconds >= 1 else "as soon as it served"
     which = f"The worker of replica {crash.replica}" if status.replicas > 1 else "Its worker"
     # Where the daemon has ended it, it was for this reason.
     ended = "was killed" if crash.intent else "ended"
     if crash.failure is FailureClass.HUNG:
         lived += ", because it hung"
-    yield f"{which} {ended} {_ago(crash.at, now)}, {lived}: {_clause(crash.reason)}."
+    yield f"{which} {ended} {ago(crash.at, now)}, {lived}: {clause(crash.reason)}."
     if crash.requests:
         shown = ", ".join(crash.requests[:_MAX_REQUESTS])
         more = len(crash.requests) - _MAX_REQUESTS
         also = f" and {more} more" if more > 0 else ""
-        yield f"It held {_count(len(crash.requests), 'request')} then: {shown}{also}."
+        yield f"It held {count(len(crash.requests), 'request')} then: {shown}{also}."
 
 
 def _again(
@@ -276,10 +276,10 @@ def _again(
         yield f"The one before had the same reason (crash {earlier[0].id})."
     elif all(each.reason == crash.reason for each in earlier):
         numbers = ", ".join(str(each.id) for each in reversed(earlier))
-        yield f"Each time the reason was the same ({_noun(len(earlier), 'crash')} {numbers})."
+        yield f"Each time the reason was the same ({noun(len(earlier), 'crash')} {numbers})."
     else:
         told = "; ".join(
-            f"{_ago(each.at, now)} {_clause(each.reason)} (crash {each.id})" for each in earlier[:3]
+            f"{ago(each.at, now)} {clause(each.reason)} (crash {each.id})" for each in earlier[:3]
         )
         yield f"Before that: {told}."
 
@@ -327,9 +327,9 @@ def _refused(events: Sequence[Event], now: float) -> Iterator[str]:
         if event.kind == "request.refused" and event.at >= max(since, now - _REFUSED_SECONDS)
     ]
     for event in refused[-_MAX_REFUSED:]:
-        cause = f": {_clause(event.cause)}" if event.cause else ""
-        message = _clause(event.message)
-        yield f"{message[:1].upper()}{message[1:]} since {_moment(event.at, now)}{cause}."
+        cause = f": {clause(event.cause)}" if event.cause else ""
+        message = clause(event.message)
+        yield f"{message[:1].upper()}{message[1:]} since {moment(event.at, now)}{cause}."
 
 
 def _turn(
@@ -357,21 +357,21 @@ def _next(
 ) -> Iterator[str]:
     again = "deploying it again with `tursi up`"
     at = status.next_try_at
-    when = f"at {_clock(at, now)}, {_ahead(at, now)}" if at is not None else "soon"
+    when = f"at {clock(at, now)}, {ahead(at, now)}" if at is not None else "soon"
     match status.phase:
         case Phase.BACKOFF:
             yield f"The next try is {when}; {again} doesn't wait for that."
         case Phase.QUARANTINED:
             yield (
                 f"A single try follows {when}. If that one serves for "
-                f"{_duration(settings.good_seconds)} all is forgotten, if it fails the quarantine "
+                f"{duration(settings.good_seconds)} all is forgotten, if it fails the quarantine "
                 f"goes on, and after three such failures it is given up. {again.capitalize()} "
                 "forgets the failures and tries at once."
             )
         case Phase.FAILED:
             yield f"Nothing is tried by itself any more; {again} does."
         case Phase.LOADING if lead is not None:
-            stall = _duration(settings.load_stall_seconds)
+            stall = duration(settings.load_stall_seconds)
             yield f"If nothing moves for {stall}, it is ended and tried again."
         case Phase.SUSPECT:
             yield (
@@ -385,8 +385,8 @@ def _next(
         case Phase.READY if lead is not None and lead.failures:
             good_at = lead.since + settings.good_seconds
             yield (
-                f"It has failed {_times(lead.failures)} in a row before; that is forgotten at "
-                f"{_clock(good_at, now)}, {_ahead(good_at, now)}, if nothing happens until then."
+                f"It has failed {times(lead.failures)} in a row before; that is forgotten at "
+                f"{clock(good_at, now)}, {ahead(good_at, now)}, if nothing happens until then."
             )
         case _:
             pass
@@ -413,65 +413,13 @@ def _others(status: DeploymentStatus, lead: WorkerStatus | None, now: float) -> 
             who += f" of generation {each.generation}"
         sentence = (
             f"{who} is {_DOING[each.phase]}{_progress(each.progress)}, "
-            f"since {_moment(each.since, now)}"
+            f"since {moment(each.since, now)}"
         )
         if each.reason and each.phase is not Phase.READY:
-            sentence += f": {_clause(each.reason)}"
+            sentence += f": {clause(each.reason)}"
         if each.next_try_at is not None:
             sentence += (
-                f"; its next try is at {_clock(each.next_try_at, now)}, "
-                f"{_ahead(each.next_try_at, now)}"
+                f"; its next try is at {clock(each.next_try_at, now)}, "
+                f"{ahead(each.next_try_at, now)}"
             )
         yield f"{sentence}."
-
-
-# -- words ---------------------------------------------------------------------------------
-
-
-def _clause(text: str) -> str:
-    return text.strip().rstrip(".")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _noun(number: int, noun: str) -> str:
-    return noun if number == 1 else f"{noun}es"
-
-
-def _times(number: int) -> str:
-    return {1: "once", 2: "twice"}.get(number, f"{number} times")
-
-
-def _moment(at: float, now: float) -> str:
-    return f"{_clock(at, now)} ({_ago(at, now)})"
-
-
-def _clock(at: float, now: float) -> str:
-    """A point in time in UTC; with its day if that isn't today."""
-    then, today = datetime.fromtimestamp(at, UTC), datetime.fromtimestamp(now, UTC)
-    day = "" if then.date() == today.date() else f"{then:%Y-%m-%d} "
-    return f"{day}{then:%H:%M:%S} UTC"
-
-
-def _ago(at: float, now: float) -> str:
-    return f"{_duration(now - at)} ago" if now - at >= 1 else "just now"
-
-
-def _ahead(at: float, now: float) -> str:
-    return f"in {_duration(at - now)}" if at - now >= 1 else "now"
-
-
-def _duration(seconds: float) -> str:
-    """A length of time in the unit or two that people would use."""
-    whole = max(round(seconds), 0)
-    if whole < 120:
-        return f"{whole} s"
-    minutes = whole // 60
-    if minutes < 120:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
-    return f"{hours // 24} days"
