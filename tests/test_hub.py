@@ -28,6 +28,7 @@ from tursi.errors import (
 )
 from tursi.hub import Hub
 from tursi.model import CatalogueEntry, Progress, Reference, Resolution
+from tursi.supervision import life
 from tursi.wire import Frame, Kind
 
 TINY = Reference.parse("someone/tiny")
@@ -47,10 +48,9 @@ class HangingReactor(InlineReactor):
         """The disk doesn't answer."""
 
 
-class Exit:
+class Exit(life.Exit):
     def __init__(self, exit_status: int | None = 0, signal: int | None = None) -> None:
-        self.exit_status = exit_status
-        self.signal = signal
+        super().__init__(exit_status, signal)
 
 
 class FakeRunning:
@@ -190,6 +190,12 @@ def test_the_fetchers_last_words_are_the_error(bench: Bench) -> None:
     ("end", "words", "kind"),
     [
         (Exit(None, 9), "was ended by signal 9", FetchInterrupted),
+        (life.Exit(), "was ended together with its keeper", FetchInterrupted),
+        (
+            life.Exit(refusal=life.Refusal(11, "there is no room for another process")),
+            "could not be started (there is no room for another process)",
+            FetchInterrupted,
+        ),
         # It would do so again.
         (Exit(1), "exited with status 1 and no word", FetchError),
         (Failure(OSError("no keeper")), "could not be started (no keeper)", FetchInterrupted),

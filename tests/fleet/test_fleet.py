@@ -710,6 +710,7 @@ def test_who_waits_for_a_model_is_told_when_it_is_unloaded_instead(bench: Bench)
     answer = submit(bench)
     bench.do(bench.fleet.unload("a", "uid 0"))
     assert isinstance(answer.error, DeploymentUnavailable)
+    assert answer.error.retry_after == 1
     again = submit(bench)
     bench.found()
     assert again.error is None

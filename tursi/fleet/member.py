@@ -165,6 +165,11 @@ class Member:
             return DeploymentUnavailable(
                 f"The deployment {name} is stopped; `tursi up` starts it again."
             )
+        if not self.awake and self.deployment.schedule.load is Load.ON_DEMAND:
+            return DeploymentUnavailable(
+                f"The model {name} has been unloaded; the next request for it loads it again.",
+                retry_after=1,
+            )
         if not self.awake:
             return DeploymentUnavailable(
                 f"The model {name} is not loaded; `tursi load {name}` loads it."

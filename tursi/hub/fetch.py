@@ -185,7 +185,9 @@ class Fetch:
             how = _how(result)
             log.error("the fetcher of {model} {how}", model=self._model, how=how)
             # One that exits by itself would do so again.
-            interrupted = isinstance(result, Failure) or getattr(result, "signal", None) is not None
+            interrupted = (
+                isinstance(result, Failure) or getattr(result, "exit_status", None) is None
+            )
             self._outcome = (FetchInterrupted if interrupted else FetchError)(
                 f"The download of {self._model} ended early: the fetcher {how}; its log says more."
             )
@@ -216,4 +218,8 @@ def _how(result: object) -> str:
         return f"could not be started ({result.getErrorMessage()})"
     if (signal := getattr(result, "signal", None)) is not None:
         return f"was ended by signal {signal}"
-    return f"exited with status {getattr(result, 'exit_status', None)} and no word"
+    if (refusal := getattr(result, "refusal", None)) is not None:
+        return f"could not be started ({refusal.message})"
+    if (status := getattr(result, "exit_status", None)) is not None:
+        return f"exited with status {status} and no word"
+    return "was ended together with its keeper"
