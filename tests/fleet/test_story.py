@@ -265,6 +265,17 @@ def test_the_queued_is_told_what_it_waits_for() -> None:
     )
 
 
+def test_what_can_never_have_its_memory_is_told_so() -> None:
+    large = status(worker(Phase.QUEUED), phase=Phase.FAILED, reason="It needs 5 GiB of 1 GiB.")
+    told = tell(large, (CREATED,), (), Workers(), NOW).sentences
+    assert told == (
+        "mini is too large for this machine as it is configured, since 07:59:00 UTC (60 s ago).",
+        "The reason: It needs 5 GiB of 1 GiB.",
+        "It began 10 min ago: uid 0 deploys mini: org/mini, 1 replica.",
+        "It is loaded as soon as models may take enough memory (memory.limit_bytes).",
+    )
+
+
 def test_a_hung_one_was_killed_for_it_and_a_suspect_may_be() -> None:
     waiting = worker(Phase.BACKOFF, failure=FailureClass.HUNG, failures=1, next_try_at=NOW + 1)
     hung = crash(failure=FailureClass.HUNG, intent="hung", reason="its heartbeat has stood still")

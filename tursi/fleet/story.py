@@ -125,8 +125,17 @@ def tell(
 def _lead(status: DeploymentStatus) -> WorkerStatus | None:
     """The replica that the deployment looks like."""
     current = [each for each in status.workers if each.generation == status.generation]
-    alike = [each for each in current if each.phase is status.phase]
+    phase = Phase.QUEUED if _is_too_large(status) else status.phase
+    alike = [each for each in current if each.phase is phase]
     return min(alike, key=lambda each: (each.since, each.replica), default=None)
+
+
+def _is_too_large(status: DeploymentStatus) -> bool:
+    """Whether it could wait for ever for the memory that it needs."""
+    return status.phase is Phase.FAILED and any(
+        each.phase is Phase.QUEUED and each.generation == status.generation
+        for each in status.workers
+    )
 
 
 def _troubled(status: DeploymentStatus, lead: WorkerStatus | None) -> WorkerStatus | None:
@@ -155,6 +164,8 @@ def _state(
     since = lead.since if lead else _last_wish_at(status, events)
     asleep = status.phase is Phase.STOPPED and status.desired is Desired.RUNNING
     doing = "not loaded" if asleep else _DOING[status.phase]
+    if _is_too_large(status):
+        doing = "too large for this machine as it is configured"
     if lead is None and status.desired is Desired.RUNNING and status.phase in _FETCHING:
         doing = _FETCHING[status.phase]
         if status.phase is Phase.QUEUED and status.progress:
@@ -368,6 +379,8 @@ def _next(
                 f"goes on, and after three such failures it is given up. {again.capitalize()} "
                 "forgets the failures and tries at once."
             )
+        case Phase.FAILED if _is_too_large(status):
+            yield "It is loaded as soon as models may take enough memory (memory.limit_bytes)."
         case Phase.FAILED:
             yield f"Nothing is tried by itself any more; {again} does."
         case Phase.LOADING if lead is not None:
