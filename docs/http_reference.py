@@ -62,6 +62,7 @@ def _operation(
     if body is not None:
         schema = body["content"]["application/json"]["schema"]
         for name in _names(schema):
+            yield ""
             yield f"Body, ``{name}``:"
             yield ""
             found = components[name]
