@@ -334,6 +334,9 @@ def test_after_a_refusal_many_small_pieces_are_not_read_one_by_one(house: House)
     channel.dataReceived(b"x" * 65536)
     assert transport.producerState == "producing"
     channel.dataReceived(b"1\r\nx\r\n")
+    waiting = len(house.clock.getDelayedCalls())
     channel.connectionLost()
+    # Neither the look at deadlines nor the rest from reading outlives it.
+    assert len(house.clock.getDelayedCalls()) == waiting - 2
     house.clock.advance(0.1)
     assert transport.producerState == "paused"

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.address import UNIXAddress
-from twisted.internet.interfaces import ITCPTransport
+from twisted.internet.interfaces import IDelayedCall, ITCPTransport
 from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
 from twisted.web import http
@@ -58,8 +58,8 @@ class Channel(http.HTTPChannel):
     """Who is at the other end."""
     deadline = _NEVER
     """Monotonic time, in seconds, at which ``overdue`` is called."""
-    _resting = False
-    """Whether nothing is read for a moment."""
+    _rest: IDelayedCall | None = None
+    """Until it comes nothing is read."""
     _stage = "idle"
     """What is waited for: idle, headers, body, answer, or closing."""
 
@@ -78,6 +78,9 @@ class Channel(http.HTTPChannel):
     def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: N802 - Twisted's name
         """End; requests in progress are told."""
         self.deadline = _NEVER
+        if self._rest is not None:
+            self._rest.cancel()
+            self._rest = None
         self.site.closed(self)
         super().connectionLost(reason)
 
@@ -144,14 +147,13 @@ class Channel(http.HTTPChannel):
 
     def _throw_away(self, data: bytes) -> None:
         """Read on after a refusal, but no faster than that costs little."""
-        if len(data) < _LARGE and not self._resting:
+        if len(data) < _LARGE and self._rest is None:
             # Many small pieces cost the more, and arrive together a moment later.
-            self._resting = True
             self.transport.pauseProducing()
-            self.site.reactor.callLater(_REST_SECONDS, self._read_on)
+            self._rest = self.site.reactor.callLater(_REST_SECONDS, self._read_on)
 
     def _read_on(self) -> None:
-        self._resting = False
+        self._rest = None
         if self.deadline != _NEVER:
             self.transport.resumeProducing()
 
