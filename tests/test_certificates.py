@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import socket
 import ssl
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_twisted
+from cryptography.x509.oid import NameOID
+from OpenSSL import SSL
 from self_signed import certificate, common_name, handshake
 
 from twisted.internet import reactor as _reactor
@@ -92,3 +95,37 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_without_tls_there_are_none() -> None:
     plain = Listener(endpoint="tcp:0:interface=127.0.0.1", roles=())
     assert certificates(plain) is None
+
+
+def names(ours: Certificates) -> list[str]:
+    """Of the certificates that a client is shown, from a handshake in memory."""
+    client, server = SSL.Connection(SSL.Context(SSL.TLS_METHOD)), SSL.Connection(ours.getContext())
+    client.set_connect_state()
+    server.set_accept_state()
+    for _ in range(4):
+        for one, other in ((client, server), (server, client)):
+            with suppress(SSL.WantReadError):
+                one.do_handshake()
+            with suppress(SSL.WantReadError):
+                other.bio_write(one.bio_read(65536))
+    chain = client.get_peer_cert_chain() or []
+    found = [each.to_cryptography().subject for each in chain]
+    return [str(each.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value) for each in found]
+
+
+def test_the_whole_chain_of_the_file_is_shown(tmp_path: Path) -> None:
+    file = tmp_path / "cert.pem"
+    certificate(tmp_path, "intermediate")
+    between = file.read_bytes()
+    certificate(tmp_path, "leaf")
+    file.write_bytes(file.read_bytes() + between)
+    ours = Certificates(listener(tmp_path))
+    assert names(ours) == ["leaf", "intermediate"]
+    assert not ours.reload()
+    certificate(tmp_path, "renewed")
+    assert ours.reload()
+    assert names(ours) == ["renewed"]
+    file.write_bytes(file.read_bytes() + between.replace(b"M", b"!"))
+    with pytest.raises(ConfigurationError, match=r"cert\.pem has a certificate that can't be read"):
+        ours.reload()
+    assert names(ours) == ["renewed"]

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from ssl import TLSVersion
 from typing import Any
 
 from zope.interface import implementer
 
+from twisted.internet.endpoints import _parse  # there is no public way
 from twisted.internet.interfaces import IOpenSSLContextFactory
+from twisted.internet.ssl import Certificate
 
 from tursi.config import Listener
 from tursi.errors import ConfigurationError
 from tursi.listen import look_at
+
+_PEM = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 
 
 @implementer(IOpenSSLContextFactory)
@@ -25,12 +31,19 @@ class Certificates:
     def __init__(self, listener: Listener) -> None:
         self._listener = listener
         self._context: Any = None
+        self._shown: list[bytes] = []
         self.reload()
 
-    def reload(self) -> None:
-        """Read the files again; ``ConfigurationError`` leaves all as it was."""
+    def reload(self) -> bool:
+        """Read the files again, and tell whether there are others now.
+
+        ``ConfigurationError`` leaves all as it was.
+        """
+        options = look_at(self._listener).context
         try:
-            context = look_at(self._listener).context.getContext()
+            if not options.extraCertChain:
+                options.extraCertChain = [each.original for each in _chain(self._listener)[1:]]
+            context = options.getContext()
         except ConfigurationError:
             raise
         except Exception:  # noqa: BLE001 - OpenSSL's errors are of many kinds and say little
@@ -40,6 +53,9 @@ class Certificates:
             ) from None
         context.set_min_proto_version(TLSVersion.TLSv1_2)
         self._context = context
+        shown = [Certificate(each) for each in (options.certificate, *options.extraCertChain)]
+        before, self._shown = self._shown, [each.dump() for each in shown]
+        return self._shown != before
 
     def getContext(self) -> Any:  # noqa: N802 - Twisted's name
         """The context for a new connection."""
@@ -63,6 +79,19 @@ class _Secured:
         **rest: Any,
     ) -> Any:
         return self._reactor.listenSSL(port, factory, self._certificates, **rest)
+
+
+def _chain(listener: Listener) -> list[Any]:
+    """All certificates of the file ``certKey``, of which Twisted takes the first only."""
+    args, given = _parse(listener.endpoint)
+    given = {**dict(zip(("port", "privateKey", "certKey"), args[1:], strict=False)), **given}
+    path = Path(given.get("certKey") or given["privateKey"])
+    try:
+        return [Certificate.loadPEM(each) for each in _PEM.findall(path.read_bytes())]
+    except Exception:  # noqa: BLE001 - OpenSSL's errors are of many kinds and say little
+        raise ConfigurationError(
+            f"http.listeners: {path} has a certificate that can't be read."
+        ) from None
 
 
 def certificates(listener: Listener) -> Certificates | None:

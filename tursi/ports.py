@@ -36,18 +36,19 @@ class Ports:
                 self._certificates[listener.endpoint] = secured
             self._open[listener.endpoint] = (bind(reactor, listener, site), site)
 
-    async def change(self, old: Sequence[Listener], new: Sequence[Listener]) -> None:
+    async def change(self, old: Sequence[Listener], new: Sequence[Listener]) -> bool:
         """Listen where ``new`` says instead of ``old``; where that fails, as before.
 
-        What both have is left alone, but that its certificates are read again. Open
-        connections stay.
+        What both have is left alone, but that its certificates are read again; whether
+        there are new ones is the answer. Open connections stay.
         """
+        renewed = False
         endpoints = [each.endpoint for each in new]
         for each in new:
             if endpoints.count(each.endpoint) > 1:
                 raise _twice(each)
             if each.endpoint in self._open and each.endpoint in self._certificates:
-                self._certificates[each.endpoint].reload()
+                renewed |= self._certificates[each.endpoint].reload()
         added = [each for each in new if each.endpoint not in self._open]
         kept = {each.endpoint for each in new}
         dropped = [each for each in old if each.endpoint not in kept]
@@ -64,6 +65,7 @@ class Ports:
             self.open(each for each in dropped if each.endpoint not in self._open)
             raise
         await self._close(dropped)
+        return renewed
 
     def sites(self, listeners: Iterable[Listener]) -> Iterable[tuple[Listener, Site]]:
         """What answers on each of them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 from twisted.logger import Logger
@@ -14,6 +15,9 @@ from tursi.lock import StateLock
 from tursi.model import Folders
 
 log = Logger()
+
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""What the system says when a disk is full."""
 
 
 class Premises:
@@ -32,7 +36,10 @@ class Premises:
         return self._lock.held
 
     def take(self) -> None:
-        """Raise ``AlreadyRunning`` if another has them, ``ConfigurationError`` if nobody can."""
+        """Raise ``AlreadyRunning`` if another has them, ``ConfigurationError`` if nobody can.
+
+        A disk that is full is an ``OSError``.
+        """
         owner, folders = self._launch.owner, self._folders
         for folder in (folders.state, folders.runtime, folders.cache):
             _make_folder(folder, owner)
@@ -83,6 +90,8 @@ class Premises:
         try:
             logging.current.to_file(path, self._launch.owner)
         except OSError as error:
+            if error.errno in NO_ROOM:
+                raise
             raise ConfigurationError(
                 f"The log {path} can't be opened: {error.strerror}; name another with "
                 "twistd --logfile."
@@ -93,6 +102,8 @@ def _make_folder(folder: Path, owner: tuple[int, int] | None) -> None:
     try:
         instance.make_folder(folder, owner)
     except OSError as error:
+        if error.errno in NO_ROOM:
+            raise
         raise ConfigurationError(
             f"The folder {folder} can't be made: {error.strerror}; "
             "choose another with --state, --runtime or --cache."

@@ -6,8 +6,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,7 +54,7 @@ from tursi.model import AuditEntry, Folders
 from tursi.notify import Notifier, describe
 from tursi.ports import Ports
 from tursi.preflight import exit_status
-from tursi.premises import Premises
+from tursi.premises import NO_ROOM, Premises
 from tursi.signals import LastResort, Signals
 from tursi.store import Store
 from tursi.supervision import leftovers
@@ -176,7 +176,8 @@ class Daemon(Service):
 
     def _attempt(self, step: Callable[[], None]) -> None:
         try:
-            step()
+            with _room(self._folders.state):
+                step()
         except TursiError as error:
             self._notifier.status(error.message)
             log.critical("{message}", message=error.message)
@@ -418,7 +419,8 @@ class Daemon(Service):
         if group != self._group:
             self._give_socket(os.getegid() if group is None else group)
         try:
-            await self._ports.change(self._listeners, listeners)
+            if await self._ports.change(self._listeners, listeners):
+                changed.append("certificates")
         except TursiError:
             if group != self._group:
                 self._give_socket(os.getegid() if self._group is None else self._group)
@@ -465,6 +467,19 @@ class Daemon(Service):
             *self._hub.describe(),
         ]
         log.info("{status}", status="\n".join(["status", *lines]))
+
+
+@contextmanager
+def _room(folder: Path) -> Iterator[None]:
+    """Say so if there is no room for ``folder``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise DatabaseFull(
+            f"The disk of {folder} is full; free some space, then start Tursi again."
+        ) from None
 
 
 def _not_reloaded(failure: Failure) -> TursiError:

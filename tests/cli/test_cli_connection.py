@@ -139,6 +139,12 @@ def test_an_answer_that_does_not_come_has_a_deadline(api: Api) -> None:
             3,
             "Stops. (try again in 5 s)",
         ),
+        (
+            {"error": {"message": "A", "code": "api_key_required"}},
+            401,
+            1,
+            "The daemon needs an API",
+        ),
         (None, 502, 1, "The daemon answered with status 502."),
         (["x"], 500, 1, "The daemon answered with status 500."),
     ],

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import socket
+import ssl
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 from scripted_api import Api, refusal, scripted_api
+from self_signed import certificate
 
 from tursi.cli import main
 from tursi.cli.connection import Exit
@@ -83,3 +89,23 @@ def test_nobody_at_a_url_is_told_as_such() -> None:
     assert result.exit_code == Exit.NO_DAEMON
     assert "No daemon answers at http://127.0.0.1:1 (" in result.stderr
     assert "secret" not in result.stderr
+
+
+def test_a_certificate_that_is_not_trusted_is_told_as_such(tmp_path: Path) -> None:
+    certificate(tmp_path, "stranger")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+
+    def answer(listening: socket.socket) -> None:
+        with suppress(OSError), listening.accept()[0] as accepted:
+            context.wrap_socket(accepted, server_side=True).recv(1)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=answer, args=(listening,))
+        thread.start()
+        url = f"https://127.0.0.1:{listening.getsockname()[1]}"
+        result = CliRunner().invoke(main, ["ps"], env={"TURSI_URL": url})
+        thread.join()
+    assert result.exit_code == Exit.NO_DAEMON
+    assert result.stderr.startswith(f"tursi: The certificate of {url} isn't trusted here (")
+    assert "SSL_CERT_FILE" in result.stderr

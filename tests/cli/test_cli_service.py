@@ -39,6 +39,14 @@ class Place:
         arguments: Sequence[str] = [command, "--state", str(self.state), *options]
         return CliRunner().invoke(main, arguments, env={"TURSI_SOCKET": ""})
 
+    def with_a_url(self, command: str) -> Result:
+        """By the socket, as ``--state`` has none of a URL."""
+        environment = {
+            "TURSI_SOCKET": str(self.runtime / "control.sock"),
+            "TURSI_URL": "http://127.0.0.1:1",
+        }
+        return CliRunner().invoke(main, [command], env=environment)
+
     def start(self) -> Result:
         return self.tursi("start", "--config", str(self.configuration))
 
@@ -75,6 +83,11 @@ def test_the_story_of_a_service(place: Place) -> None:
     again = place.start()
     assert (again.exit_code, again.stdout) == (0, f"Tursi is already running (pid {first}).\n")
     assert place.tursi("status").exit_code == RUNS
+    # The daemon of a URL is another one, whose process nobody can see from here.
+    assert place.with_a_url("start").stdout == again.stdout
+    elsewhere = place.with_a_url("status")
+    assert elsewhere.exit_code == UNKNOWN
+    assert elsewhere.stderr.startswith("tursi: No daemon answers at http://127.0.0.1:1 ")
     assert json.loads(place.tursi("status", "--json").stdout)["pid"] == first
     socket_option = ["--socket", str(place.runtime / "control.sock"), "status"]
     assert CliRunner().invoke(main, socket_option).exit_code == RUNS

@@ -279,10 +279,14 @@ def test_a_listener_with_tls_needs_keys_outside_and_takes_new_certificates(
         assert one.process is not None
         one.process.send_signal(signal.SIGHUP)
         until(lambda: fresh_name(port) == "second", "the new certificate is used")
+        assert one.control.post("/reload").json()["changed"] == []
+        certificate(tmp_path, "third")
+        assert one.control.post("/reload").json()["changed"] == ["certificates"]
+        assert fresh_name(port) == "third"
         assert get(early, "/deployments", token).startswith(b"HTTP/1.1 200")
         (tmp_path / "cert.pem").write_text("garbage")
         assert one.control.post("/reload").status_code == 422
-        assert fresh_name(port) == "second"
+        assert fresh_name(port) == "third"
         early.close()
 
 

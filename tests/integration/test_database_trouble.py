@@ -286,6 +286,31 @@ def test_a_full_disk_stops_changes_only_and_is_got_over_alone(small_disk: SmallD
     assert "Traceback" not in running.log.read_text()
 
 
+def test_a_start_on_a_full_disk_says_so() -> None:
+    if not may_mount():
+        pytest.skip("a file system can't be mounted here")
+    folder = Path(tempfile.mkdtemp(prefix="tursi-"))
+    running = SmallDisk(folder, scripted=True)
+    try:
+        command = running.arguments("-n", "--pidfile=")
+        fill = 'dd if=/dev/zero of="$0/filler" bs=1k; exec "$@"'
+        at = command.index(str(running.state)) + 1
+        command[at:at] = ["sh", "-c", fill, str(running.state)]
+        started = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            env=running.environment(),
+        )
+        assert started.returncode == 69
+        assert f"tursi: The disk of {running.state} is full; free" in started.stderr
+        assert "Traceback" not in started.stderr
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 # -- no lock ------------------------------------------------------------------------
 
 

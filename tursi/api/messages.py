@@ -308,7 +308,7 @@ class Reloaded(msgspec.Struct, frozen=True):
     """What came of reading the configuration again. Nothing in it needs a restart of the daemon."""
 
     changed: list[str]
-    """The settings that differ from before, as ``table.name``."""
+    """The settings that differ from before, as ``table.name``; ``certificates`` if renewed."""
     rolled: list[str]
     """Deployments whose workers are being replaced, because of what they are told to load."""
 

@@ -248,6 +248,12 @@ class Connection:
 
     def _unreachable(self, error: BaseException) -> NoReturn:
         number = _errno(error)
+        if self.url and "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise Failure(
+                f"The certificate of {self.url} isn't trusted here ({error}); name the file of "
+                "who has signed it in SSL_CERT_FILE.",
+                Exit.NO_DAEMON,
+            ) from None
         if self.url:
             raise Failure(
                 f"No daemon answers at {self.url} ({error or 'no answer'}).", Exit.NO_DAEMON
@@ -295,6 +301,8 @@ def failure(body: Any, status: int) -> Failure:
     message = found if isinstance(found, str) else error.get("message")
     code = str(error.get("code") or "")
     text = str(message or f"The daemon answered with status {status}.")
+    if code == "api_key_required":
+        text = "The daemon needs an API key; put it into TURSI_API_KEY."
     if error.get("incident"):
         text = f"{text} (incident {error['incident']})"
     outcome = _EXIT_BY_CODE.get(code, Exit.NOT_FOUND if status == 404 else Exit.FAILED)

@@ -138,13 +138,16 @@ def status(context: click.Context, /, *, json: bool, **chosen: Path | None) -> N
         found["containment"] = str(Containment(**found["containment"]))
     rows = [(key.replace("_", " "), each) for key, value in found.items() for each in _shown(value)]
     rows = [(key, local_time(value) if key == "started at" else value) for key, value in rows]
-    table(("DAEMON", str(service.connection.socket)), rows)
+    table(("DAEMON", service.connection.place), rows)
 
 
 def _silent(service: Service, error: Failure) -> tuple[int, str]:
     """What it means that the daemon doesn't say how it is."""
     if error.code == "starting_up":
         return RUNS, "Tursi is starting."
+    if service.connection.url:
+        # Of another machine, its lock says nothing here.
+        return UNKNOWN, error.message
     deadline = time.monotonic() + _LETTING_GO_SECONDS
     try:
         # A process that has just been killed holds its lock until its last thread is gone.
@@ -169,6 +172,8 @@ def _silent(service: Service, error: Failure) -> tuple[int, str]:
 
 
 def _start(service: Service, configuration: Path | None, *, json: bool) -> None:
+    # What is started is on this machine, wherever a URL leads.
+    service = service._replace(connection=Connection(service.connection.socket))
     running = service.holder()
     if running is None:
         usual = folders(os.environ, os.getuid())
