@@ -24,6 +24,7 @@ from tursi.errors import (
     InvalidRequest,
     ModelFilesMissing,
     ModelInUse,
+    ModelLoading,
     ModelNotFound,
     ModelRefused,
     QueueFull,
@@ -496,14 +497,25 @@ def test_when_workers_die_everywhere_nothing_is_started_for_a_minute(bench: Benc
     bench.deploy(replicas=3)
     bench.found()
     observer = bench.workers[0].observer
-    for number in range(21):
-        begun = replace(life(str(number), NOW), ended_at=None)
-        observer.life(begun)
-        observer.life(replace(begun, ended_at=NOW, failure=FailureClass.CRASH))
-    for worker in bench.workers:
-        worker.become(Phase.QUEUED)
-    bench.turn()
+
+    def die(failure: FailureClass) -> None:
+        for number in range(21):
+            begun = replace(life(f"{failure} {number}", NOW), ended_at=None)
+            observer.life(begun)
+            observer.life(replace(begun, ended_at=NOW, failure=failure))
+        for worker in bench.workers:
+            worker.become(Phase.QUEUED)
+        bench.turn()
+
+    # That is the model.
+    die(FailureClass.WEIGHTS)
+    assert [worker.phase for worker in bench.workers].count(Phase.SPAWNING) == 2
+    die(FailureClass.CRASH)
     assert [worker.phase for worker in bench.workers] == [Phase.QUEUED] * 3
+    impatient = submit(bench, seconds=1.0)
+    bench.reactor.advance(1)
+    assert isinstance(impatient.error, ModelLoading)
+    assert "queued: More than 20 workers died within 60 s: nothing is" in impatient.error.message
     status, parts = bench.fleet.health()
     assert status == "degraded"
     assert parts[-1].name == "starts"
@@ -698,9 +710,9 @@ class Answer:
         self.error = error
 
 
-def submit(bench: Bench) -> Answer:
+def submit(bench: Bench, seconds: float = 600.0) -> Answer:
     answer = Answer()
-    bench.fleet.submit("a", Work("r", "i", "", b"", 600.0), answer)  # type: ignore[arg-type] # all it needs
+    bench.fleet.submit("a", Work("r", "i", "", b"", seconds), answer)  # type: ignore[arg-type] # all it needs
     return answer
 
 

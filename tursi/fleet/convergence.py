@@ -39,6 +39,17 @@ log = Logger()
 
 _RUNNING = frozenset({Phase.LOADING, Phase.WARMING, Phase.READY, Phase.SUSPECT, Phase.DRAINING})
 
+_NO_STORM = frozenset(
+    {
+        None,
+        FailureClass.CONFIGURATION,
+        FailureClass.WEIGHTS,
+        FailureClass.NOT_FOUND,
+        FailureClass.REFUSED,
+    }
+)
+"""Failures that are certainly a model's own: others needn't wait for them."""
+
 RESET = "worker.reset"
 """The kind of the event that a worker's failures were forgotten."""
 
@@ -389,7 +400,7 @@ class Convergence:
             self._begun(life)
         if life.ended_at is not None and life.uuid in self._lives:
             self._lives.discard(life.uuid)
-            if life.failure is not None and self.governor.died():
+            if life.failure not in _NO_STORM and self.governor.died():
                 self._pause(life.reason or "")
         return written
 

@@ -266,13 +266,19 @@ class Fleet:
                 cause="two workers ended while they held it",
             )
 
+        def stage() -> str:
+            said, trouble = member.stage(), self._convergence.governor.trouble
+            if trouble is None or said != Phase.QUEUED.value:
+                return said
+            return f"{said}: {trouble.rstrip('.')}"
+
         return RequestQueue(
             name=name,
             clock=self._reactor,
             settings=self._configuration.requests,
             workers=member.serving,
             unavailable=member.unavailable,
-            stage=member.stage,
+            stage=stage,
             crash=lambda: member.crash,
             finished=finished,
             poisoned=poisoned,
