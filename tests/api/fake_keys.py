@@ -8,7 +8,7 @@ from hashlib import sha256
 
 from twisted.internet.defer import Deferred, fail, succeed
 
-from tursi.errors import KeyExists, KeyNotFound
+from tursi.errors import DatabaseBusy, KeyExists, KeyNotFound
 from tursi.model import ApiKey, Scope
 
 
@@ -30,6 +30,7 @@ class FakeKeys:
     def __init__(self) -> None:
         self.held: list[tuple[ApiKey, bytes]] = []
         self.used: dict[int, float] = {}
+        self.locked = False
         for number, scope in enumerate((Scope.ADMIN, Scope.READ, Scope.INFER), 1):
             self.put(ApiKey(number, scope.value, (scope,), 1_700_000_000.0, "uid 0"))
 
@@ -70,5 +71,7 @@ class FakeKeys:
         return fail(KeyNotFound())
 
     def keys_used(self, times: Mapping[int, float]) -> Deferred[None]:
+        if self.locked:
+            return fail(DatabaseBusy())
         self.used.update(times)
         return succeed(None)

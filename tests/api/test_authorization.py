@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 from conversation import House, Reply, Socket, Transport, parse, request
 from fake_fleet import status
-from fake_keys import ADMIN, INFER, READ, key
+from fake_keys import ADMIN, INFER, READ, FakeKeys, key
 
 from twisted.internet.address import UNIXAddress
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
 
+from tursi.api import Keys
 from tursi.api.openapi import PART
 from tursi.config import Http
 from tursi.errors import DatabaseBusy, DeploymentUnavailable
@@ -491,3 +494,20 @@ def test_who_may_not_read_is_told_no_path() -> None:
         reply = house.ask("GET", path, headers=headers)
         assert (reply.status, reply.headers["Retry-After"]) == (503, "5")
         assert (SECRET_PATH.encode() in reply.body) is (token is not None)
+
+
+def test_the_last_use_of_a_key_waits_for_the_database() -> None:
+    store, clock = FakeKeys(), Clock()
+    keys = Keys(store, clock, lambda: 1_700_000_000.0 + clock.seconds())
+    Deferred.fromCoroutine(keys.start())
+    keys.ring.admit(keys.ring.find(READ.encode()).caller(None, None))
+    store.locked = True
+    clock.advance(10)
+    assert store.used == {}
+    clock.advance(5)
+    keys.ring.admit(keys.ring.find(INFER.encode()).caller(None, None))
+    store.locked = False
+    clock.advance(5)
+    assert store.used == {2: 1_700_000_000.0, 3: 1_700_000_015.0}
+    Deferred.fromCoroutine(keys.stop())
+    assert not clock.getDelayedCalls()

@@ -164,6 +164,10 @@ class Keyring:
         used, self._used = self._used, {}
         return used
 
+    def put_back(self, used: Mapping[int, float]) -> None:
+        """They could not be stored."""
+        self._used = {**used, **self._used}
+
     def up_to_date(self, key: ApiKey) -> ApiKey:
         """``key`` with its last use, stored or not."""
         at = self._used.get(key.id)

@@ -13,7 +13,7 @@ from twisted.logger import Logger
 from tursi.api.endpoint import endpoint
 from tursi.api.keyring import Keyring, new_secret, written
 from tursi.api.messages import KeyBody, KeyList, NewKey
-from tursi.errors import InvalidRequest, KeyNotFound
+from tursi.errors import InvalidRequest, KeyNotFound, TursiError
 from tursi.model import ApiKey, Role, Scope, deployment_name, key_name
 
 log = Logger()
@@ -81,8 +81,11 @@ class Keys:
     async def _save(self) -> None:
         used = self.ring.take_used()
         if used:
-            with log.failuresHandled("The last use of keys could not be stored"):
+            try:
                 await self._store.keys_used(used)
+            except TursiError as error:
+                self.ring.put_back(used)
+                log.warn("the last use of keys waits: {message}", message=error.message)
 
     @endpoint("GET", "/keys", reply=KeyList, **_ADMIN)
     async def list(self) -> KeyList:
