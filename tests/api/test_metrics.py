@@ -41,6 +41,16 @@ def test_every_family_has_help_type_and_a_conventional_name() -> None:
                 assert sample.name.endswith("_total")
 
 
+def test_nothing_is_announced_that_has_no_value() -> None:
+    families = {
+        family.name: family
+        for family in text_string_to_metric_families(text(Metrics(FakeFleet(), INFO)))
+    }
+    assert all(family.samples for family in families.values())
+    refused = families["tursi_requests_refused"].samples
+    assert {sample.labels["code"]: sample.value for sample in refused}["host_refused"] == 0
+
+
 def test_histograms_are_cumulative() -> None:
     metrics = Metrics(FakeFleet(), INFO)
     for seconds in (0.0005, 0.001, 0.3, 9999.0):

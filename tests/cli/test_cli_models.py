@@ -92,11 +92,12 @@ def test_a_pull_is_paused_and_cancelled_by_its_model(api: Api) -> None:
 def test_pulls_lists_them(api: Api) -> None:
     waiting = {**PULL, "error": "It rests.", "next_try_at": "2026-01-02T03:04:05Z"}
     api.on("GET", "/pulls", {"pulls": [COMING, DONE, waiting]})
-    header, coming, done, again = api.tursi("pulls").stdout.splitlines()
+    header, coming, done, again, reason = api.tursi("pulls").stdout.splitlines()
     assert header.split() == ["WHEN", "BY", "STATE", "PROGRESS", "MODEL"]
     assert "512 KiB/s" in coming
     assert done.split()[-4:] == ["done", "4", "MiB", "org/mini"]
-    assert "It rests. Next try at" in again
+    assert "next try at 2026-01-02" in again
+    assert reason == "org/mini: It rests."
     api.on("GET", "/pulls", {"pulls": []})
     assert "Nothing has been pulled" in api.tursi("pulls").stdout
 

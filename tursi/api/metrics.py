@@ -18,10 +18,14 @@ from prometheus_client.registry import Collector
 from tursi.api.audit import Audit
 from tursi.api.fleet import Fleet
 from tursi.api.info import Info
+from tursi.errors import HostRefused, InvalidRequest, PayloadTooLarge, RequestTimeout
 from tursi.lag import Lag
 from tursi.model import DeploymentStatus, Usage
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+_REFUSALS = tuple(
+    kind.code for kind in (InvalidRequest, HostRefused, RequestTimeout, PayloadTooLarge)
+)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -96,7 +100,8 @@ class Metrics(Collector):
         self._series: dict[tuple[str, str], Series] = {}
         self._restarts: dict[str, Growth] = {}
         self._cpu: dict[str, Growth] = {}
-        self._refused: dict[str, int] = {}
+        # Those that any daemon meets are there from the start, so that their rates are right.
+        self._refused = dict.fromkeys(_REFUSALS, 0)
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
@@ -128,7 +133,10 @@ class Metrics(Collector):
         return content_type, encode(self._registry)
 
     def collect(self) -> Iterable[Metric]:
-        """Everything, as prometheus-client encodes it."""
+        """Everything that there is to tell, as prometheus-client encodes it."""
+        return (family for family in self._families() if family.samples)
+
+    def _families(self) -> Iterator[Metric]:
         statuses = self._fleet.deployments()
         self._forget({status.name for status in statuses})
         yield from self._requests()

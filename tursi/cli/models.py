@@ -83,13 +83,16 @@ def pulls(connection: Connection, *, json: bool) -> None:
                 local_time(status["asked_at"]),
                 status["asked_by"],
                 status["state"],
-                _look(status).stage if status["state"] != PullState.RUNNING else str(_look(status)),
+                _progress(status),
                 status["model"],
             )
             for status in answer["pulls"]
         ],
         spare=("BY", "WHEN"),
     )
+    for status in answer["pulls"]:
+        if status["error"] and status["state"] in {PullState.RUNNING, PullState.FAILED}:
+            line(f"{status['model']}: {status['error']}")
 
 
 @click.command()
@@ -176,9 +179,6 @@ def _followed(connection: Connection, status: dict[str, Any]) -> dict[str, Any]:
 
 
 def _look(status: Mapping[str, Any]) -> Look:
-    if status["state"] != PullState.RUNNING:
-        amount = size(status["size"]) if status["size"] is not None else status["error"]
-        return Look(Verdict.COMING, amount or "-")
     if status["next_try_at"] is not None:
         again = local_time(status["next_try_at"])
         return Look(Verdict.COMING, f"{status['error']} Next try at {again}.")
@@ -193,6 +193,15 @@ def _look(status: Mapping[str, Any]) -> Look:
     return Look(
         Verdict.COMING, stage, progress["done"], progress["total"], progress["unit"] or "bytes"
     )
+
+
+def _progress(status: Mapping[str, Any]) -> str:
+    """How far it is, in a few words."""
+    if status["state"] != PullState.RUNNING:
+        return size(status["size"])
+    if status["next_try_at"] is not None:
+        return f"next try at {local_time(status['next_try_at'])}"
+    return str(_look(status))
 
 
 def _duration(seconds: float) -> str:
