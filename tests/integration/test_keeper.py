@@ -191,7 +191,7 @@ def test_nothing_survives_not_even_what_has_left_the_session(
 
 
 HIDES = """
-import ctypes, os, sys
+import ctypes, os, sys, time
 prctl = ctypes.CDLL(None).prctl
 prctl(1, 0, 0, 0, 0)   # no signal at the death of its parent
 prctl(36, 1, 0, 0, 0)  # whoever is below it stays so
@@ -207,6 +207,9 @@ for _ in range(3):
         os._exit(0)
 for _ in range(3):
     os.wait()
+# Its end is theirs: until then they must have said who they are.
+while not os.path.exists(sys.argv[1]) or len(open(sys.argv[1]).read().split()) < 3:
+    time.sleep(0.01)
 os.write(1, b"hidden")
 """
 
@@ -214,10 +217,9 @@ os.write(1, b"hidden")
 @pytest.mark.parametrize("how", ["lifeline", "the worker ends"])
 def test_who_hides_is_found(keep: Keep, tmp_path: Path, how: str) -> None:
     names = tmp_path / "pids"
-    then = "import time; time.sleep(300)" if how == "lifeline" else "os._exit(0)"
+    then = "time.sleep(300)" if how == "lifeline" else "os._exit(0)"
     kept = keep(*python(HIDES + then), str(names))
     kept.read(lambda text: "hidden" in text)
-    wait_until(lambda: names.exists() and len(names.read_text().split()) == 3)
     pids = [int(word) for word in names.read_text().split()]
     if how == "lifeline":
         assert all(alive(pid) for pid in pids)
