@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from tursi.api.endpoint import Status, endpoint, jsonable
+from tursi.api.endpoint import Status, endpoint, identity, jsonable
 from tursi.api.fleet import Fleet
 from tursi.api.messages import (
     AllEventsQuery,
@@ -50,9 +50,6 @@ from tursi.model import (
 
 _CONTROL: dict[str, Any] = {"role": Role.CONTROL}
 _ACCEPTED: dict[str, Any] = {**_CONTROL, "reply": DeploymentStatus, "statuses": (202,)}
-
-_DIGITS = 19
-"""Fewer than these always fit into what SQLite counts with."""
 
 
 class DeploymentControl:
@@ -201,11 +198,12 @@ class DeploymentControl:
     @endpoint("GET", "/deployments/<name>/crashes/<number>", reply=Dossier, **_CONTROL)
     async def crash(self, name: str, number: str) -> Dossier:
         """Show a crash with all its evidence."""
-        if not (number.isascii() and number.isdigit() and len(number) < _DIGITS):
+        found = identity(number)
+        if found is None:
             raise CrashNotFound(
                 f"{number[:50]!r} is no crash's id; `tursi crashes {name}` lists them."
             )
-        return await self._fleet.crash(name, int(number))
+        return await self._fleet.crash(name, found)
 
     @endpoint("GET", "/deployments/<name>/why", reply=Story, **_CONTROL)
     async def why(self, name: str) -> Story:

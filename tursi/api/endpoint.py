@@ -273,6 +273,17 @@ def _require_json(types: Sequence[bytes]) -> None:
         )
 
 
+_DIGITS = 19
+"""Fewer than these always fit into what SQLite counts with."""
+
+
+def identity(text: str) -> int | None:
+    """The id that a part of a path names; ``None`` if no id can look so."""
+    if not (text.isascii() and text.isdigit() and len(text) < _DIGITS):
+        return None
+    return int(text)
+
+
 # -- values as JSON ---------------------------------------------------------------------
 
 

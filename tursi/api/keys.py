@@ -10,7 +10,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
-from tursi.api.endpoint import endpoint
+from tursi.api.endpoint import endpoint, identity
 from tursi.api.keyring import Keyring, new_secret, written
 from tursi.api.messages import KeyBody, KeyList, NewKey
 from tursi.errors import InvalidRequest, KeyNotFound, TursiError
@@ -21,8 +21,6 @@ log = Logger()
 _ADMIN: dict[str, Any] = {"role": Role.CONTROL, "scope": Scope.ADMIN}
 _SAVE_SECONDS = 10.0
 """How long the last use of a key may be known in memory only."""
-_DIGITS = 19
-"""Fewer than these always fit into what SQLite counts with."""
 
 
 class KeyStore(Protocol):
@@ -125,7 +123,7 @@ class Keys:
     @endpoint("DELETE", "/keys/<name>", reply=ApiKey, **_ADMIN)
     async def revoke(self, name: str) -> ApiKey:
         """Revoke an API key, by its name or id; it is invalid at once and for ever."""
-        if name.isdigit() and not (name.isascii() and len(name) < _DIGITS):
+        if name.isdigit() and identity(name) is None:
             raise KeyNotFound
         key = await self._store.revoke_key(name, at=self._now())
         self.ring.drop(key.id)

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from tursi.api.endpoint import endpoint, jsonable
+from tursi.api.endpoint import endpoint, identity, jsonable
 from tursi.api.fleet import Fleet
 from tursi.api.messages import PullBody, PullList, PullQuery
 from tursi.api.stream import Follow
@@ -16,8 +16,6 @@ from tursi.model import PullStatus, Role
 
 _CONTROL: dict[str, Any] = {"role": Role.CONTROL}
 _ACCEPTED: dict[str, Any] = {**_CONTROL, "reply": PullStatus, "statuses": (202,)}
-_DIGITS = 19
-"""Fewer than these always fit into what SQLite counts with."""
 
 
 class PullControl:
@@ -73,9 +71,10 @@ class PullControl:
 
 
 def _number(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < _DIGITS):
+    found = identity(text)
+    if found is None:
         raise PullNotFound(f"{text[:50]!r} is no pull's id; `tursi pulls` lists those there are.")
-    return int(text)
+    return found
 
 
 def _event(status: PullStatus) -> bytes:

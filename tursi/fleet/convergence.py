@@ -220,7 +220,8 @@ class Convergence:
 
     def _converge(self) -> None:
         self._scheduled = None
-        for member, reason in (*self._memory.idle(), *self._memory.evictions()):
+        room = self._memory.room()
+        for member, reason in (*self._memory.idle(), *self._memory.evictions(room)):
             self.unload(member, reason)
         wanted = [want for member in self._members.values() if (want := member.wanted())]
         seen = [
@@ -228,7 +229,6 @@ class Convergence:
             for member in self._members.values()
             for worker in member.seen(self._memory.need(member))
         ]
-        room = self._memory.room()
         for member in self._members.values():
             member.waits = self._memory.explain(member, room)
             member.never = member.waits is not None and self._memory.never(member)

@@ -138,9 +138,8 @@ class Memory:
             return None
         return max(member.used_at, member.loaded_at) + seconds
 
-    def evictions(self) -> list[tuple[Member, str]]:
-        """What makes room for a model that is waited for, with the reason."""
-        room = self.room()
+    def evictions(self, room: int | None) -> list[tuple[Member, str]]:
+        """What makes room, of which there is ``room``, for a model that is waited for; and why."""
         if room is None:
             return []
         waiting = self._waiting(room)
