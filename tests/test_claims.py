@@ -97,6 +97,10 @@ def test_words_are_made_harmless_and_cut() -> None:
         Loaded("fill-mask", "cpu", "float32", versions={str(n): forged * 99 for n in range(99)})
     ).versions
     assert len(versions) == 32
+    choices = claims.loaded(
+        Loaded("fill-mask", "cuda:0,cuda:1", "float32", choices={str(n): forged for n in range(99)})
+    ).choices
+    assert (len(choices), {*choices.values()}) == (16, {harmless})
     assert len(claims.progress(Progress("x" * 10**6)).stage) < 200
     assert len(claims.last_words(LastWords("c", "x" * 10**6)).message) < 1100
     long = "x" * 10**6 + "the end"

@@ -112,11 +112,18 @@ def test_limits_belong_to_the_generation(store: Store) -> None:
     for request, outcome in ((MINILM, "created"), (limited, "replaced"), (limited, "unchanged")):
         assert result(store.save("e5", request, 1, by="cli", at=1.0))[1] == outcome
     assert [each.request for each in result(store.generations("e5"))] == [MINILM, limited]
-    found = Resolution(folder="/models/e5", task="feature-extraction")
+    found = Resolution(folder="/models/e5", task="feature-extraction", choices={"device": "cpu."})
     result(store.resolve("e5", 2, found, at=2.0))
     (deployment,) = result(store.deployments())
     assert deployment.generation.request == limited
     assert deployment.generation.resolution == found
+
+
+def test_quantization_belongs_to_the_generation(store: Store) -> None:
+    small = replace(MINILM, quantization="int4")
+    for request, outcome in ((MINILM, "created"), (small, "replaced"), (small, "unchanged")):
+        assert result(store.save("e5", request, 1, by="cli", at=1.0))[1] == outcome
+    assert [each.request for each in result(store.generations("e5"))] == [MINILM, small]
 
 
 def test_each_change_has_its_event_and_no_change_has_none(store: Store) -> None:
@@ -767,7 +774,7 @@ def test_before_an_upgrade_the_file_is_copied_and_three_copies_stay(
             assert copy.stat().st_mode & 0o777 == 0o600
     names = sorted(each.name for each in path.parent.iterdir())
     kept = [f"tursi.sqlite.v{released + step}" for step in (2, 3, 4)]
-    assert names == ["tursi.sqlite", *kept]
+    assert names == sorted(["tursi.sqlite", *kept])
 
 
 def test_a_failed_upgrade_leaves_the_version_before_it(

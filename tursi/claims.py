@@ -26,8 +26,9 @@ MAX_TRACEBACK = 64 * 1024
 """Characters."""
 _MAX_WORD = 100
 _MAX_VERSIONS = 32
+_MAX_CHOICES = 16
 _VISIBLE = re.compile(r"[\x20-\x7e]{1,255}")
-_WORD = re.compile(r"[A-Za-z0-9_.:-]{1,32}")
+_WORD = re.compile(r"[A-Za-z0-9_.:,-]{1,255}")
 
 # What could forge lines, colour a terminal or turn text around: C0 and C1
 # controls, line separators, and the bidirectional controls.
@@ -95,9 +96,11 @@ def loaded(said: Loaded) -> Loaded:
     if not 0 <= said.load_seconds <= MAX_SECONDS:
         raise WireError(f"it has loaded for {said.load_seconds} s")
     versions = list(said.versions.items())[:_MAX_VERSIONS]
+    choices = list(said.choices.items())[:_MAX_CHOICES]
     return replace(
         said,
         versions={_clause(key, _MAX_WORD): _clause(text, _MAX_WORD) for key, text in versions},
+        choices={_clause(key, _MAX_WORD): _clause(text, MAX_CLAUSE) for key, text in choices},
     )
 
 

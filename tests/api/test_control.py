@@ -55,10 +55,13 @@ def test_put_creates_and_then_finds_nothing_to_do() -> None:
 
 def test_what_a_model_may_bring_is_off_unless_asked_for() -> None:
     house = House()
-    body = {"model": "org/new", "allow_pickle": True, "trust_remote_code": True}
+    body: dict[str, Any] = {"model": "org/new", "allow_pickle": True, "trust_remote_code": True}
+    body["quantization"] = "int8"
     assert house.ask("PUT", "/deployments/new", body).status == 201
     asked = house.fleet.calls[0][2]
-    assert asked == Request("org/new", allow_pickle=True, trust_remote_code=True)
+    assert asked == Request(
+        "org/new", allow_pickle=True, trust_remote_code=True, quantization="int8"
+    )
     shown = house.ask("GET", "/deployments/small").json()
     assert (shown["allow_pickle"], shown["trust_remote_code"]) == (False, False)
     assert house.ask("PUT", "/deployments/new", {**body, "allow_pickle": "yes"}).status == 400

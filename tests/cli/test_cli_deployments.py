@@ -70,13 +70,15 @@ def test_up_waits_with_a_line_per_stage_and_says_when_it_is_ready(api: Api) -> N
 def test_up_with_a_name_and_options_puts_them(api: Api) -> None:
     api.on("PUT", "/deployments/other", created(deployment(name="other"), "replaced"))
     options = ("--task", "embedding", "--device", "cuda:1", "--dtype", "float16", "--replicas", "2")
-    result = api.tursi("up", "org/mini@v2", "--name", "other", *options)
+    given = (*options, "--quantize", "int4")
+    result = api.tursi("up", "org/mini@v2", "--name", "other", *given)
     assert result.exit_code == Exit.OK, result.output
     assert api.asked[0].body == {
         "model": "org/mini@v2",
         "task": "embedding",
         "device": "cuda:1",
         "dtype": "float16",
+        "quantization": "int4",
         "replicas": 2,
     }
 

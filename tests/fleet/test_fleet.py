@@ -290,7 +290,16 @@ def test_the_same_again_changes_nothing_and_keeps_the_replicas(bench: Bench) -> 
 
 
 @pytest.mark.parametrize(
-    "fields", [{"device": "gpu"}, {"dtype": "int3"}, {"task": "cooking"}, {"model": "../a"}]
+    "fields",
+    [
+        {"device": "gpu"},
+        {"device": "cuda:0,cuda:0"},
+        {"device": "cuda:0,cpu"},
+        {"quantization": "int3"},
+        {"dtype": "int3"},
+        {"task": "cooking"},
+        {"model": "../a"},
+    ],
 )
 def test_what_can_not_be_is_refused_and_nothing_is_kept(
     bench: Bench, fields: dict[str, Any]
@@ -802,6 +811,21 @@ def test_what_a_model_may_bring_reaches_the_hub_the_worker_and_the_status(bench:
         "pickle files allowed, its own code trusted" in event.message
         for event in bench.do(bench.fleet.events("a", 0, 10))
     )
+
+
+def test_quantization_makes_a_generation_and_reaches_the_worker_and_the_status(
+    bench: Bench,
+) -> None:
+    bench.deploy()
+    bench.found()
+    assert bench.deploy(quantization="int8") == "replaced"
+    assert bench.deploy(quantization="int8") == "unchanged"
+    bench.turn()
+    bench.found()
+    assert bench.workers[-1].order.quantization == "int8"
+    assert bench.fleet.deployment("a").quantization == "int8"
+    events = bench.do(bench.fleet.events("a", 0, 10))
+    assert any(event.message.endswith("as int8") for event in events)
 
 
 def test_clients_are_told_why_but_not_where(bench: Bench) -> None:

@@ -94,6 +94,7 @@ class DeploymentControl:
         limits: LimitsBody | None,
         allow_pickle: bool | None,
         trust_remote_code: bool | None,
+        quantization: str | None,
         load: Load | None,
         keep_alive: float | None,
         dry_run: bool,
@@ -108,6 +109,7 @@ class DeploymentControl:
             limits=limits.value() if limits else Limits(),
             allow_pickle=bool(allow_pickle),
             trust_remote_code=bool(trust_remote_code),
+            quantization=quantization or "none",
         )
         if dry_run:
             return await self._fleet.fit(name, request, replicas)

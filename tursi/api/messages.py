@@ -70,6 +70,8 @@ class DeploymentBody(_Body):
     """Load weights from pickle files, where the model has no others."""
     trust_remote_code: bool | None = None
     """Run Python code from the model's own files, with all that the worker may do."""
+    quantization: str | None = None
+    """Weights as int8 or int4; absent: none."""
     load: Load | None = None
     """When it is in memory; absent: as it was, or always."""
     keep_alive: Annotated[float, msgspec.Meta(ge=-1, le=366 * 86400)] | None = None

@@ -16,7 +16,7 @@ from tursi.cli.options import Size, as_json
 from tursi.cli.progress import Verdict, display, look, wait
 from tursi.cli.terminal import dump, line, note, size, table
 from tursi.errors import InvalidRequest
-from tursi.model import Limits, Load, Phase, Reference, deployment_name
+from tursi.model import QUANTIZATIONS, Limits, Load, Phase, Reference, deployment_name
 
 READY_SECONDS = 3600.0
 """How long ``up`` waits unless told otherwise: the daemon's own limit for a load."""
@@ -48,8 +48,14 @@ def waiting(command: Command) -> Command:
 @click.argument("model")
 @click.option("--name", help="Name of the deployment (default: the model's last segment).")
 @click.option("--task", help="What the model does (default: as its own files say).")
-@click.option("--device", help="auto, cpu, cuda, cuda:N or mps (default: auto).")
+@click.option("--device", help="auto, cpu, cuda, cuda:N, cuda:N,cuda:M or mps (default: auto).")
 @click.option("--dtype", help="auto, float32, bfloat16 or float16 (default: auto).")
+@click.option(
+    "--quantize",
+    "quantization",
+    type=click.Choice(QUANTIZATIONS),
+    help="Weights as int8 or int4 (default: none).",
+)
 @click.option("--replicas", type=click.IntRange(min=1), help="Number of workers (default: 1).")
 @click.option("--memory", type=Size(), help="Most memory of each worker, such as 2GiB.")
 @click.option("--cpu", type=click.FloatRange(min=0, min_open=True), help="Most cores of each.")

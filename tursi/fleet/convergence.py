@@ -306,6 +306,7 @@ class Convergence:
             beat_seconds=self._settings.beat_seconds / 5,
             allow_pickle=request.allow_pickle,
             trust_remote_code=request.trust_remote_code,
+            quantization=request.quantization,
         )
 
     def _retire(self, member: Member, key: Key) -> None:
@@ -447,7 +448,11 @@ class Convergence:
             lambda failure: log.warn("{error}", error=failure.getErrorMessage())
         )
         known = replace(
-            generation.resolution, task=loaded.task, dtype=loaded.dtype, device=loaded.device
+            generation.resolution,
+            task=loaded.task,
+            dtype=loaded.dtype,
+            device=loaded.device,
+            choices=loaded.choices,
         )
         if worker.generation == generation.number and known != generation.resolution:
             self._files.learn(member, known)

@@ -279,6 +279,7 @@ class Member:
             limits=generation.request.limits,
             allow_pickle=generation.request.allow_pickle,
             trust_remote_code=generation.request.trust_remote_code,
+            quantization=generation.request.quantization,
             load=deployment.schedule.load,
             keep_alive=deployment.schedule.keep_alive,
             unloads_at=self.unloads_at,

@@ -11,6 +11,7 @@ from tursi.model.crash import Crash, Dossier, last_line
 from tursi.model.deployment import (
     DTYPES,
     MAX_REPLICAS,
+    QUANTIZATIONS,
     Deployment,
     Desired,
     Generation,
@@ -66,6 +67,7 @@ __all__ = [
     "MIN_FILES",
     "MIN_MEMORY",
     "MIN_PROCESSES",
+    "QUANTIZATIONS",
     "ApiKey",
     "AuditEntry",
     "AuditQuery",

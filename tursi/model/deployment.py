@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from tursi.errors import InvalidRequest
@@ -13,7 +13,8 @@ from tursi.model.task import Task
 
 MAX_REPLICAS = 64
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,2})?")
+QUANTIZATIONS = ("none", "int8", "int4")
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,2})?|cuda:\d{1,2}(,cuda:\d{1,2})+")
 
 
 class Desired(StrEnum):
@@ -64,6 +65,8 @@ class Request:
     limits: Limits = Limits()  # noqa: RUF009 - a frozen value
     allow_pickle: bool = False
     trust_remote_code: bool = False
+    quantization: str = "none"
+    """What the weights are made smaller to, whatever ``dtype`` it computes in."""
 
     @property
     def trust(self) -> Trust:
@@ -72,15 +75,23 @@ class Request:
 
     def checked(self, host: Host = Host()) -> Request:  # noqa: B008 - a frozen value
         """The same in normal form; ``InvalidRequest`` names the field that is wrong."""
-        if not _DEVICE.fullmatch(self.device):
+        devices = self.device.split(",")
+        if not _DEVICE.fullmatch(self.device) or len({*devices}) < len(devices):
             raise InvalidRequest(
-                f"The device {self.device[:50]!r} is unknown; use auto, cpu, mps, cuda or cuda:N.",
+                f"The device {self.device[:50]!r} is unknown; use auto, cpu, mps, cuda, cuda:N, or "
+                "several GPUs as cuda:0,cuda:1.",
                 param="device",
             )
         if self.dtype not in DTYPES:
             raise InvalidRequest(
                 f"The dtype {self.dtype[:50]!r} is unknown; use one of {', '.join(DTYPES)}.",
                 param="dtype",
+            )
+        if self.quantization not in QUANTIZATIONS:
+            raise InvalidRequest(
+                f"The quantization {self.quantization[:50]!r} is unknown; use one of "
+                f"{', '.join(QUANTIZATIONS)}.",
+                param="quantization",
             )
         self.limits.check(host)
         return Request(
@@ -91,6 +102,7 @@ class Request:
             limits=self.limits,
             allow_pickle=self.allow_pickle,
             trust_remote_code=self.trust_remote_code,
+            quantization=self.quantization,
         )
 
 
@@ -111,6 +123,8 @@ class Resolution:
     commit: str | None = None
     files: tuple[str, ...] = ()
     size: int | None = None
+    choices: dict[str, str] = field(default_factory=dict)
+    """What a worker chose, and why: a sentence each for device, dtype and the like."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,6 +100,8 @@ class DeploymentStatus:
     """Whether weights in pickle files may be loaded."""
     trust_remote_code: bool = False
     """Whether Python code from the model's own files may run."""
+    quantization: str = "none"
+    """As asked for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,6 +117,7 @@ class LoadOrder:
     """Between two heartbeats."""
     allow_pickle: bool = False
     trust_remote_code: bool = False
+    quantization: str = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,3 +132,6 @@ class Loaded:
     parameters: int | None = None
     load_seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
+    choices: dict[str, str] = field(default_factory=dict)
+    """What it chose, and why: a sentence each for ``device``, ``dtype``, ``quantization`` and
+    ``attention``. Without figures that differ from load to load."""

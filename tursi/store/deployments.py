@@ -42,9 +42,9 @@ class Outcome(StrEnum):
 
 _GENERATIONS = (
     "SELECT g.number, g.model, g.task, g.device, g.dtype, g.created_at, g.created_by,"
-    " g.allow_pickle, g.trust_remote_code,"
+    " g.allow_pickle, g.trust_remote_code, g.quantization,"
     " g.memory, g.cpu, g.threads, g.files, g.processes,"
-    " m.folder, r.task, r.dtype, r.device, m.revision, m.files, m.size"
+    " m.folder, r.task, r.dtype, r.device, r.choices, m.revision, m.files, m.size"
     " FROM generations AS g"
     " LEFT JOIN resolutions AS r ON r.id = (SELECT max(id) FROM resolutions"
     "  WHERE deployment = g.deployment AND generation = g.number)"
@@ -85,11 +85,7 @@ def save(
     Without ``schedule`` an existing one keeps its own.
     """
     before = _find(txn, name)
-    shown = f"{request.model}, {replicas} {'replica' if replicas == 1 else 'replicas'}"
-    if request.allow_pickle:
-        shown += ", pickle files allowed"
-    if request.trust_remote_code:
-        shown += ", its own code trusted"
+    shown = _shown(request, replicas)
     if before is None:
         outcome, kind, message = Outcome.CREATED, "create", f"{by} deploys {name}: {shown}"
         txn.execute(
@@ -153,6 +149,18 @@ def roll_back(
     return _load(txn, name), Outcome.REPLACED, event
 
 
+def _shown(request: Request, replicas: int) -> str:
+    """What is asked for, in a clause."""
+    shown = f"{request.model}, {replicas} {'replica' if replicas == 1 else 'replicas'}"
+    if request.allow_pickle:
+        shown += ", pickle files allowed"
+    if request.quantization != "none":
+        shown += f", as {request.quantization}"
+    if request.trust_remote_code:
+        shown += ", its own code trusted"
+    return shown
+
+
 def _same(one: Generation, other: Generation) -> bool:
     """Whether they ask for the same and mean the same files, as far as that is known."""
     if one.request != other.request:
@@ -212,9 +220,9 @@ def _append(txn: Any, name: str, request: Request, *, by: str, at: float) -> Non
     txn.execute(
         "INSERT INTO generations"
         " (deployment, number, model, task, device, dtype,"
-        " allow_pickle, trust_remote_code,"
+        " allow_pickle, trust_remote_code, quantization,"
         " memory, cpu, threads, files, processes, created_at, created_by)"
-        " SELECT ?, coalesce(max(number), 0) + 1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
+        " SELECT ?, coalesce(max(number), 0) + 1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?"
         " FROM generations WHERE deployment = ?",
         (
             name,
@@ -224,6 +232,7 @@ def _append(txn: Any, name: str, request: Request, *, by: str, at: float) -> Non
             request.dtype,
             request.allow_pickle,
             request.trust_remote_code,
+            request.quantization,
             *astuple(request.limits),
             at,
             by,
@@ -244,9 +253,18 @@ def _mean(txn: Any, name: str, number: int, found: Resolution, *, at: float) -> 
         )
         row = txn.fetchone()
     txn.execute(
-        "INSERT INTO resolutions (deployment, generation, model, task, device, dtype, at)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (name, number, row[0], found.task, found.device, found.dtype, at),
+        "INSERT INTO resolutions (deployment, generation, model, task, device, dtype, choices, at)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            name,
+            number,
+            row[0],
+            found.task,
+            found.device,
+            found.dtype,
+            json.dumps(found.choices),
+            at,
+        ),
     )
 
 
@@ -291,11 +309,11 @@ def _schedule(txn: Any, name: str, schedule: Schedule) -> None:
 
 
 def _generation(row: tuple[Any, ...]) -> Generation:
-    number, model, task, device, dtype, created_at, created_by, pickle, code, *rest = row
+    number, model, task, device, dtype, created_at, created_by, pickle, code, small, *rest = row
     limits, (folder, *rest) = Limits(*rest[:_LIMITS]), rest[_LIMITS:]
     resolution = None
     if folder is not None:
-        task_found, dtype_found, device_found, revision, files, size = rest
+        task_found, dtype_found, device_found, choices, revision, files, size = rest
         resolution = Resolution(
             folder=folder,
             task=task_found,
@@ -304,8 +322,9 @@ def _generation(row: tuple[Any, ...]) -> Generation:
             commit=revision,
             files=tuple(json.loads(files)),
             size=size,
+            choices=json.loads(choices),
         )
-    request = Request(model, task, device, dtype, limits, bool(pickle), bool(code))
+    request = Request(model, task, device, dtype, limits, bool(pickle), bool(code), small)
     return Generation(number, request, created_at, created_by, resolution)
 
 

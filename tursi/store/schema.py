@@ -249,11 +249,18 @@ _SCHEDULES = (
     "ALTER TABLE deployments ADD COLUMN keep_alive REAL",
 )
 
+_QUANTIZATION = (
+    "ALTER TABLE generations ADD COLUMN quantization TEXT NOT NULL DEFAULT 'none'",
+    # JSON object: what the worker chose, and why.
+    "ALTER TABLE resolutions ADD COLUMN choices TEXT NOT NULL DEFAULT '{}'",
+)
+
 UPGRADES: tuple[Upgrade, ...] = (
     Upgrade("the first schema", _FIRST),
     Upgrade("pickle and remote code by generation", _TRUST),
     Upgrade("the audit", _AUDIT),
     Upgrade("pulls", _PULLS),
     Upgrade("when deployments are in memory", _SCHEDULES),
+    Upgrade("quantization, and why a load was as it was", _QUANTIZATION),
 )
 """``UPGRADES[n]`` brings version ``n`` to ``n + 1``."""
