@@ -16,6 +16,7 @@ from tursi.cli.connection import Exit
 def generation(number: int, *, commit: str | None = None, **request: Any) -> dict[str, Any]:
     limits = {"memory": None, "cpu": None, "threads": None, "files": None, "processes": None}
     asked = {"model": "org/mini", "task": None, "device": "auto", "dtype": "auto"}
+    asked["quantization"] = "none"
     return {
         "number": number,
         "created_at": "2026-01-02T03:04:05Z",

@@ -133,7 +133,7 @@ def flat(request: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value
         for key, value in {**rest, **limits}.items()
-        if value is not None and value is not False
+        if value is not None and value is not False and (key, value) != ("quantization", "none")
     }
 
 
