@@ -28,17 +28,21 @@ from tursi.model import (
     DeploymentStatus,
     Desired,
     Dossier,
+    Estimate,
     Event,
     FailureClass,
     Fit,
+    Footprint,
     Generation,
     LoadOrder,
     Minute,
+    Peaks,
     Phase,
     Progress,
     PullState,
     PullStatus,
     Request,
+    Room,
     Sample,
     Schedule,
     StorageStatus,
@@ -278,6 +282,14 @@ class FakeFleet:
     async def fit(self, name: str | None, request: Request, replicas: int | None) -> Fit:
         self.calls.append(("fit", name, request.model, replicas))
         return Fit(Verdict.FITS, "It fits.", 1000)
+
+    async def memory(self, name: str) -> Fit:
+        self.deployment(name)
+        peaks = Peaks(3000, 2000, 2500)
+        estimate = Estimate(900, 225, "float32", 900, 100, 0, from_headers=True)
+        footprint = Footprint("cpu", 3000, 2500, 0, estimate, peaks)
+        rooms = (Room("host", 10_000, 7000),)
+        return Fit(Verdict.FITS, "It fits.", 3000, measured=True, footprint=footprint, rooms=rooms)
 
     async def load(self, name: str, by: str) -> DeploymentStatus:
         return await self._change("load", name, by)

@@ -48,6 +48,7 @@ RULES = {
     "GET /deployments/<name>/lives": READING,
     "GET /deployments/<name>/crashes": READING,
     "GET /deployments/<name>/crashes/<number>": READING,
+    "GET /deployments/<name>/memory": READING,
     "GET /deployments/<name>/why": READING,
     "GET /deployments/<name>/statistics": READING,
     "GET /deployments/<name>/logs": READING,

@@ -208,6 +208,15 @@ def test_lists_are_objects(path: str, expected: str | None) -> None:
     assert expected is None or isinstance(reply.json()[expected], list)
 
 
+def test_what_a_deployment_needs_of_memory_is_told() -> None:
+    reply = House().ask("GET", "/deployments/small/memory").json()
+    assert (reply["verdict"], reply["measured"]) == ("fits", True)
+    assert reply["footprint"]["estimate"]["parameters"] == 225
+    assert reply["footprint"]["host_peaks"] == {"load": 3000, "warm": 2000, "busy": 2500}
+    assert reply["rooms"][0]["device"] == "host"
+    assert House().ask("GET", "/deployments/none/memory").status == 404
+
+
 def test_a_minute_is_a_time() -> None:
     (minute,) = House().ask("GET", "/deployments/small/statistics?minutes=7").json()["minutes"]
     assert minute["minute"] == "2023-11-14T22:13:00Z"

@@ -175,6 +175,11 @@ class DeploymentControl:
         """Go back to an earlier version of the deployment, with the files that it had."""
         return Deployed(*await self._fleet.roll_back(name, generation, by))
 
+    @endpoint("GET", "/deployments/<name>/memory", reply=Fit, **_CONTROL)
+    async def memory(self, name: str) -> Fit:
+        """Tell what each of the deployment's workers needs of memory, and what there is."""
+        return await self._fleet.memory(name)
+
     # -- history ------------------------------------------------------------------------
 
     @endpoint("GET", "/deployments/<name>/workers", reply=Workers, **_CONTROL)

@@ -175,6 +175,10 @@ class Fleet(Protocol):
         """Whether ``deploy`` of the same would find room; it changes nothing."""
         ...
 
+    async def memory(self, name: str) -> Fit:
+        """What each of its workers needs of memory, and what there is; ``DeploymentNotFound``."""
+        ...
+
     async def remove(self, name: str, by: str) -> DeploymentStatus:
         """Delete it; its workers drain in the background."""
         ...

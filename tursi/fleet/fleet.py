@@ -344,6 +344,11 @@ class Fleet:
             )
         return self._memory.fit(size, checked.dtype, peak, replicas)
 
+    async def memory(self, name: str) -> Fit:
+        """What each of its workers needs of memory, and what there is."""
+        deployment = self._member(name).deployment
+        return await self.fit(name, deployment.generation.request, deployment.replicas)
+
     async def roll_back(
         self, name: str, number: int | None, by: str
     ) -> tuple[DeploymentStatus, str]:

@@ -22,7 +22,8 @@ from tursi.model.deployment import (
     Trust,
     check_replicas,
 )
-from tursi.model.fit import Fit, Verdict
+from tursi.model.fit import Fit, Room, Verdict
+from tursi.model.footprint import Estimate, Footprint, Peaks, Stage
 from tursi.model.history import Event, Minute, Story
 from tursi.model.limits import (
     MAX_PROCESSES,
@@ -80,10 +81,12 @@ __all__ = [
     "DeploymentStatus",
     "Desired",
     "Dossier",
+    "Estimate",
     "Event",
     "FailureClass",
     "Fit",
     "Folders",
+    "Footprint",
     "Generation",
     "Host",
     "Limits",
@@ -91,6 +94,7 @@ __all__ = [
     "LoadOrder",
     "Loaded",
     "Minute",
+    "Peaks",
     "Phase",
     "Progress",
     "Pull",
@@ -100,9 +104,11 @@ __all__ = [
     "Request",
     "Resolution",
     "Role",
+    "Room",
     "Sample",
     "Schedule",
     "Scope",
+    "Stage",
     "StorageStatus",
     "Story",
     "Task",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from tursi.model.footprint import Footprint
+
 
 class Verdict(StrEnum):
     """Whether a model would find room."""
@@ -12,10 +14,25 @@ class Verdict(StrEnum):
     FITS = "fits"
     EVICTS = "evicts"
     """If others go, which only are loaded on demand."""
+    IN_PLACE = "in_place"
+    """Once the generation that it replaces has gone, and not beside it."""
     WAITS = "waits"
     """Not now, for what is there stays."""
     NEVER = "never"
     UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a device, or the host, has; all sizes in bytes."""
+
+    device: str
+    """``host``, or a GPU such as ``cuda:0``."""
+    total: int | None = None
+    free: int | None = None
+    """That loads may still take."""
+    name: str | None = None
+    """What the GPU is called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,3 +52,9 @@ class Fit:
     """That all models may take."""
     evicts: tuple[str, ...] = ()
     """Deployments that would go."""
+    gives_back: int = 0
+    """Host memory that the generation which it replaces has now."""
+    footprint: Footprint | None = None
+    """What is known of each worker; ``None`` where the model's files aren't known."""
+    rooms: tuple[Room, ...] = ()
+    """Of the host and of each GPU."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from tursi.model.footprint import Peaks
+
 
 class Phase(StrEnum):
     """The states of a worker; docs/reliability.rst draws them."""
@@ -135,3 +137,7 @@ class Loaded:
     choices: dict[str, str] = field(default_factory=dict)
     """What it chose, and why: a sentence each for ``device``, ``dtype``, ``quantization`` and
     ``attention``. Without figures that differ from load to load."""
+    host: Peaks = Peaks()  # noqa: RUF009 - a frozen value
+    """Host memory, as far as it could be measured."""
+    gpus: dict[str, Peaks] = field(default_factory=dict)
+    """Memory of each GPU that it uses."""
