@@ -73,6 +73,8 @@ class Passage:
     work: Work
     sink: Sink
     cancelled: bool = False
+    waited: float = 0.5
+    generation: int = 1
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -198,6 +200,7 @@ class FakeFleet:
         default_factory=lambda: {"small": status("small")}
     )
     passages: list[Passage] = field(default_factory=list)
+    counted: list[tuple[Any, ...]] = field(default_factory=list)
     refuse: Exception | None = None
     calls: list[tuple[object, ...]] = field(default_factory=list)
     history: list[Event] = field(default_factory=list)
@@ -220,6 +223,9 @@ class FakeFleet:
         passage = Passage(model, work, sink)
         self.passages.append(passage)
         return passage
+
+    def count(self, *observation: object) -> None:
+        self.counted.append(observation)
 
     def find(self, model: str) -> str:
         for one in self.statuses.values():

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from conversation import House, Transport, parse, request
 from fake_fleet import End, Head
+from fake_keys import INFER
 from prometheus_client.parser import text_string_to_metric_families
 
-from tursi.config import Requests
+from tursi.config import Http, Requests
 from tursi.errors import (
     DeploymentUnavailable,
     ModelLoading,
@@ -355,3 +356,24 @@ def test_what_is_done_is_counted() -> None:
     assert value("tursi_request_seconds_bucket", le="0.25") == 3
     assert value("tursi_batch_size_sum") == 6
     assert "zz-unknown" not in text
+
+
+def test_the_statistics_are_told_of_every_request_that_somebody_may_make() -> None:
+    house = House(http=Http(require_keys=True))
+    key = {"Authorization": f"Bearer {INFER}"}
+    reply = house.ask("POST", "/v1/embeddings", BODY, headers={"Authorization": None})
+    assert reply.status == 401
+    house.fleet.refuse = QueueFull(retry_after=1)
+    house.ask("POST", "/v1/embeddings", BODY, headers=key)
+    house.fleet.refuse = None
+    house.send(request("POST", "/v1/chat/completions", BODY, headers=key))
+    (passage,) = house.fleet.passages
+    house.clock.advance(1)
+    passage.sink.head(EVENTS)
+    passage.sink.body(b"data: 1\n\n")
+    house.clock.advance(2)
+    passage.sink.end(End(usage := Usage(7, 11, 4, 0.1, 0.1)))
+    assert house.fleet.counted == [
+        ("small", 0, 3, 429, "queue_full", 0.0, 0.0, None, Usage()),
+        ("small", 1, 3, 200, "", 3.0, 0.5, 1.0, usage),
+    ]

@@ -15,7 +15,7 @@ from tursi.fleet import journal as journal_module
 from tursi.fleet import statistics as statistics_module
 from tursi.fleet.journal import RETRY_SECONDS, Journal
 from tursi.fleet.statistics import Statistics
-from tursi.model import AuditEntry, Dossier, FailureClass, LoadOrder, Phase, WorkerLife
+from tursi.model import AuditEntry, Dossier, FailureClass, LoadOrder, Phase, Usage, WorkerLife
 
 LIFE = WorkerLife("a", "echo", 1, 0, "boot", 1.0)
 DOSSIER = Dossier(
@@ -131,7 +131,7 @@ def test_statistics_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     statistics = Statistics(lambda: now)
     for minute in range(5):
         now = minute * 60.0
-        statistics.count("one", 200, 0.1, None)
+        statistics.count("one", 1, 0, 200, "", 0.1, 0.0, None, Usage())
         statistics.put_back(statistics.take())
     assert [each.minute for each in statistics.take()] == [2, 3, 4]
     assert statistics.dropped == 2

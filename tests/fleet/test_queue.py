@@ -87,13 +87,13 @@ class FakeReplica:
 
 
 class Bench:
-    """A queue on fake replicas, with what it told the statistics."""
+    """A queue on fake replicas, with when it told of ends."""
 
     def __init__(self, *replicas: FakeReplica, max_queued: int = 2) -> None:
         self.clock = Clock()
         self.replicas = list(replicas)
         self.refusal: TursiError | None = None
-        self.finished: list[tuple[int, float]] = []
+        self.finished: list[float] = []
         self.crash: Crash | None = None
         self.poisoned: list[str] = []
         self.queue = RequestQueue(
@@ -104,7 +104,7 @@ class Bench:
             unavailable=lambda: self.refusal,
             stage=lambda: "loading, 40 %",
             crash=lambda: self.crash,
-            finished=lambda status, seconds, end: self.finished.append((status, seconds)),
+            finished=lambda: self.finished.append(self.clock.seconds()),
             poisoned=self.poisoned.append,
         )
 
@@ -155,7 +155,19 @@ def test_a_request_goes_straight_to_a_ready_replica_and_is_counted() -> None:
     bench.clock.advance(2)
     replica.answer(1)
     assert recorder.said[1:] == [b"{}", wire.End(Usage(prompt_tokens=3), "")]
-    assert bench.finished == [(200, 2.0)]
+    assert bench.finished == [2.0]
+
+
+def test_a_request_knows_how_long_it_waited_and_whose_it_became() -> None:
+    replica = FakeReplica(generation=3, phase=Phase.LOADING)
+    bench = Bench(replica)
+    passage = bench.queue.submit(work(), Recorder())
+    bench.clock.advance(4)
+    assert (passage.waited, passage.generation) == (0.0, 0)
+    bench.come_up(replica)
+    bench.clock.advance(2)
+    replica.answer(1)
+    assert (passage.waited, passage.generation) == (4.0, 3)
 
 
 def test_the_least_busy_replica_of_the_newest_ready_generation_is_chosen() -> None:
@@ -278,7 +290,7 @@ def test_a_lost_request_goes_to_another_replica_at_once() -> None:
     assert (ask.body, ask.seconds) == (b"{}", 599.0)
     second.answer(1)
     assert len(recorder.said) == 3
-    assert bench.finished == [(200, 1.0)]
+    assert bench.finished == [1.0]
 
 
 def test_a_lost_request_waits_for_the_restart_before_all_others_and_within_its_time() -> None:
@@ -331,7 +343,7 @@ def test_a_second_death_is_told_with_its_cause_once_that_is_known() -> None:
     assert "crashed with signal 11 (SIGSEGV) (crash 2, `tursi crashes mini 2`" in error.message
     assert "refused for an hour" in error.message
     assert error.reference == "2"
-    assert bench.finished == [(502, 0.0)]
+    assert bench.finished == [0.0]
     assert bench.clock.getDelayedCalls() == []
 
 
@@ -371,7 +383,7 @@ def test_a_client_that_leaves_while_the_cause_is_looked_for_is_counted_once() ->
     passage.cancel()
     bench.identify("b", 1)
     assert recorder.said == []
-    assert bench.finished == [(499, 0.0)]
+    assert bench.finished == [0.0]
     assert bench.clock.getDelayedCalls() == []
 
 

@@ -86,6 +86,16 @@ class Sink(Protocol):
 class Ticket(Protocol):
     """A request on its way."""
 
+    @property
+    def waited(self) -> float:
+        """Seconds until a worker got it."""
+        ...
+
+    @property
+    def generation(self) -> int:
+        """Of that worker; 0 if none got it."""
+        ...
+
     def cancel(self) -> None:
         """Do no more work for it; its sink hears nothing any more."""
         ...
@@ -140,6 +150,25 @@ class Fleet(Protocol):
 
     def submit(self, model: str, work: Work, sink: Sink) -> Ticket:
         """Hand over a request, or raise the error to answer with."""
+        ...
+
+    def count(
+        self,
+        deployment: str,
+        generation: int,
+        key: int,
+        status: int,
+        code: str,
+        seconds: float,
+        waited: float,
+        first_byte: float | None,
+        usage: Usage,
+    ) -> None:
+        """Count a request that has ended, wherever it has got to, for the statistics.
+
+        ``deployment`` is empty and ``generation`` 0 where it got to none, ``key`` 0 where it
+        had none. ``first_byte`` is in seconds from its beginning, of a stream.
+        """
         ...
 
     def find(self, model: str) -> str:

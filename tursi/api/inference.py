@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from twisted.python.failure import Failure
-from twisted.web.http import NO_BODY_CODES
+from twisted.web.http import NO_BODY_CODES, UNAUTHORIZED
 
 from tursi.api.access import require_deployment
 from tursi.api.fleet import End, Fleet, Head, Ticket
@@ -138,8 +138,8 @@ class Exchange:
     """
 
     __slots__ = (
-        "_began", "_done", "_head", "_held", "_held_bytes", "_inference", "_opened", "_paused",
-        "_request", "_route", "_streaming", "_ticket", "deployment",
+        "_began", "_done", "_first", "_head", "_held", "_held_bytes", "_inference", "_opened",
+        "_paused", "_request", "_route", "_streaming", "_ticket", "deployment",
     )  # fmt: skip
 
     def __init__(self, inference: Inference, request: Responder, route: Route) -> None:
@@ -147,6 +147,7 @@ class Exchange:
         self._request = request
         self._route = route
         self._began = request.site.reactor.seconds()
+        self._first: float | None = None
         self._ticket: Ticket | None = None
         self._head: Head | None = None
         self._held: list[bytes] = []
@@ -265,6 +266,7 @@ class Exchange:
         head = self._head
         assert head is not None  # noqa: S101 - for the type checker: only a head says it is a stream
         self._opened = True
+        self._first = self._request.site.reactor.seconds() - self._began
         headers = {
             "Content-Type": head.content_type,
             # A stream ends where the connection's protocol says so.
@@ -281,22 +283,27 @@ class Exchange:
 
     def _drop(self) -> None:
         """Let the worker stop."""
-        ticket, self._ticket = self._ticket, None
-        if ticket is not None:
-            ticket.cancel()
+        if self._ticket is not None:
+            self._ticket.cancel()
 
     def _close(self, status: int, code: str, usage: Usage = _NO_USAGE) -> None:
         """Nothing of the answer is listened to any more; count it."""
         self._done = True
+        request, ticket, inference = self._request, self._ticket, self._inference
         # They lead back to here; without them nothing waits for the collector.
-        self._ticket = self._request.on_lost = self._request.on_overdue = None
-        seconds = self._request.site.reactor.seconds() - self._began
-        self._inference.metrics.record(
-            self.deployment, self._route.name, status, seconds, usage, code
-        )
-        caller = self._request.caller
-        if caller.key is not None:
-            self._inference.keyring.charge(caller, usage.prompt_tokens + usage.completion_tokens)
+        self._ticket = request.on_lost = request.on_overdue = None
+        seconds = request.site.reactor.seconds() - self._began
+        key = request.caller.key
+        deployment = self.deployment
+        inference.metrics.record(deployment, self._route.name, status, seconds, usage, code)
+        if status != UNAUTHORIZED:
+            # Who asks without a key that would do is nobody's user.
+            generation, waited = (ticket.generation, ticket.waited) if ticket else (0, 0.0)
+            inference.fleet.count(
+                deployment, generation, key or 0, status, code, seconds, waited, self._first, usage
+            )
+        if key is not None:
+            inference.keyring.charge(request.caller, usage.prompt_tokens + usage.completion_tokens)
 
 
 def _json_type(given: Sequence[bytes]) -> str:

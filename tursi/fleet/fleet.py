@@ -11,7 +11,6 @@ from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
-from tursi import wire
 from tursi.config import Configuration
 from tursi.errors import (
     DeploymentNotFound,
@@ -55,6 +54,7 @@ from tursi.model import (
     Schedule,
     StorageStatus,
     Story,
+    Usage,
     Verdict,
     WorkerLife,
     check_replicas,
@@ -231,6 +231,23 @@ class Fleet:
             self._journal.note("load", f"{name} is loaded", deployment=name, cause="a request")
             self._convergence.soon()
 
+    def count(
+        self,
+        deployment: str,
+        generation: int,
+        key: int,
+        status: int,
+        code: str,
+        seconds: float,
+        waited: float,
+        first_byte: float | None,
+        usage: Usage,
+    ) -> None:
+        """Count a request for the statistics, the refused ones too (``Statistics.count``)."""
+        self._statistics.count(
+            deployment, generation, key, status, code, seconds, waited, first_byte, usage
+        )
+
     def find(self, model: str) -> str:
         """The deployment's name for its name or full reference; ``ModelNotFound``."""
         return self._find(model).deployment.name
@@ -251,8 +268,7 @@ class Fleet:
     def _queue(self, member: Member) -> RequestQueue:
         name = member.deployment.name
 
-        def finished(status: int, seconds: float, end: wire.End | None) -> None:
-            self._statistics.count(name, status, seconds, end)
+        def finished() -> None:
             if member.deployment.schedule.load is Load.ON_DEMAND:
                 member.used_at = self._reactor.seconds()
                 if not member.queue.waiting:

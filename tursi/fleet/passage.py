@@ -8,7 +8,6 @@ from typing import Protocol
 
 from tursi import wire
 from tursi.errors import TursiError, WorkerLost
-from tursi.faces.route import status_of
 from tursi.model import Phase
 from tursi.supervision.link import Sink
 
@@ -84,7 +83,7 @@ class Way(Protocol):
         """The client of one that no worker holds has gone."""
         ...
 
-    def ended(self, passage: Passage, status: int, end: wire.End | None) -> None:
+    def ended(self, passage: Passage) -> None:
         """Nothing follows any more."""
         ...
 
@@ -101,8 +100,8 @@ class Passage:
     """One request on its way: the sink that the worker answers to, and the client's ticket."""
 
     __slots__ = (
-        "_head", "_id", "_queue", "_sink", "_status", "_worker", "began", "begun", "digest",
-        "life", "place", "retried", "timer", "work",
+        "_head", "_id", "_queue", "_sink", "_worker", "began", "begun", "digest", "generation",
+        "life", "place", "retried", "timer", "waited", "work",
     )  # fmt: skip
 
     def __init__(self, queue: Way, work: Work, sink: Sink, began: float) -> None:
@@ -110,10 +109,13 @@ class Passage:
         self._sink = sink
         self._worker: Replica | None = None
         self._id = 0
-        self._status = 0
         self._head: wire.Head | None = None
         self.work = work
         self.began = began
+        self.waited = 0.0
+        """Seconds until a worker got it, the last one if there were two."""
+        self.generation = 0
+        """Of that worker; 0 if none got it."""
         self.begun = False
         """Whether bytes of an answer have been passed on."""
         self.retried = False
@@ -128,12 +130,14 @@ class Passage:
     def ask(self, now: float) -> wire.Ask:
         """The request for a worker, with what is left of its time."""
         work = self.work
-        left = max(work.seconds - (now - self.began), 0.001)
+        self.waited = now - self.began
+        left = max(work.seconds - self.waited, 0.001)
         return wire.Ask(work.route, work.request_id, work.content_type, left, work.body)
 
     def sent(self, worker: Replica, id: int) -> None:  # noqa: A002 - the frame's own word
         """Remember which worker holds it under which id."""
         self._worker, self._id = worker, id
+        self.generation = worker.generation
 
     def stop_timer(self) -> None:
         """Nothing is waited for any more."""
@@ -148,7 +152,7 @@ class Passage:
             self._queue.abandon(self)
         else:
             worker.cancel(self._id)
-            self._queue.ended(self, 499, None)
+            self._queue.ended(self)
 
     def head(self, head: wire.Head) -> None:
         """Keep the head: until bytes follow, another worker may still begin afresh."""
@@ -167,7 +171,7 @@ class Passage:
             self._begin()
         self._queue.survived(self)
         self._sink.end(end)
-        self._queue.ended(self, self._status, end)
+        self._queue.ended(self)
 
     def failed(self, error: TursiError) -> None:
         """Try again, or pass the failure on."""
@@ -182,10 +186,9 @@ class Passage:
     def refuse(self, error: TursiError) -> None:
         """Pass the failure on."""
         self._sink.failed(error)
-        self._queue.ended(self, status_of(error), None)
+        self._queue.ended(self)
 
     def _begin(self) -> None:
         self.begun = True
         if self._head is not None:
-            self._status = self._head.status
             self._sink.head(self._head)

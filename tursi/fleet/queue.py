@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
-from tursi import wire
 from tursi.config import Requests
 from tursi.errors import (
     DeadlineExceeded,
@@ -31,14 +29,6 @@ CAUSE_SECONDS = 0.8
 """How long the answer to a lost request waits for the cause."""
 
 
-class Finished(Protocol):
-    """Told of every request's end, for the statistics."""
-
-    def __call__(self, status: int, seconds: float, end: wire.End | None) -> None:
-        """``status`` is the HTTP status, 0 where no answer began."""
-        ...
-
-
 class RequestQueue:
     """Hands requests to the least busy ready worker; holds those that must wait.
 
@@ -48,7 +38,8 @@ class RequestQueue:
 
     ``workers`` gives the replicas; ``unavailable`` the reason why waiting is
     useless, or ``None``; ``stage`` a clause on how far loading has come; ``crash``
-    the crash that it still recovers from. ``poisoned`` is told the id of a request
+    the crash that it still recovers from. ``finished`` is told of every request's
+    end. ``poisoned`` is told the id of a request
     that is refused from now on.
     """
 
@@ -62,7 +53,7 @@ class RequestQueue:
         unavailable: Callable[[], TursiError | None],
         stage: Callable[[], str],
         crash: Callable[[], Crash | None],
-        finished: Finished,
+        finished: Callable[[], None],
         poisoned: Callable[[str], None],
     ) -> None:
         self._name = name
@@ -267,12 +258,12 @@ class RequestQueue:
             self.pump()
         elif passage.life in self._bereft:
             self._consoled(passage)
-            self.ended(passage, 499, None)
+            self.ended(passage)
 
-    def ended(self, passage: Passage, status: int, end: wire.End | None) -> None:
-        """Count a request's end and use the place that it leaves."""
+    def ended(self, passage: Passage) -> None:
+        """Use the place that a request leaves at its end."""
         self._leave(passage)
-        self._finished(status, self._clock.seconds() - passage.began, end)
+        self._finished()
         if self.waiting:
             self.pump()
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import astuple
 
-from tursi import wire
-from tursi.model import Minute
+from tursi.model import Minute, Usage
 
 MAX_HELD = 10_000
 """Minutes that wait for the database, one a deployment; older ones are counted and dropped."""
@@ -21,10 +20,25 @@ class Statistics:
         self.dropped = 0
         """Minutes that are lost."""
 
-    def count(self, deployment: str, status: int, seconds: float, end: wire.End | None) -> None:
-        """Add one request; ``status`` is its HTTP status, ``seconds`` its whole time."""
-        usage = end.usage if end is not None else wire.NO_USAGE
-        failed = status >= 400 or (end is not None and bool(end.error))
+    def count(
+        self,
+        deployment: str,
+        generation: int,  # noqa: ARG002 - kept from the next version of the schema on
+        key: int,  # noqa: ARG002 - as above
+        status: int,
+        code: str,
+        seconds: float,
+        waited: float,
+        first_byte: float | None,  # noqa: ARG002 - as above
+        usage: Usage,
+    ) -> None:
+        """Add one request.
+
+        ``deployment`` may be empty and ``generation`` 0 where it got to none, ``key`` is 0
+        without one; ``status`` is the HTTP status, ``code`` that of the error it ended by.
+        Of ``seconds``, its whole time, it has ``waited`` until a worker got it.
+        """
+        failed = status >= 400 or bool(code)
         self._add(
             (deployment, int(self._now() // 60)),
             (
@@ -33,7 +47,7 @@ class Statistics:
                 usage.prompt_tokens,
                 usage.completion_tokens,
                 seconds,
-                usage.queue_seconds,
+                waited + usage.queue_seconds,
             ),
         )
 
