@@ -24,6 +24,7 @@ from tursi.errors import (
     GenerationNotFound,
     KeyExists,
     KeyNotFound,
+    NoCanary,
     ShuttingDown,
     TursiError,
 )
@@ -34,6 +35,7 @@ from tursi.model import (
     Dossier,
     Event,
     FailureClass,
+    Fate,
     Limits,
     LoadOrder,
     Minute,
@@ -241,6 +243,114 @@ def test_the_way_back_is_a_new_generation_with_the_old_files(store: Store) -> No
     told = [each for each in result(store.events("e5", 0, 100)) if each.kind == "rollback"]
     assert told[0].message == f"cli rolls e5 back to generation 1: {MINILM.model}"
     assert len(told) == 5
+
+
+def fates(store: Store) -> list[list[tuple[Fate, str | None]]]:
+    """What became of each generation."""
+    return [
+        [(turn.fate, turn.reason) for turn in each.turns]
+        for each in result(store.generations("e5"))
+    ]
+
+
+def test_a_generation_serves_until_the_next_one_does(store: Store) -> None:
+    other = replace(MINILM, dtype="float16")
+    result(store.save("e5", MINILM, 1, by="cli", at=1.0))
+    result(store.save("e5", other, 1, by="cli", at=2.0))
+    (found,) = result(store.deployments())
+    # The first has never served, so that there is nothing to keep.
+    assert (found.generation.number, found.stable) == (2, None)
+    result(store.serve("e5", 2, at=3.0))
+    result(store.save("e5", MINILM, 1, by="cli", at=4.0))
+    (found,) = result(store.deployments())
+    assert found.stable is not None
+    assert (found.generation.number, found.stable.number, found.failed) == (3, 2, False)
+    result(store.serve("e5", 1, at=5.0))
+    result(store.fail("e5", 3, "it is broken", at=5.0))
+    (found,) = result(store.deployments())
+    assert found.failed
+    _, outcome = result(store.save("e5", MINILM, 1, by="cli", at=6.0))
+    assert outcome is Outcome.UNCHANGED
+    assert not result(store.deployments())[0].failed
+    result(store.serve("e5", 3, at=7.0))
+    (found,) = result(store.deployments())
+    assert (found.generation.number, found.stable, found.canary) == (3, None, None)
+    result(store.roll_back("e5", None, by="cli", at=8.0))
+    result(store.serve("e5", 4, at=9.0))
+    result(store.delete("e5", by="cli", at=10.0))
+    assert fates(store) == [
+        [],
+        [(Fate.SERVING, None), (Fate.REPLACED, "by generation 3")],
+        [
+            (Fate.FAILED, "it is broken"),
+            (Fate.RETRIED, "cli"),
+            (Fate.SERVING, None),
+            (Fate.ROLLED_BACK, "by generation 4"),
+        ],
+        [(Fate.SERVING, None), (Fate.REMOVED, "cli")],
+    ]
+    result(store.save("e5", MINILM, 1, by="cli", at=11.0))
+    (found,) = result(store.deployments())
+    assert (found.generation.number, found.generation.turns) == (5, ())
+    told = [event.message for event in result(store.events("e5", 0, 100)) if event.kind == "serve"]
+    assert told[1] == "generation 3 of e5 serves in place of generation 2"
+
+
+def test_a_canary_is_weighed_promoted_or_given_up(store: Store) -> None:
+    other, third = replace(MINILM, dtype="float16"), replace(MINILM, dtype="bfloat16")
+    result(store.save("e5", MINILM, 1, by="cli", at=1.0, canary=10))
+    with pytest.raises(NoCanary):
+        result(store.promote("e5", by="cli", at=1.0))
+    result(store.serve("e5", 1, at=2.0))
+
+    def canary(request: Request, weight: int | None) -> tuple[Outcome, int, int | None]:
+        saved = store.save("e5", request, 1, by="cli", at=3.0, canary=weight)
+        deployment, outcome = result(saved)
+        assert [deployment] == result(store.deployments())
+        return outcome, deployment.generation.number, deployment.canary
+
+    assert canary(MINILM, 10) == (Outcome.UNCHANGED, 1, None)
+    assert canary(other, 10) == (Outcome.REPLACED, 2, 10)
+    assert canary(other, None) == (Outcome.UNCHANGED, 2, 10)
+    assert canary(other, 20) == (Outcome.WEIGHED, 2, 20)
+    assert result(store.set_canary("e5", 30, by="cli", at=4.0)).canary == 30
+    # What serves is asked for again, so that the canary is given up.
+    assert canary(MINILM, None) == (Outcome.BACK, 1, None)
+    assert canary(other, 10) == (Outcome.REPLACED, 3, 10)
+    deployment, outcome = result(store.roll_back("e5", None, by="cli", at=5.0))
+    assert (outcome, deployment.generation.number, deployment.stable) == (Outcome.BACK, 1, None)
+    with pytest.raises(GenerationNotFound):
+        # What has never served is no way back.
+        result(store.roll_back("e5", None, by="cli", at=5.0))
+    assert canary(other, 0) == (Outcome.REPLACED, 4, 0)
+    result(store.fail("e5", 4, "it crashes", at=6.0))
+    assert result(store.deployments())[0].generation.number == 1
+    assert canary(third, 5) == (Outcome.REPLACED, 5, 5)
+    promoted = result(store.promote("e5", by="cli", at=7.0))
+    assert (promoted.canary, promoted.stable and promoted.stable.number) == (None, 1)
+    result(store.serve("e5", 5, at=8.0))
+    with pytest.raises(NoCanary):
+        result(store.set_canary("e5", 30, by="cli", at=9.0))
+    assert fates(store) == [
+        [(Fate.SERVING, None), (Fate.REPLACED, "by generation 5")],
+        [(Fate.GIVEN_UP, "cli")],
+        [(Fate.GIVEN_UP, "cli")],
+        [(Fate.FAILED, "it crashes")],
+        [(Fate.SERVING, None)],
+    ]
+
+
+def test_a_range_of_replicas_needs_no_generation(store: Store) -> None:
+    result(store.save("e5", MINILM, 1, by="cli", at=1.0, max_replicas=4))
+    (found,) = result(store.deployments())
+    assert (found.replicas, found.max_replicas) == (1, 4)
+    _, outcome = result(store.save("e5", MINILM, 1, by="cli", at=2.0, max_replicas=3))
+    assert outcome is Outcome.SCALED
+    result(store.set_replicas("e5", 2, by="cli", at=3.0))
+    (found,) = result(store.deployments())
+    assert (found.replicas, found.max_replicas, found.generation.number) == (2, None, 1)
+    told = [event.message for event in result(store.events("e5", 0, 100))]
+    assert told[-1] == "cli scales e5 from 1-3 to 2"
 
 
 # -- history ------------------------------------------------------------------------
@@ -578,6 +688,7 @@ def test_every_table_is_strict_and_commented(path: Path) -> None:
         "audit",
         "pulls",
         "schema_history",
+        "turns",
     }
     assert all("STRICT" in sql for _, sql in tables)
     for statement in (each for upgrade in schema.UPGRADES for each in upgrade.statements):

@@ -206,6 +206,12 @@ class ModelInUse(TursiError):
     code = "model_in_use"
 
 
+class NoCanary(TursiError):
+    """The deployment has no canary; `tursi up MODEL --name NAME --canary 10` deploys one."""
+
+    code = "no_canary"
+
+
 class GenerationNotFound(TursiError):
     """The deployment has no such generation; `tursi history NAME` lists those it has."""
 

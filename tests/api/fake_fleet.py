@@ -16,6 +16,7 @@ from tursi.errors import (
     DeploymentNotFound,
     ModelInUse,
     ModelNotFound,
+    NoCanary,
     PullNotFound,
 )
 from tursi.fleet import Part, Work
@@ -213,6 +214,8 @@ class FakeFleet:
     """What the next record waits for."""
     copy: Path | None = None
     schedules: list[Schedule | None] = field(default_factory=list)
+    rollouts: list[tuple[int | None, int | None]] = field(default_factory=list)
+    """Most replicas and the canary's weight, of each wish."""
     catalogue: FakeCatalogue = field(default_factory=FakeCatalogue)
     pulls: FakePulls = field(default_factory=FakePulls)
     meanwhile: Callable[[], None] = lambda: None
@@ -251,12 +254,22 @@ class FakeFleet:
         replicas: int,
         by: str,
         schedule: Schedule | None = None,
+        max_replicas: int | None = None,
+        canary: int | None = None,
     ) -> tuple[DeploymentStatus, str]:
         self.calls.append(("deploy", name, request, replicas, by))
         self.schedules.append(schedule)
+        self.rollouts.append((max_replicas, canary))
         assert name is not None
         outcome = "unchanged" if name in self.statuses else "created"
-        self.statuses[name] = status(name, model=request.model, replicas=replicas)
+        span = (replicas, max_replicas) if max_replicas else (None, None)
+        self.statuses[name] = status(
+            name,
+            model=request.model,
+            replicas=replicas,
+            min_replicas=span[0],
+            max_replicas=span[1],
+        )
         return self.statuses[name], outcome
 
     async def _change(self, kind: str, name: str, by: str) -> DeploymentStatus:
@@ -275,9 +288,20 @@ class FakeFleet:
     async def restart(self, name: str, by: str) -> DeploymentStatus:
         return await self._change("restart", name, by)
 
-    async def scale(self, name: str, replicas: int, by: str) -> DeploymentStatus:
+    async def scale(
+        self, name: str, replicas: int, by: str, max_replicas: int | None = None
+    ) -> DeploymentStatus:
         self.calls.append(("scale", name, replicas, by))
+        self.rollouts.append((max_replicas, None))
         return self.deployment(name)
+
+    async def weigh(self, name: str, weight: int, by: str) -> DeploymentStatus:
+        self.calls.append(("weigh", name, weight, by))
+        return self.deployment(name)
+
+    async def promote(self, name: str, by: str) -> DeploymentStatus:
+        self.calls.append(("promote", name, by))
+        raise NoCanary(f"{name} has no canary.")
 
     async def roll_back(
         self, name: str, number: int | None, by: str

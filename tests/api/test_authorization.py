@@ -76,6 +76,8 @@ RULES = {
     "POST /deployments/<name>/restart": CHANGING,
     "POST /deployments/<name>/scale": CHANGING,
     "POST /deployments/<name>/rollback": CHANGING,
+    "POST /deployments/<name>/canary": CHANGING,
+    "POST /deployments/<name>/promote": CHANGING,
     "POST /deployments/<name>/load": CHANGING,
     "POST /deployments/<name>/unload": CHANGING,
     **{f"POST {route.path}": INFERENCE for route in TABLE},

@@ -175,6 +175,29 @@ def test_scale_and_delete() -> None:
     ]
 
 
+def test_ranges_of_replicas_and_canaries() -> None:
+    house = House()
+    place, body = "/deployments/small", {"model": "org/small"}
+    for more in (
+        {"replicas": 2, "max_replicas": 4},
+        {},
+        {"max_replicas": 6},
+        {"replicas": 3},
+        {"canary": 10},
+    ):
+        assert house.ask("PUT", place, {**body, **more}).status == 200
+    assert house.ask("POST", f"{place}/scale", {"replicas": 1, "max_replicas": 2}).status == 202
+    # What is absent stays, but a number alone means that number.
+    told = [(4, None), (4, None), (6, None), (None, None), (None, 10), (2, None)]
+    assert house.fleet.rollouts == told
+    assert [call[3] for call in house.fleet.calls[:5]] == [2, 2, 2, 3, 3]
+    assert house.ask("POST", f"{place}/canary", {"weight": 50}).status == 202
+    assert house.ask("POST", f"{place}/canary", {"weight": 101}).status == 400
+    assert house.fleet.calls[-1] == ("weigh", "small", 50, "key 1 (admin)")
+    refused = house.ask("POST", f"{place}/promote")
+    assert (refused.status, refused.json()["error"]["code"]) == (409, "no_canary")
+
+
 def test_rollback() -> None:
     house = House()
     reply = house.ask("POST", "/deployments/small/rollback", {"generation": 2})

@@ -11,6 +11,7 @@ from tursi.api.endpoint import Status, endpoint, identity, jsonable
 from tursi.api.fleet import Fleet
 from tursi.api.messages import (
     AllEventsQuery,
+    CanaryBody,
     Crashes,
     CrashesQuery,
     Deployed,
@@ -91,12 +92,14 @@ class DeploymentControl:
         device: str | None,
         dtype: str | None,
         replicas: int | None,
+        max_replicas: int | None,
         limits: LimitsBody | None,
         allow_pickle: bool | None,
         trust_remote_code: bool | None,
         quantization: str | None,
         load: Load | None,
         keep_alive: float | None,
+        canary: int | None,
         dry_run: bool,
         by: str,
     ) -> Deployed | Status[Deployed] | Fit:
@@ -114,12 +117,9 @@ class DeploymentControl:
         if dry_run:
             return await self._fleet.fit(name, request, replicas)
         before = self._before(name)
+        least, most = _replicas(before, replicas, max_replicas)
         deployment, outcome = await self._fleet.deploy(
-            name,
-            request,
-            replicas or (before.replicas if before else 1),
-            by,
-            _schedule(before, load, keep_alive),
+            name, request, least, by, _schedule(before, load, keep_alive), most, canary
         )
         reply = Deployed(deployment, outcome)
         return Status(201, reply) if outcome == "created" else reply
@@ -166,13 +166,25 @@ class DeploymentControl:
         return await self._fleet.restart(name, by)
 
     @endpoint("POST", "/deployments/<name>/scale", body=ScaleBody, **_ACCEPTED)
-    async def scale(self, name: str, replicas: int, by: str) -> DeploymentStatus:
-        """Run that many replicas of the deployment."""
-        return await self._fleet.scale(name, replicas, by)
+    async def scale(
+        self, name: str, replicas: int, max_replicas: int | None, by: str
+    ) -> DeploymentStatus:
+        """Run that many replicas of the deployment, or as many in a range as are needed."""
+        return await self._fleet.scale(name, replicas, by, max_replicas)
+
+    @endpoint("POST", "/deployments/<name>/canary", body=CanaryBody, **_ACCEPTED)
+    async def canary(self, name: str, weight: int, by: str) -> DeploymentStatus:
+        """Give the deployment's canary another share of the requests."""
+        return await self._fleet.weigh(name, weight, by)
+
+    @endpoint("POST", "/deployments/<name>/promote", **_ACCEPTED)
+    async def promote(self, name: str, by: str) -> DeploymentStatus:
+        """Let the deployment's canary take over from what it was tried beside."""
+        return await self._fleet.promote(name, by)
 
     @endpoint("POST", "/deployments/<name>/rollback", body=RollbackBody, reply=Deployed, **_CONTROL)
     async def roll_back(self, name: str, generation: int | None, by: str) -> Deployed:
-        """Go back to an earlier version of the deployment, with the files that it had."""
+        """Go back to an earlier version of the deployment, or give up one that is on its way."""
         return Deployed(*await self._fleet.roll_back(name, generation, by))
 
     @endpoint("GET", "/deployments/<name>/memory", reply=Fit, **_CONTROL)
@@ -271,6 +283,16 @@ class DeploymentControl:
             unseen=_later,
             encode=_event,
         )
+
+
+def _replicas(
+    before: DeploymentStatus | None, least: int | None, most: int | None
+) -> tuple[int, int | None]:
+    """What a body says of their number, the rest as it was."""
+    if least is None and before is not None:
+        was = before.min_replicas or before.replicas
+        return was, most if most is not None else before.max_replicas
+    return least or 1, most
 
 
 def _schedule(

@@ -190,6 +190,8 @@ class Fleet(Protocol):
         replicas: int,
         by: str,
         schedule: Schedule | None = None,
+        max_replicas: int | None = None,
+        canary: int | None = None,
     ) -> tuple[DeploymentStatus, str]:
         """Create or change a deployment; says which it was."""
         ...
@@ -232,8 +234,18 @@ class Fleet(Protocol):
         """Drain its workers and start them again."""
         ...
 
-    async def scale(self, name: str, replicas: int, by: str) -> DeploymentStatus:
-        """Run that many replicas."""
+    async def scale(
+        self, name: str, replicas: int, by: str, max_replicas: int | None = None
+    ) -> DeploymentStatus:
+        """Run that many replicas, or as many up to ``max_replicas`` as are needed."""
+        ...
+
+    async def weigh(self, name: str, weight: int, by: str) -> DeploymentStatus:
+        """Give the canary that share of the requests, in percent; ``NoCanary``."""
+        ...
+
+    async def promote(self, name: str, by: str) -> DeploymentStatus:
+        """Let the canary take over; ``NoCanary``."""
         ...
 
     async def generations(self, name: str) -> list[Generation]:

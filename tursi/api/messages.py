@@ -28,6 +28,7 @@ from tursi.model import (
 )
 
 Replicas = Annotated[int, msgspec.Meta(ge=1, le=64)]
+Weight = Annotated[int, msgspec.Meta(ge=0, le=100)]
 Limit = Annotated[int, msgspec.Meta(ge=0, le=1000)]
 Rate = Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)]
 
@@ -65,6 +66,8 @@ class DeploymentBody(_Body):
     dtype: str | None = None
     replicas: Replicas | None = None
     """Absent: as many as there are, or one."""
+    max_replicas: Replicas | None = None
+    """As many as this where requests wait long, and ``replicas`` where they don't."""
     limits: LimitsBody | None = None
     allow_pickle: bool | None = None
     """Load weights from pickle files, where the model has no others."""
@@ -76,6 +79,9 @@ class DeploymentBody(_Body):
     """When it is in memory; absent: as it was, or always."""
     keep_alive: Annotated[float, msgspec.Meta(ge=-1, le=366 * 86400)] | None = None
     """Seconds without a request after which what is loaded on demand is unloaded; -1: never."""
+    canary: Weight | None = None
+    """Let what is new have so many percent of the requests, until it is promoted, beside what
+    serves; absent: it takes over when it is ready."""
 
 
 class NewDeploymentBody(DeploymentBody):
@@ -95,6 +101,15 @@ class ScaleBody(_Body):
     """How many replicas to run."""
 
     replicas: Replicas
+    max_replicas: Replicas | None = None
+    """As many as this where requests wait long; absent: always ``replicas``."""
+
+
+class CanaryBody(_Body):
+    """What share of the requests a canary gets."""
+
+    weight: Weight
+    """Percent."""
 
 
 class RollbackBody(_Body):
@@ -182,7 +197,8 @@ class Deployed(msgspec.Struct, frozen=True):
 
     deployment: DeploymentStatus
     outcome: str
-    """created, unchanged, replaced, scaled, started or retried."""
+    """created, unchanged, replaced, scaled, scheduled, weighed, started, retried, or back: what
+    serves is asked for again, so that nothing is loaded."""
 
 
 class Workers(msgspec.Struct, frozen=True):

@@ -34,6 +34,7 @@ STATUS: Mapping[str, int] = {
     errors.DeploymentNotFound.code: 404,
     errors.CrashNotFound.code: 404,
     errors.GenerationNotFound.code: 404,
+    errors.NoCanary.code: 409,
     errors.PullNotFound.code: 404,
     errors.CatalogueEntryNotFound.code: 404,
     errors.ModelInUse.code: 409,

@@ -58,6 +58,7 @@ from tursi.model import (
     Verdict,
     WorkerLife,
     check_replicas,
+    check_weight,
     deployment_name,
 )
 from tursi.plan import LOADING
@@ -309,11 +310,14 @@ class Fleet:
         replicas: int | None,
         by: str,
         schedule: Schedule | None = None,
+        max_replicas: int | None = None,
+        canary: int | None = None,
     ) -> tuple[DeploymentStatus, str]:
         """Create the deployment, or change it to ``request``; says which it was.
 
         Without ``replicas`` an existing deployment keeps its number, and without
         ``schedule`` when it is loaded. A new one is loaded at once, to see whether it can be.
+        With ``canary`` what is new gets so many percent of the requests, and no more.
         """
         self._check_open()
         checked = request.checked(self._host)
@@ -323,9 +327,18 @@ class Fleet:
         if replicas is None:
             member = self._members.get(name)
             replicas = member.deployment.replicas if member and not member.leaving else 1
-        check_replicas(replicas)
+        check_replicas(replicas, max_replicas)
+        if canary is not None:
+            check_weight(canary)
         deployment, outcome = await self._store.save(
-            name, checked, replicas, by=by, at=self._now(), schedule=schedule
+            name,
+            checked,
+            replicas,
+            by=by,
+            at=self._now(),
+            schedule=schedule,
+            max_replicas=max_replicas,
+            canary=canary,
         )
         return self._changed(deployment, outcome)
 
@@ -454,12 +467,32 @@ class Fleet:
         self._convergence.soon()
         return member.status()
 
-    async def scale(self, name: str, replicas: int, by: str) -> DeploymentStatus:
-        """Run that many replicas."""
+    async def scale(
+        self, name: str, replicas: int, by: str, max_replicas: int | None = None
+    ) -> DeploymentStatus:
+        """Run that many replicas, or as many up to ``max_replicas`` as are needed."""
         self._check_open()
         self._member(name)
-        check_replicas(replicas)
-        deployment = await self._store.set_replicas(name, replicas, by=by, at=self._now())
+        check_replicas(replicas, max_replicas)
+        at = self._now()
+        return self._act_on(
+            await self._store.set_replicas(name, replicas, max_replicas, by=by, at=at)
+        )
+
+    async def weigh(self, name: str, weight: int, by: str) -> DeploymentStatus:
+        """Give the canary that share of the requests, in percent; ``NoCanary``."""
+        self._check_open()
+        self._member(name)
+        check_weight(weight)
+        return self._act_on(await self._store.set_canary(name, weight, by=by, at=self._now()))
+
+    async def promote(self, name: str, by: str) -> DeploymentStatus:
+        """Let the canary take over once it is ready; ``NoCanary``."""
+        self._check_open()
+        self._member(name)
+        return self._act_on(await self._store.promote(name, by=by, at=self._now()))
+
+    def _act_on(self, deployment: Deployment) -> DeploymentStatus:
         member = self._adopt(deployment)
         self._convergence.soon()
         return member.status()

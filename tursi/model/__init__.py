@@ -14,13 +14,16 @@ from tursi.model.deployment import (
     QUANTIZATIONS,
     Deployment,
     Desired,
+    Fate,
     Generation,
     Load,
     Request,
     Resolution,
     Schedule,
     Trust,
+    Turn,
     check_replicas,
+    check_weight,
 )
 from tursi.model.fit import Fit, Room, Verdict
 from tursi.model.footprint import Estimate, Footprint, Peaks, Stage
@@ -40,6 +43,7 @@ from tursi.model.paths import Folders, folders
 from tursi.model.pull import CatalogueEntry, Pull, PullState, PullStatus
 from tursi.model.reference import Reference
 from tursi.model.status import (
+    CanaryStatus,
     Containment,
     DatabaseReport,
     DeploymentStatus,
@@ -73,6 +77,7 @@ __all__ = [
     "AuditEntry",
     "AuditQuery",
     "Caller",
+    "CanaryStatus",
     "CatalogueEntry",
     "Containment",
     "Crash",
@@ -84,6 +89,7 @@ __all__ = [
     "Estimate",
     "Event",
     "FailureClass",
+    "Fate",
     "Fit",
     "Folders",
     "Footprint",
@@ -113,11 +119,13 @@ __all__ = [
     "Story",
     "Task",
     "Trust",
+    "Turn",
     "Usage",
     "Verdict",
     "WorkerLife",
     "WorkerStatus",
     "check_replicas",
+    "check_weight",
     "deployment_name",
     "folders",
     "key_name",

@@ -106,10 +106,22 @@ class Request:
         )
 
 
-def check_replicas(replicas: int) -> None:
-    """Raise ``InvalidRequest`` unless a deployment may have that many."""
+def check_replicas(replicas: int, most: int | None = None) -> None:
+    """Raise ``InvalidRequest`` unless a deployment may have that many, or so many to ``most``."""
     if not 1 <= replicas <= MAX_REPLICAS:
         raise InvalidRequest(f"A deployment has 1 to {MAX_REPLICAS} replicas.", param="replicas")
+    if most is not None and not replicas <= most <= MAX_REPLICAS:
+        raise InvalidRequest(
+            f"The most replicas of a deployment are as many as the least or more, up to "
+            f"{MAX_REPLICAS}.",
+            param="max_replicas",
+        )
+
+
+def check_weight(weight: int) -> None:
+    """Raise ``InvalidRequest`` unless a canary may have that share of the requests."""
+    if not 0 <= weight <= 100:
+        raise InvalidRequest("A canary's weight is 0 to 100 percent.", param="canary")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +139,32 @@ class Resolution:
     """What a worker chose, and why: a sentence each for device, dtype and the like."""
 
 
+class Fate(StrEnum):
+    """What became of a generation."""
+
+    SERVING = "serving"
+    REPLACED = "replaced"
+    """Another one has taken over."""
+    ROLLED_BACK = "rolled-back"
+    """One has taken over that is again what was before it."""
+    FAILED = "failed"
+    """It could not take over, or didn't answer as a canary."""
+    RETRIED = "retried"
+    """It is tried again after that."""
+    GIVEN_UP = "given-up"
+    """Somebody wanted another one before it had taken over."""
+    REMOVED = "removed"
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Something that became of a generation, and why."""
+
+    fate: Fate
+    at: float
+    reason: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Generation:
     """One immutable version of a deployment."""
@@ -136,6 +174,20 @@ class Generation:
     created_at: float
     created_by: str
     resolution: Resolution | None = None
+    copy_of: int | None = None
+    """The generation that it is again, after a rollback."""
+    turns: tuple[Turn, ...] = ()
+    """What became of it, oldest first."""
+
+    @property
+    def fate(self) -> Fate | None:
+        """What has become of it; ``None`` while it comes up for the first time."""
+        return self.turns[-1].fate if self.turns else None
+
+    @property
+    def has_served(self) -> bool:
+        """Whether it has ever been what the deployment serves."""
+        return any(turn.fate is Fate.SERVING for turn in self.turns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +197,21 @@ class Deployment:
     name: str
     desired: Desired
     replicas: int
+    """The least, if ``max_replicas`` says that there may be more."""
     generation: Generation
+    """What was asked for last."""
     created_at: float
     updated_at: float
     schedule: Schedule = Schedule()
+    max_replicas: int | None = None
+    """So many where requests have to wait long; ``None``: ``replicas`` is all there is."""
+    stable: Generation | None = None
+    """What serves until ``generation`` has taken over, and again if it fails."""
+    canary: int | None = None
+    """Percent of the requests that ``generation`` gets beside ``stable``; ``None``: it takes over
+    as soon as it is ready."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether ``generation`` could not take over, so that ``stable`` serves."""
+        return self.stable is not None and self.generation.fate is Fate.FAILED

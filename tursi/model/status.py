@@ -64,6 +64,25 @@ class WorkerStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class CanaryStatus:
+    """A generation that gets a share of the requests, beside the one that gets the rest."""
+
+    generation: int
+    weight: int
+    """Percent of the requests."""
+    phase: Phase
+    ready: int
+    """Replicas that serve."""
+    model: str
+    reason: str | None = None
+    """Why it doesn't serve, or what is worse with it than with the other."""
+    requests: int = 0
+    """That it has answered since it has this weight, or the daemon began,"""
+    errors: int = 0
+    """and how many of them failed."""
+
+
+@dataclass(frozen=True, slots=True)
 class DeploymentStatus:
     """A deployment as the control API shows it: desired and observed."""
 
@@ -102,6 +121,15 @@ class DeploymentStatus:
     """Whether Python code from the model's own files may run."""
     quantization: str = "none"
     """As asked for."""
+    min_replicas: int | None = None
+    max_replicas: int | None = None
+    """Between which ``replicas`` is chosen by how long requests wait; ``None``: it is fixed."""
+    stable: int | None = None
+    """The generation that serves until ``generation`` has taken over, if there is one."""
+    canary: CanaryStatus | None = None
+    """Besides what all the rest of this tells of."""
+    in_place: bool = False
+    """Whether the new generation is loaded where the old one was, for want of memory."""
 
 
 @dataclass(frozen=True, slots=True)

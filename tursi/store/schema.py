@@ -255,6 +255,44 @@ _QUANTIZATION = (
     "ALTER TABLE resolutions ADD COLUMN choices TEXT NOT NULL DEFAULT '{}'",
 )
 
+_CHANGES = (
+    # The most replicas, as many as long waits make needed; null: as many as "replicas" says.
+    "ALTER TABLE deployments ADD COLUMN max_replicas INTEGER",
+    # The generation that is wanted; null: the one with the highest number.
+    "ALTER TABLE deployments ADD COLUMN generation INTEGER",
+    # The one that serves until that has taken over; null: there is none.
+    "ALTER TABLE deployments ADD COLUMN stable INTEGER",
+    # Percent of the requests for the wanted one beside that; null: it takes over when ready.
+    "ALTER TABLE deployments ADD COLUMN canary INTEGER",
+    # The generation that this one is again, after a rollback.
+    "ALTER TABLE generations ADD COLUMN copy_of INTEGER",
+    """
+    -- What became of a generation. Append-only; the newest row counts.
+    CREATE TABLE turns (
+        id         INTEGER PRIMARY KEY,
+        deployment TEXT NOT NULL,
+        generation INTEGER NOT NULL,
+        fate       TEXT NOT NULL,
+        reason     TEXT,
+        at         REAL NOT NULL,
+        FOREIGN KEY (deployment, generation) REFERENCES generations (deployment, number)
+    ) STRICT
+    """,
+    "CREATE INDEX turns_deployment ON turns (deployment, id)",
+    # What is known of those before: which have served, and what took over from them.
+    """
+    INSERT INTO turns (deployment, generation, fate, at)
+    SELECT deployment, generation, 'serving', min(ready_at) FROM workers
+    WHERE ready_at IS NOT NULL GROUP BY deployment, generation
+    """,
+    """
+    INSERT INTO turns (deployment, generation, fate, reason, at)
+    SELECT o.deployment, o.generation, 'replaced', 'by generation ' || min(n.generation), min(n.at)
+    FROM turns AS o JOIN turns AS n ON n.deployment = o.deployment AND n.generation > o.generation
+    GROUP BY o.deployment, o.generation
+    """,
+)
+
 UPGRADES: tuple[Upgrade, ...] = (
     Upgrade("the first schema", _FIRST),
     Upgrade("pickle and remote code by generation", _TRUST),
@@ -262,5 +300,6 @@ UPGRADES: tuple[Upgrade, ...] = (
     Upgrade("pulls", _PULLS),
     Upgrade("when deployments are in memory", _SCHEDULES),
     Upgrade("quantization, and why a load was as it was", _QUANTIZATION),
+    Upgrade("canaries, ranges of replicas, and what became of generations", _CHANGES),
 )
 """``UPGRADES[n]`` brings version ``n`` to ``n + 1``."""

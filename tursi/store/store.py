@@ -133,13 +133,24 @@ class Store:
         by: str,
         at: float,
         schedule: Schedule | None = None,
+        max_replicas: int | None = None,
+        canary: int | None = None,
     ) -> Deferred[tuple[Deployment, Outcome]]:
         """Create or replace a deployment, which is to run from now on.
 
-        Without ``schedule`` an existing one keeps its own.
+        Without ``schedule`` an existing one keeps its own. With ``canary`` what is new
+        gets so many percent of the requests, beside what serves.
         """
         saved = self._write(
-            deployments.save, name, request, replicas, by=by, at=at, schedule=schedule
+            deployments.save,
+            name,
+            request,
+            replicas,
+            by=by,
+            at=at,
+            schedule=schedule,
+            max_replicas=max_replicas,
+            canary=canary,
         )
         return saved.addCallback(self._announced_last)
 
@@ -160,10 +171,31 @@ class Store:
         changed = self._write(deployments.set_desired, name, desired, by=by, at=at)
         return changed.addCallback(self._announced)
 
-    def set_replicas(self, name: str, replicas: int, *, by: str, at: float) -> Deferred[Deployment]:
-        """Want that many replicas; ``DeploymentNotFound``."""
-        changed = self._write(deployments.set_replicas, name, replicas, by=by, at=at)
+    def set_replicas(
+        self, name: str, replicas: int, most: int | None = None, *, by: str, at: float
+    ) -> Deferred[Deployment]:
+        """Want that many replicas, or so many to ``most``; ``DeploymentNotFound``."""
+        changed = self._write(deployments.set_replicas, name, replicas, most, by=by, at=at)
         return changed.addCallback(self._announced)
+
+    def set_canary(self, name: str, weight: int, *, by: str, at: float) -> Deferred[Deployment]:
+        """Give the canary that share; ``DeploymentNotFound``, ``NoCanary``."""
+        changed = self._write(deployments.set_canary, name, weight, by=by, at=at)
+        return changed.addCallback(self._announced)
+
+    def promote(self, name: str, *, by: str, at: float) -> Deferred[Deployment]:
+        """Let the canary take over once it is ready; ``DeploymentNotFound``, ``NoCanary``."""
+        changed = self._write(deployments.promote, name, by=by, at=at)
+        return changed.addCallback(self._announced)
+
+    def serve(self, name: str, number: int, *, at: float) -> Deferred[None]:
+        """Generation ``number`` serves from now on."""
+        return self._write(deployments.serve, name, number, at=at).addCallback(self._announce)
+
+    def fail(self, name: str, number: int, reason: str, *, at: float) -> Deferred[None]:
+        """Generation ``number`` has failed; what it should have taken over from serves."""
+        failed = self._write(deployments.fail, name, number, reason, at=at)
+        return failed.addCallback(self._announce)
 
     def delete(self, name: str, *, by: str, at: float) -> Deferred[None]:
         """Want it gone; its history stays. ``DeploymentNotFound``."""
