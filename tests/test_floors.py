@@ -22,7 +22,7 @@ class Floor(NamedTuple):
     others: tuple[str, ...] = ()
 
 
-WORDS = ("errors", "model", "tasks", "folder")
+WORDS = ("errors", "model", "tasks", "folder", "duration")
 PURE = (
     *WORDS, "heartbeat", "config", "wire", "claims", "lifecycle", "plan", "residency", "schema",
     "faces",
@@ -46,6 +46,7 @@ FLOORS = {
     "tasks": Floor(("errors", "model")),
     "heartbeat": Floor(),
     "folder": Floor(("errors",)),
+    "duration": Floor(),
     # 1: pure thought
     "config": Floor(WORDS, SANS_IO),
     "wire": Floor(WORDS, SANS_IO),

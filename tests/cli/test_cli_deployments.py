@@ -338,6 +338,17 @@ def test_ps_lists_deployments_with_the_reasons_of_those_that_fail(api: Api) -> N
     assert lines[3] == "broken: No safetensors [b]here[/b]."
 
 
+def test_ps_shows_until_when_those_stay_that_come_by_themselves(api: Api) -> None:
+    lazy = deployment(name="lazy", unloads_at="2026-01-02T03:04:05Z")
+    kept = deployment(name="kept", pinned=True)
+    api.on("GET", "/deployments", {"deployments": [deployment(), lazy, kept]})
+    lines = api.tursi("ps").output.splitlines()
+    assert lines[0].split()[-2:] == ["UNTIL", "MODEL"]
+    assert lines[1].split()[-2:] == ["0", "org/mini"]
+    assert lines[2].split()[-3].startswith("2026-01-0")
+    assert lines[3].split()[-2:] == ["pinned", "org/mini"]
+
+
 @pytest.mark.parametrize(
     ("phase", "progress", "shown"),
     [

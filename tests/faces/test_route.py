@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tursi import errors
 from tursi.errors import InvalidRequest, TursiError, by_code
 from tursi.faces import TABLE
-from tursi.faces.route import STATUS, Context, Whole, decoded, model_of, require_task, status_of
+from tursi.faces.route import STATUS, Context, Whole, addressed, decoded, require_task, status_of
 from tursi.model import Task, Usage
 from tursi.tasks import Delta, EmbedRequest
 
@@ -33,8 +33,8 @@ ROUTES = (
 def test_half_of_a_surrogate_pair_is_called_that(half: str) -> None:
     for body in (f'{{"model": "{half}"}}', f'{{"input": "{half}", "model": "m"}}'):
         with pytest.raises(InvalidRequest, match="half of a surrogate pair"):
-            model_of(body.encode())
-    assert model_of(rb'{"model": "\ud83d\ude00"}') == "\N{GRINNING FACE}"
+            addressed(body.encode())
+    assert addressed(rb'{"model": "\ud83d\ude00"}') == ("\N{GRINNING FACE}", None)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_every_status_belongs_to_a_known_error() -> None:
 
 
 def test_the_model_is_read_without_judging_the_rest() -> None:
-    assert model_of(b'{"input": 3, "model": "a", "more": [[[]]]}') == "a"
+    assert addressed(b'{"input": 3, "model": "a", "more": [[[]]]}') == ("a", None)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,46 @@ def test_the_model_is_read_without_judging_the_rest() -> None:
 )
 def test_a_body_without_a_model_is_refused(body: bytes) -> None:
     with pytest.raises(InvalidRequest):
-        model_of(body)
+        addressed(body)
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [
+        ("null", None),
+        ("30", 30.0),
+        ("0", 0.0),
+        ("1.5", 1.5),
+        ("-1", -1.0),
+        ("-0.5", -0.5),
+        ('"10m"', 600.0),
+        ('"-1m"', -60.0),
+        ('"1h30m"', 5400.0),
+        ('"300ms"', 0.3),
+        ("1e30", 366 * 86400.0),
+        ('"2000000h"', 366 * 86400.0),
+    ],
+)
+def test_how_long_the_model_shall_stay(said: str, seconds: float | None) -> None:
+    body = f'{{"model": "a", "input": "b", "keep_alive": {said}}}'.encode()
+    assert addressed(body) == ("a", seconds)
+    # Whatever the body calls it, the path counts.
+    assert addressed(body, "b") == ("b", seconds)
+
+
+@pytest.mark.parametrize("said", ["true", "[]", "{}", '"10"', '"soon"', '""', "1e999"])
+def test_what_is_no_duration_is_refused(said: str) -> None:
+    body = f'{{"model": "a", "keep_alive": {said}}}'.encode()
+    for model in (None, "a"):
+        with pytest.raises(InvalidRequest) as refused:
+            addressed(body, model)
+        assert refused.value.param == "keep_alive"
+
+
+def test_a_body_for_a_path_is_looked_at_only_where_it_may_say_how_long() -> None:
+    assert addressed(b"\xff{", "a") == ("a", None)
+    assert addressed(b'{"inputs": "the \\"keep_alive\\" field', "a") == ("a", None)
+    assert addressed(b'{"inputs": {"keep_alive": []}}', "a") == ("a", None)
 
 
 class _Inner(msgspec.Struct):

@@ -87,7 +87,7 @@ def test_what_is_needed_takes_the_place_of_what_is_not(running: Daemon) -> None:
 def test_a_busy_model_stays_and_whoever_waits_for_memory_is_told(running: Daemon) -> None:
     running.deploy("slow", script(running, "slow", 2 * GIB, delay=4.0), load="on_demand")
     running.wait("slow")
-    running.deploy("other", script(running, "other", 2 * GIB), load="on_demand", keep_alive=-1)
+    running.deploy("other", script(running, "other", 2 * GIB), load="on_demand")
     running.wait("other")
     answers: list[int] = []
     thread = threading.Thread(target=lambda: answers.append(ask(running, "slow")))

@@ -21,7 +21,7 @@ from tursi.errors import (
     UnsupportedMediaType,
     by_code,
 )
-from tursi.faces.route import Answer, Match, Route, model_of, status_of
+from tursi.faces.route import Answer, Match, Route, addressed, status_of
 from tursi.fleet import Work
 from tursi.model import Caller, Role, Scope, Usage
 
@@ -111,7 +111,7 @@ class Inference:
                 self.keyring.admit(caller)
             body = request.body
             content_type = _json_type(request.content_types)
-            model = match.model if match.model is not None else model_of(body)
+            model, keep_alive = addressed(body, match.model)
             exchange.deployment = self.fleet.find(model)
             require_deployment(exchange.deployment, caller)
             exchange.submit(
@@ -121,6 +121,7 @@ class Inference:
                     content_type=content_type,
                     body=body,
                     seconds=self.settings.deadline_seconds,
+                    keep_alive=keep_alive,
                 )
             )
         except TursiError as error:

@@ -14,7 +14,7 @@ import click
 from tursi.cli.connection import Connection, Exit, Failure, path
 from tursi.cli.options import Size, as_json
 from tursi.cli.progress import Verdict, display, look, wait
-from tursi.cli.terminal import dump, line, note, size, table
+from tursi.cli.terminal import dump, line, local_time, note, size, table
 from tursi.errors import InvalidRequest
 from tursi.model import QUANTIZATIONS, Limits, Load, Phase, Reference, deployment_name
 
@@ -200,8 +200,10 @@ def ps(connection: Connection, *, json: bool) -> None:
     if not statuses:
         line("Nothing is deployed; `tursi up MODEL` deploys a model.")
         return
+    # Only of what comes and goes by itself.
+    until = ("UNTIL",) if any(_until(status) for status in statuses) else ()
     table(
-        ("NAME", "TASK", "PHASE", "READY", "DEVICE", "MEMORY", "BUSY", "QUEUED", "MODEL"),
+        ("NAME", "TASK", "PHASE", "READY", "DEVICE", "MEMORY", "BUSY", "QUEUED", *until, "MODEL"),
         [
             (
                 status["name"],
@@ -212,6 +214,7 @@ def ps(connection: Connection, *, json: bool) -> None:
                 size(_memory(status)),
                 status["in_flight"],
                 status["queued"],
+                *((_until(status),) if until else ()),
                 status["model"],
             )
             for status in statuses
@@ -308,6 +311,13 @@ def _phase(status: dict[str, Any]) -> str:
     if not seen.total or seen.done is None:
         return seen.stage
     return f"{seen.stage} {100 * min(seen.done / seen.total, 1):.0f} %"
+
+
+def _until(status: dict[str, Any]) -> str:
+    """When it is unloaded, unless it is used."""
+    if status.get("pinned"):
+        return "pinned"
+    return local_time(status["unloads_at"]) if status.get("unloads_at") else ""
 
 
 def _memory(status: dict[str, Any]) -> int | None:

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 import msgspec
 
-from tursi import errors
+from tursi import duration, errors
 from tursi.errors import InvalidRequest, TaskNotSupported, TursiError
 from tursi.model import Task, Usage
 from tursi.tasks import Delta, TaskRequest, TaskResult
@@ -234,7 +234,11 @@ def _pattern(path: str) -> re.Pattern[str]:
     return re.compile(re.escape(before) + "([^/]+(?:/[^/]+)?)" + re.escape(after))
 
 
-class _Model(msgspec.Struct):
+class _Kept(msgspec.Struct):
+    keep_alive: float | str | None = None
+
+
+class _Model(_Kept):
     model: str | msgspec.UnsetType | None = msgspec.UNSET
 
 
@@ -255,15 +259,41 @@ def require_task(context: Context, tasks: frozenset[Task]) -> None:
         )
 
 
+_KEPT_DECODER = msgspec.json.Decoder(_Kept)
 _MODEL_DECODER = msgspec.json.Decoder(_Model)
+_MOST_KEPT = 366 * 86400.0
+"""Seconds; as much as the settings take."""
 
 
-def model_of(body: bytes) -> str:
-    """The ``model`` field of a JSON body; the rest is for the worker to judge."""
-    found = decoded(_MODEL_DECODER, body).model
-    if not isinstance(found, str) or not found:
+def addressed(body: bytes, model: str | None = None) -> tuple[str, float | None]:
+    """The model that a JSON body is for, and for how many seconds that is to stay loaded then.
+
+    ``model`` is its name where the path has it. Of the body nothing else is looked at:
+    the rest is for the worker to judge.
+    """
+    if model is not None:
+        # Few say it, and to look for the word takes less than to decode.
+        if body.find(b'"keep_alive"') < 0:
+            return model, None
+        kept = decoded(_KEPT_DECODER, body).keep_alive
+        return model, None if kept is None else _seconds(kept)
+    found = decoded(_MODEL_DECODER, body)
+    if not isinstance(found.model, str) or not found.model:
         raise InvalidRequest("The body must name a model in its field 'model'.", param="model")
-    return found
+    return found.model, None if found.keep_alive is None else _seconds(found.keep_alive)
+
+
+def _seconds(kept: float | str) -> float:
+    """What ``keep_alive`` says; negative means for ever."""
+    try:
+        seconds = kept if isinstance(kept, float) else duration.parse(kept)
+    except ValueError as error:
+        raise InvalidRequest(
+            f"The field 'keep_alive' can't be used: {error}; give seconds, a text such as \"10m\""
+            ' or "1h30m", or -1 for ever.',
+            param="keep_alive",
+        ) from None
+    return min(seconds, _MOST_KEPT)
 
 
 def decoded(decoder: msgspec.json.Decoder[T], body: bytes) -> T:

@@ -112,6 +112,8 @@ class Convergence:
         self.devices = Devices(reactor.seconds, host.gpus)
         self._resuming: Any = None
         self._looking: Any = None
+        self._contested = False
+        """Whether anything waited for memory when that was last looked at."""
         self._refused = False
         """Whether it has been told that the system refuses processes."""
         self._past: dict[Key, list[WorkerLife]] = {}
@@ -204,12 +206,29 @@ class Convergence:
         if not member.awake:
             return
         member.awake = False
-        member.woken_at = member.loaded_at = None
+        member.woken_at = member.loaded_at = member.keep_alive = member.unloads_at = None
         name = member.deployment.name
         self._journal.note("unload", f"{name} is unloaded", deployment=name, cause=reason)
         # Nothing comes any more that what waits could wait for.
         member.queue.pump()
         self.soon()
+
+    def used(self, member: Member) -> None:
+        """A request for it has ended: have it unloaded when its time comes, or others need that."""
+        if member.busy:
+            return
+        if self._contested or member.loaded_at is None:
+            # It may make room now; or nobody waits any more for what isn't loaded yet.
+            self.soon()
+            return
+        deadline = self._memory.deadline(member)
+        self._expect(member, deadline)
+        if deadline is not None:
+            self._look_by(deadline)
+
+    def _expect(self, member: Member, deadline: float | None) -> None:
+        ahead = None if deadline is None else deadline - self._reactor.seconds()
+        member.unloads_at = None if ahead is None else self._now() + ahead
 
     def forget(self, member: Member) -> None:
         """Drop a removed deployment once its last worker has gone."""
@@ -221,6 +240,9 @@ class Convergence:
     def _converge(self) -> None:
         self._scheduled = None
         room = self._memory.room()
+        for member in self._members.values():
+            if member.forsaken:
+                self.unload(member, "nobody waits for it any more")
         for member, reason in (*self._memory.idle(), *self._memory.evictions(room)):
             self.unload(member, reason)
         wanted = [want for member in self._members.values() if (want := member.wanted())]
@@ -234,9 +256,11 @@ class Convergence:
             member.never = member.waits is not None and self._memory.never(member)
             if member.never:
                 member.queue.pump()
-            deadline = self._memory.deadline(member)
-            ahead = None if deadline is None else deadline - self._reactor.seconds()
-            member.unloads_at = None if ahead is None else self._now() + ahead
+            self._expect(member, self._memory.deadline(member))
+        self._contested = any(
+            member.waits is not None and any(w.phase is Phase.QUEUED for w in member.serving())
+            for member in self._members.values()
+        )
         for action in decide(wanted, seen, self.governor.slots(LOAD_SLOTS), room):
             try:
                 self._act(action)
@@ -249,10 +273,17 @@ class Convergence:
         if self._looking is not None and self._looking.active():
             self._looking.cancel()
         seconds = self._memory.next_look()
-        self._looking = None
         if seconds is not None and self._open:
-            # A little later, so that the moment has passed.
-            self._looking = self._reactor.callLater(seconds + 0.01, self.soon)
+            self._look_by(self._reactor.seconds() + seconds)
+
+    def _look_by(self, moment: float) -> None:
+        """Converge at that moment, if not before."""
+        # A little later, so that it has passed.
+        ahead = max(moment - self._reactor.seconds(), 0.0) + 0.01
+        if self._looking is None or not self._looking.active():
+            self._looking = self._reactor.callLater(ahead, self.soon)
+        elif self._looking.getTime() > self._reactor.seconds() + ahead:
+            self._looking.reset(ahead)
 
     def _act(self, action: Action) -> None:
         match action:

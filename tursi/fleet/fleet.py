@@ -217,9 +217,13 @@ class Fleet:
         if self._closed is not None:
             raise self._closed.with_traceback(None)
         member = self._find(model)
-        if member.deployment.schedule.load is Load.ON_DEMAND:
-            self._use(member)
-        return member.queue.submit(work, sink)
+        if member.deployment.schedule.load is not Load.ON_DEMAND:
+            return member.queue.submit(work, sink)
+        self._use(member)
+        passage = member.queue.submit(work, sink)
+        if work.keep_alive is not None:
+            member.keep_alive = work.keep_alive
+        return passage
 
     def _use(self, member: Member) -> None:
         """Note that it is used, and have it loaded if it isn't."""
@@ -227,7 +231,7 @@ class Fleet:
         member.used_at = now
         member.uses.add(now)
         if not member.awake and member.deployment.desired is Desired.RUNNING:
-            member.wake(now)
+            member.wake(now, demanded=True)
             name = member.deployment.name
             self._journal.note("load", f"{name} is loaded", deployment=name, cause="a request")
             self._convergence.soon()
@@ -272,8 +276,7 @@ class Fleet:
         def finished() -> None:
             if member.deployment.schedule.load is Load.ON_DEMAND:
                 member.used_at = self._reactor.seconds()
-                if not member.queue.waiting:
-                    self._convergence.soon()
+                self._convergence.used(member)
 
         def poisoned(request_id: str) -> None:
             self._journal.note(
@@ -439,8 +442,8 @@ class Fleet:
                 f"The deployment {name} is stopped; `tursi up` starts it again."
             )
         if not member.awake:
-            member.wake(self._reactor.seconds())
             self._journal.note("load", f"{by} loads {name}", deployment=name, cause=by)
+        member.wake(self._reactor.seconds())
         member.used_at = self._reactor.seconds()
         self._convergence.soon()
         return member.status()
@@ -462,6 +465,8 @@ class Fleet:
         member = self._member(name)
         self._journal.note("restart", f"{by} restarts {name}", deployment=name, cause=by)
         self._convergence.retry(member)
+        # It comes back whether or not requests wait for it.
+        member.demanded = False
         for worker in member.serving():
             worker.restart()
         self._convergence.soon()

@@ -88,6 +88,10 @@ class Member:
         """The last one, until a worker serves again."""
         self.awake = deployment.schedule.load is Load.ALWAYS
         """Whether it is to be in memory."""
+        self.demanded = False
+        """Whether nobody but requests wants it there."""
+        self.keep_alive: float | None = None
+        """What a request has asked for, until it is unloaded."""
         self.woken_at: float | None = None
         self.loaded_at: float | None = None
         self.used_at = 0.0
@@ -110,10 +114,43 @@ class Member:
         """Whether any request waits for it or is with it."""
         return bool(self.queue.waiting) or any(worker.in_flight for worker in self.workers.values())
 
-    def wake(self, now: float) -> None:
-        """Have it in memory."""
+    @property
+    def pinned(self) -> bool:
+        """Whether somebody has said that it stays for ever, once it is loaded on demand."""
+        return self.stays(0.0) < 0
+
+    def stays(self, default: float) -> float:
+        """For how many seconds it stays unused, if it is loaded on demand; negative: for ever."""
+        if self.keep_alive is not None:
+            return self.keep_alive
+        wanted = self.deployment.schedule.keep_alive
+        return default if wanted is None else wanted
+
+    @property
+    def waited_for(self) -> bool:
+        """Whether anybody wants what isn't loaded yet: a request, or who has deployed it."""
+        return bool(self.queue.waiting) or not self.demanded
+
+    @property
+    def forsaken(self) -> bool:
+        """Whether it was to be loaded for requests that have all given up before that began."""
+        return (
+            self.awake
+            and not self.waited_for
+            and all(
+                # Whatever comes back would have forgotten its failures.
+                worker.phase is Phase.QUEUED and not worker.status().failures
+                for worker in self.workers.values()
+            )
+        )
+
+    def wake(self, now: float, *, demanded: bool = False) -> None:
+        """Have it in memory, because of a request or (not ``demanded``) anything else."""
         if not self.awake:
             self.awake, self.woken_at, self.loaded_at = True, now, None
+            self.keep_alive, self.demanded = None, demanded
+        elif not demanded:
+            self.demanded = False
 
     def learn(self, life: WorkerLife) -> None:
         """Remember what a worker of the present generation has needed."""
@@ -282,7 +319,8 @@ class Member:
             quantization=generation.request.quantization,
             load=deployment.schedule.load,
             keep_alive=deployment.schedule.keep_alive,
-            unloads_at=self.unloads_at,
+            unloads_at=None if self.busy else self.unloads_at,
+            pinned=self.pinned and self.awake and deployment.schedule.load is Load.ON_DEMAND,
             memory=self.peak,
         )
 

@@ -123,7 +123,8 @@ class Memory:
             deadline = self.deadline(member)
             if deadline is not None and deadline <= now and not member.busy:
                 seconds = self._keep_alive(member)
-                found.append((member, f"nobody has used it for {seconds:g} s"))
+                said = f"nobody has used it for {seconds:g} s" if seconds else "nobody uses it"
+                found.append((member, said))
         return found
 
     def deadline(self, member: Member) -> float | None:
@@ -182,7 +183,8 @@ class Memory:
                 member.load_seconds or _LOAD_SECONDS,
             )
             for member in self._members.values()
-            if self.need(member) > room
+            if member.waited_for
+            and self.need(member) > room
             and any(worker.phase is Phase.QUEUED for worker in member.serving())
         ]
 
@@ -206,6 +208,7 @@ class Memory:
             member.deployment.schedule.load is not Load.ON_DEMAND
             or not member.awake
             or member.busy
+            or member.pinned
             or any(worker.phase in _LOADING for worker in workers)
         )
 
@@ -213,8 +216,7 @@ class Memory:
         return member.woken_at if member.woken_at is not None else self._clock()
 
     def _keep_alive(self, member: Member) -> float:
-        wanted = member.deployment.schedule.keep_alive
-        return self._settings.keep_alive_seconds if wanted is None else wanted
+        return member.stays(self._settings.keep_alive_seconds)
 
     def _awake(self) -> Iterable[Member]:
         return [member for member in self._members.values() if member.awake and not member.leaving]

@@ -22,6 +22,8 @@ class Work:
     body: bytes
     seconds: float
     """How long the client is to be kept waiting at most."""
+    keep_alive: float | None = None
+    """Seconds that what is loaded on demand stays unused after it; negative: for ever."""
 
 
 class Replica(Protocol):

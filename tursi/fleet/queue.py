@@ -258,7 +258,9 @@ class RequestQueue:
             self.pump()
         elif passage.life in self._bereft:
             self._consoled(passage)
-            self.ended(passage)
+        else:
+            return
+        self.ended(passage)
 
     def ended(self, passage: Passage) -> None:
         """Use the place that a request leaves at its end."""

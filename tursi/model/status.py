@@ -113,6 +113,8 @@ class DeploymentStatus:
     """Seconds, as asked for."""
     unloads_at: float | None = None
     """When it will be unloaded, unless it is used."""
+    pinned: bool = False
+    """Whether it is loaded on demand, and stays until somebody unloads it."""
     memory: int | None = None
     """Bytes that each worker is reckoned to need."""
     allow_pickle: bool = False
