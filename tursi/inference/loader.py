@@ -20,6 +20,7 @@ from tursi.inference.device import choose_device, choose_dtype
 from tursi.inference.embedding import Embedder
 from tursi.inference.fill_mask import MaskFiller
 from tursi.inference.generation import Generator
+from tursi.inference.memory import Meter
 from tursi.inference.outbox import Outbox
 from tursi.inference.pooling import read_head
 from tursi.inference.pretrained import out_of_memory, read_config, read_model, read_tokenizer
@@ -73,6 +74,8 @@ def _load(
     tokenizer = read_tokenizer(checkpoint)
     model = read_model(checkpoint, task, config, dtype, progress)
     model.eval().requires_grad_(False).to(device)
+    meter = Meter()
+    meter.loaded()
     progress(Progress("warm"))
     engine: Engine
     limit: int | None
@@ -101,6 +104,7 @@ def _load(
         if isinstance(encoder, Embedder):
             dimensions = encoder.dimensions()
         engine = Batcher(encoder, outbox, page, clock)
+    meter.warm()
     loaded = Loaded(
         task=task.value,
         device=str(model.device),
@@ -115,6 +119,8 @@ def _load(
             "transformers": transformers.__version__,
             "tokenizers": tokenizers.__version__,
         },
+        host=meter.host,
+        gpus=meter.gpus,
     )
     return engine, loaded
 
