@@ -27,8 +27,8 @@ _HOOK_LOG = 256 * 1024
 
 _KEPT_VARIABLES = (
     "PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "LD_LIBRARY_PATH",
-    "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "NVIDIA_VISIBLE_DEVICES", "OPENBLAS_CORETYPE",
-    "OPENBLAS_L2_SIZE",
+    "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_HOME", "NVIDIA_VISIBLE_DEVICES",
+    "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE",
 )  # fmt: skip
 """What children inherit of the daemon's environment: no token, no notify socket, nothing else."""
 
@@ -104,6 +104,8 @@ class Children:
             order=order,
             command=self._worker_command,
             environment={
+                # As the driver counts GPUs, by which the daemon reckons.
+                "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
                 **self._inherited(_KEPT_VARIABLES),
                 "HF_HUB_OFFLINE": "1",
                 "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -133,9 +133,7 @@ def tensors(header: Mapping[str, Any]) -> tuple[dict[str, Group], int]:
         largest = max(largest, count)
         if len(shape) == 2 and not any(part in name for part in _EMBEDDINGS):
             matrices[kind] = matrices.get(kind, 0) + count
-    groups = {
-        kind: Group(kind, count, matrices.get(kind, 0)) for kind, count in parameters.items()
-    }
+    groups = {kind: Group(kind, count, matrices.get(kind, 0)) for kind, count in parameters.items()}
     return groups, largest
 
 
@@ -307,9 +305,7 @@ def _bytes(group: Group, dtype: str | None) -> float:
     return _SIZES.get(dtype or "", size) if converts else size
 
 
-def _activations(
-    blueprint: Blueprint, terms: Terms, *, generates: bool, every_token: bool
-) -> int:
+def _activations(blueprint: Blueprint, terms: Terms, *, generates: bool, every_token: bool) -> int:
     """Of the largest computation: what layers pass on, masks, and chances of words."""
     hidden, intermediate = blueprint.hidden, blueprint.intermediate
     if hidden is None or intermediate is None:

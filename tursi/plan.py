@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
+from tursi.admission import Candidate, Free, admit
 from tursi.model import Phase
 
 LOAD_SLOTS = 2
@@ -50,7 +51,15 @@ class Seen:
     phase: Phase
     retiring: bool
     memory: int = 0
-    """Bytes that it is reckoned to need."""
+    """Bytes of host memory that it is reckoned to need."""
+    gpu: int = 0
+    """Bytes that it is reckoned to need of GPUs."""
+    device: str = "auto"
+    """As asked for, or where it is being loaded."""
+    waited: float = 0.0
+    """Seconds for which it has been queued."""
+    held: bool = False
+    """Whether it isn't to be loaded yet, whatever is free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +82,8 @@ class Admit:
     """Let a queued worker spawn."""
 
     key: Key
+    device: str = "auto"
+    """Where it is to be loaded, such as ``cuda:1`` or ``cuda:0,cuda:1``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +100,16 @@ def decide(
     wanted: Sequence[Wanted],
     seen: Sequence[Seen],
     slots: int = LOAD_SLOTS,
-    room: int | None = None,
+    free: Free = Free(),  # noqa: B008 - a frozen value
+    *,
+    first: str | None = None,
+    patience: float = 30.0,
 ) -> list[Action]:
     """The actions that bring ``seen`` nearer to ``wanted``.
 
-    ``room`` is the memory in bytes that loads may still take; ``None`` means enough.
+    ``free`` is the memory that loads may still take. ``first`` names the deployment that
+    others make room for just now, ``patience`` is how many seconds what waits for memory
+    is passed by what is smaller.
     Deciding again after acting yields nothing new, so it may be called at any
     time. A new generation or revision starts beside the old one, which goes on serving
     until every replica of the new one is ready; if the new one fails, the old
@@ -108,7 +124,7 @@ def decide(
         actions += _deployment(want, by_deployment.pop(want.deployment, []))
     for workers in by_deployment.values():
         actions += _retire(workers)
-    return actions + _admissions(seen, actions, slots, room)
+    return actions + _admissions(seen, actions, slots, free, first, patience)
 
 
 def _deployment(want: Wanted, workers: Collection[Seen]) -> list[Action]:
@@ -147,23 +163,29 @@ def _retire(workers: Collection[Seen]) -> list[Action]:
 
 
 def _admissions(
-    seen: Sequence[Seen], actions: Sequence[Action], slots: int, room: int | None
+    seen: Sequence[Seen],
+    actions: Sequence[Action],
+    slots: int,
+    free: Free,
+    first: str | None,
+    patience: float,
 ) -> list[Action]:
     leaving = {action.key for action in actions if isinstance(action, Retire)}
-    free = slots - sum(1 for worker in seen if worker.phase in LOADING)
-    queued = [
-        worker
+    loading = [worker for worker in seen if worker.phase in LOADING]
+    candidates = [
+        Candidate(
+            worker.key,
+            worker.memory,
+            worker.gpu,
+            worker.device,
+            worker.waited,
+            first=worker.key.deployment == first,
+        )
         for worker in seen
-        if worker.phase is Phase.QUEUED and not worker.retiring and worker.key not in leaving
+        if worker.phase is Phase.QUEUED
+        and not (worker.retiring or worker.held)
+        and worker.key not in leaving
     ]
-    admitted: list[Action] = []
-    for worker in queued:
-        if len(admitted) >= free:
-            break
-        if room is not None:
-            # What is smaller needn't wait for what doesn't fit.
-            if worker.memory > room:
-                continue
-            room -= worker.memory
-        admitted.append(Admit(worker.key))
-    return admitted
+    busy = {device for worker in loading if worker.gpu for device in worker.device.split(",")}
+    admitted = admit(candidates, free, slots - len(loading), busy, patience)
+    return [Admit(key, device) for key, device in admitted]

@@ -113,7 +113,7 @@ def _header(path: Path, left: int) -> tuple[dict[str, Any], int]:
             raise ValueError(f"the header of {path.name} can't have {length} bytes")
         header = json.loads(file.read(length))
     if not isinstance(header, dict):
-        raise ValueError(f"the header of {path.name} is no object")
+        raise ValueError(f"the header of {path.name} is no object")  # noqa: TRY004 - of the file
     return header, length
 
 
@@ -125,4 +125,3 @@ def _json(path: Path) -> Any:
         return json.loads(data) if len(data) <= _MAX_JSON else None
     except (OSError, ValueError, RecursionError):
         return None
-

@@ -74,7 +74,5 @@ def _gpus() -> list[int]:
     if not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return []
     return [
-        index
-        for index in range(torch.cuda.device_count())
-        if torch.cuda.max_memory_reserved(index)
+        index for index in range(torch.cuda.device_count()) if torch.cuda.max_memory_reserved(index)
     ]

@@ -25,8 +25,8 @@ from tursi.model.deployment import (
     check_replicas,
     check_weight,
 )
-from tursi.model.fit import Fit, Room, Verdict
-from tursi.model.footprint import Estimate, Footprint, Peaks, Stage
+from tursi.model.fit import Fit, Gpu, Room, Verdict
+from tursi.model.footprint import Build, Estimate, Footprint, Measurement, Peaks, Stage
 from tursi.model.history import Event, Minute, Story
 from tursi.model.limits import (
     MAX_PROCESSES,
@@ -76,6 +76,7 @@ __all__ = [
     "ApiKey",
     "AuditEntry",
     "AuditQuery",
+    "Build",
     "Caller",
     "CanaryStatus",
     "CatalogueEntry",
@@ -94,11 +95,13 @@ __all__ = [
     "Folders",
     "Footprint",
     "Generation",
+    "Gpu",
     "Host",
     "Limits",
     "Load",
     "LoadOrder",
     "Loaded",
+    "Measurement",
     "Minute",
     "Peaks",
     "Phase",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from tursi.model.footprint import Footprint
@@ -20,6 +21,19 @@ class Verdict(StrEnum):
     """Not now, for what is there stays."""
     NEVER = "never"
     UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU as it is now; all sizes in bytes."""
+
+    device: str
+    """``cuda:0`` and so on, as workers count them."""
+    name: str
+    total: int
+    free: int
+    processes: Mapping[int, int] = field(default_factory=dict)
+    """What each has of it, by pid, as far as the driver tells."""
 
 
 @dataclass(frozen=True, slots=True)

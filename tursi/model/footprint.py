@@ -45,6 +45,37 @@ class Peaks:
 
 
 @dataclass(frozen=True, slots=True)
+class Build:
+    """What measurements hold for: a model, loaded in one way."""
+
+    model: str
+    """The hub's commit, or a digest of a folder's name, files and their size."""
+    device: str
+    """``cpu``, ``mps``, ``cuda``, or ``cuda x2`` on two GPUs together."""
+    dtype: str = "auto"
+    """As asked for, as are the others."""
+    task: str = ""
+    quantization: str = "none"
+    max_batch_tokens: int = 1024
+    max_sequences: int = 16
+    threads: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """The most that workers of a build have had of memory."""
+
+    build: Build
+    host: Peaks = Peaks()
+    gpu: Peaks = Peaks()
+    """Of all its GPUs together, without what the driver takes."""
+    load_seconds: float | None = None
+    """What the last load took."""
+    at: float = 0.0
+    """UTC epoch seconds of the last time that anything new was seen."""
+
+
+@dataclass(frozen=True, slots=True)
 class Estimate:
     """What a model's files tell before anything is loaded; all sizes in bytes."""
 

@@ -293,6 +293,33 @@ _CHANGES = (
     """,
 )
 
+_MEASUREMENTS = (
+    """
+    -- The most that workers of a model have had of memory, whichever deployment they were of.
+    CREATE TABLE measurements (
+        model            TEXT NOT NULL,   -- the hub's commit, or a digest of a folder's files
+        device           TEXT NOT NULL,   -- cpu, mps, cuda; "cuda x2": two of them together
+        dtype            TEXT NOT NULL,
+        task             TEXT NOT NULL,   -- empty: as the model's files say
+        quantization     TEXT NOT NULL,
+        max_batch_tokens INTEGER NOT NULL,
+        max_sequences    INTEGER NOT NULL,
+        threads          INTEGER NOT NULL,
+        host_load        INTEGER,         -- bytes, until the weights were there,
+        host_warm        INTEGER,         -- until it was ready,
+        host_busy        INTEGER,         -- and in service
+        gpu_load         INTEGER,         -- the same of its GPUs together
+        gpu_warm         INTEGER,
+        gpu_busy         INTEGER,
+        load_seconds     REAL,            -- of the last load
+        at               REAL NOT NULL,
+        PRIMARY KEY (
+            model, device, dtype, task, quantization, max_batch_tokens, max_sequences, threads)
+    ) STRICT, WITHOUT ROWID
+    """,
+    "CREATE INDEX measurements_at ON measurements (at)",
+)
+
 UPGRADES: tuple[Upgrade, ...] = (
     Upgrade("the first schema", _FIRST),
     Upgrade("pickle and remote code by generation", _TRUST),
@@ -301,5 +328,6 @@ UPGRADES: tuple[Upgrade, ...] = (
     Upgrade("when deployments are in memory", _SCHEDULES),
     Upgrade("quantization, and why a load was as it was", _QUANTIZATION),
     Upgrade("canaries, ranges of replicas, and what became of generations", _CHANGES),
+    Upgrade("measured memory of models", _MEASUREMENTS),
 )
 """``UPGRADES[n]`` brings version ``n`` to ``n + 1``."""

@@ -27,6 +27,7 @@ from tursi.model import (
     Dossier,
     Event,
     Generation,
+    Measurement,
     Minute,
     Pull,
     Request,
@@ -44,6 +45,7 @@ from tursi.store import (
     events,
     keys,
     lives,
+    measurements,
     place,
     pulls,
 )
@@ -227,6 +229,16 @@ class Store:
     def pull(self, number: int) -> Deferred[Pull]:
         """One of them; ``PullNotFound``."""
         return self._read(pulls.one, number)
+
+    # -- memory --------------------------------------------------------------------
+
+    def put_measurements(self, found: Sequence[Measurement]) -> Deferred[None]:
+        """Insert what workers of builds have had of memory, or replace what was known."""
+        return self._write(measurements.put, tuple(found))
+
+    def measurements(self) -> Deferred[list[Measurement]]:
+        """All of them, those first that were measured longest ago."""
+        return self._read(measurements.every)
 
     # -- history -------------------------------------------------------------------
 
