@@ -24,8 +24,8 @@ class Floor(NamedTuple):
 
 WORDS = ("errors", "model", "tasks", "folder", "duration")
 PURE = (
-    *WORDS, "heartbeat", "config", "wire", "claims", "lifecycle", "plan", "residency", "schema",
-    "faces",
+    *WORDS, "heartbeat", "config", "wire", "claims", "lifecycle", "footprint", "admission", "plan",
+    "residency", "schema", "faces",
 )  # fmt: skip
 MACHINE = ("mark", "mounts", "textfile")
 STATE = ("store", "supervision", "hub", "lock")
@@ -34,7 +34,7 @@ NETWORK = ("twisted", "zope", *SANS_IO)
 HOUSE = ("instance", "logging", "launch", "signals", "premises", "preflight", "host")
 RUN = (
     *HOUSE, "listen", "certificates", "notify", "ports", "children", "lag", "heap", "health",
-    "hooks",
+    "hooks", "gpus",
 )  # fmt: skip
 DAEMON = (*PURE, *MACHINE, *STATE, *RUN, "fleet", "api", "service", "keeper", "sandbox", "removal")
 
@@ -51,7 +51,9 @@ FLOORS = {
     "config": Floor(WORDS, SANS_IO),
     "wire": Floor(WORDS, SANS_IO),
     "claims": Floor((*WORDS, "wire")),
-    "plan": Floor(WORDS, SANS_IO),
+    "footprint": Floor(WORDS),
+    "admission": Floor((*WORDS, "footprint")),
+    "plan": Floor((*WORDS, "footprint", "admission"), SANS_IO),
     "residency": Floor(WORDS, SANS_IO),
     "schema": Floor(WORDS, SANS_IO),
     "lifecycle": Floor((*WORDS, "heartbeat", "config", "wire"), SANS_IO),
@@ -71,6 +73,8 @@ FLOORS = {
     "notify": Floor(PURE, NETWORK),
     "lag": Floor(PURE, NETWORK),
     "heap": Floor((), NETWORK),
+    # NVML is asked for by name, where it is installed.
+    "gpus": Floor(WORDS, NETWORK),
     "hooks": Floor(PURE, NETWORK),
     # 3
     "fleet": Floor((*PURE, *STATE), NETWORK),

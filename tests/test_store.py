@@ -30,6 +30,7 @@ from tursi.errors import (
 )
 from tursi.model import (
     ApiKey,
+    Build,
     Crash,
     Desired,
     Dossier,
@@ -38,7 +39,9 @@ from tursi.model import (
     Fate,
     Limits,
     LoadOrder,
+    Measurement,
     Minute,
+    Peaks,
     Phase,
     Request,
     Resolution,
@@ -162,6 +165,27 @@ def test_a_failing_watcher_disturbs_nobody(store: Store, logged_failures: Any) -
     result(store.record(1.0, "start", "the daemon starts"))
     assert len(seen) == 1
     assert len(logged_failures.flush(ZeroDivisionError)) == 1
+
+
+def test_measured_memory_is_kept_by_build_and_the_oldest_goes(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tursi.store.measurements.KEPT", 3)
+    first = Measurement(Build("commit", "cpu"), Peaks(3, 2, None), load_seconds=1.5, at=1.0)
+    gpu = Measurement(
+        Build("commit", "cuda", "bfloat16", "fill-mask", "int8", 10, 20, 2),
+        Peaks(1, 1, 1),
+        Peaks(4, 5, 6),
+        at=2.0,
+    )
+    result(store.put_measurements([first, gpu]))
+    assert result(store.measurements()) == [first, gpu]
+    first = replace(first, host=Peaks(3, 2, 9), at=3.0)
+    result(store.put_measurements([first]))
+    assert result(store.measurements()) == [gpu, first]
+    others = [Measurement(Build(name, "cpu"), at=at) for name, at in (("a", 4.0), ("b", 5.0))]
+    result(store.put_measurements(others))
+    assert result(store.measurements()) == [first, *others]
 
 
 def test_a_deleted_deployment_keeps_its_history(store: Store) -> None:
@@ -689,6 +713,7 @@ def test_every_table_is_strict_and_commented(path: Path) -> None:
         "pulls",
         "schema_history",
         "turns",
+        "measurements",
     }
     assert all("STRICT" in sql for _, sql in tables)
     for statement in (each for upgrade in schema.UPGRADES for each in upgrade.statements):

@@ -21,8 +21,10 @@ CONTEXT = 512 * MIB
 """What the driver takes of each GPU, before any model."""
 CUDA_HOST = 768 * MIB
 """What CUDA's libraries take of host memory."""
-SEQUENCE_TOKENS = 2048
+SEQUENCE_TOKENS = 1024
 """That a text which is generated is reckoned to have, where the model allows more."""
+_COPIES = 2
+"""Of what texts remember, while one joins the others or leaves them."""
 _LONGEST = 8192
 """Tokens of one input that are reckoned with, where the model allows more."""
 _PREFILL = 512
@@ -330,7 +332,7 @@ def _cache(blueprint: Blueprint, dtype: str | None, terms: Terms) -> int:
         return int(blueprint.size * _UNKNOWN)
     tokens = min(blueprint.positions or SEQUENCE_TOKENS, SEQUENCE_TOKENS)
     each = blueprint.layers * blueprint.key_values * _SIZES.get(dtype or "", _FLOAT)
-    return terms.max_sequences * tokens * each
+    return _COPIES * terms.max_sequences * tokens * each
 
 
 def _number(config: Mapping[str, Any], *names: str) -> int | None:

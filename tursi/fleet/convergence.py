@@ -10,6 +10,7 @@ from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from tursi.admission import Free
 from tursi.config import Requests, Workers
 from tursi.errors import InternalError
 from tursi.fleet.crashes import Crashes
@@ -261,7 +262,7 @@ class Convergence:
             member.waits is not None and any(w.phase is Phase.QUEUED for w in member.serving())
             for member in self._members.values()
         )
-        for action in decide(wanted, seen, self.governor.slots(LOAD_SLOTS), room):
+        for action in decide(wanted, seen, self.governor.slots(LOAD_SLOTS), Free(room)):
             try:
                 self._act(action)
             except Exception:  # noqa: BLE001 - one deployment's defect must not hold up the others
@@ -294,7 +295,7 @@ class Convergence:
                 self._files.find(member, generation)
             case Create(key):
                 self._create(self._members[key.deployment], key)
-            case Admit(key):
+            case Admit(key, _):
                 self._members[key.deployment].workers[key].admit()
             case Retire(key):
                 self._retire(self._members[key.deployment], key)
