@@ -22,7 +22,7 @@ class Floor(NamedTuple):
     others: tuple[str, ...] = ()
 
 
-WORDS = ("errors", "model", "tasks", "folder", "duration")
+WORDS = ("loading", "errors", "model", "tasks", "folder", "duration")
 PURE = (
     *WORDS, "heartbeat", "config", "wire", "claims", "lifecycle", "footprint", "admission", "plan",
     "residency", "schema", "faces",
@@ -41,7 +41,8 @@ DAEMON = (*PURE, *MACHINE, *STATE, *RUN, "fleet", "api", "service", "keeper", "s
 FLOORS = {
     # 0: the words of the domain
     "": Floor(),
-    "errors": Floor(),
+    "loading": Floor(),
+    "errors": Floor(("loading",)),
     "model": Floor(("errors",)),
     "tasks": Floor(("errors", "model")),
     "heartbeat": Floor(),

@@ -8,7 +8,10 @@ incident id.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from tursi.loading import Loading
 
 
 class TursiError(Exception):
@@ -19,7 +22,8 @@ class TursiError(Exception):
     seconds (1-120) after which the same request may succeed; ``None`` where
     waiting doesn't help. ``reference`` points at evidence, such as the id of a
     crash. ``public`` is the message for those who may not read about this machine,
-    where ``message`` may name a path of it.
+    where ``message`` may name a path of it. ``loading`` tells how far the model is
+    where it isn't there yet.
     """
 
     code: ClassVar[str] = "internal_error"
@@ -32,6 +36,7 @@ class TursiError(Exception):
         retry_after: int | None = None,
         reference: str | None = None,
         public: str | None = None,
+        loading: Loading | None = None,
     ) -> None:
         text = message or (self.__doc__ or "").strip().splitlines()[0]
         super().__init__(text)
@@ -40,6 +45,7 @@ class TursiError(Exception):
         self.retry_after = retry_after
         self.reference = reference
         self.public = public
+        self.loading = loading
 
     def discreet(self) -> TursiError:
         """The same without what only those may know who may read about this machine."""
@@ -50,6 +56,7 @@ class TursiError(Exception):
             param=self.param,
             retry_after=self.retry_after,
             reference=self.reference,
+            loading=self.loading,
         )
 
 

@@ -95,12 +95,32 @@ def decide(
 
     ``room`` is what is free, in bytes. Decide again when that is done.
     """
-    for candidate in sorted(waiting, key=lambda each: _rank(each, now, rules)):
+    for candidate in order(waiting, now, rules):
         urgent = now - candidate.since >= rules.max_wait
         going = _victims(candidate, resident, room, now, rules, urgent=urgent)
         if going is not None:
             return Decision(candidate.name, going)
     return Decision()
+
+
+def order(waiting: Collection[Waiting], now: float, rules: Rules) -> list[Waiting]:
+    """Whose turn is first, as far as there is room for it."""
+    return sorted(waiting, key=lambda each: _rank(each, now, rules))
+
+
+def room_in(
+    candidate: Waiting, resident: Sequence[Resident], *, room: int, now: float, rules: Rules
+) -> float | None:
+    """Seconds until time alone makes room for it; ``None`` if it doesn't."""
+    moments = [now, candidate.since + rules.max_wait]
+    moments += [each.since + rules.min_residency for each in resident if not each.held]
+    for moment in sorted(moments):
+        urgent = moment - candidate.since >= rules.max_wait
+        if moment >= now and (
+            _victims(candidate, resident, room, moment, rules, urgent=urgent) is not None
+        ):
+            return moment - now
+    return None
 
 
 def next_change(

@@ -7,6 +7,7 @@ from asking import events, route
 
 from tursi import errors
 from tursi.errors import TursiError, by_code
+from tursi.loading import Loading
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,21 @@ def test_a_reference_is_shown_and_that_of_a_defect_is_its_incident() -> None:
     defect = json.loads(route("openai.chat").error(errors.InternalError(reference="abc")).body)
     assert defect["error"]["incident"] == "abc"
     assert "reference" not in defect["error"]
+
+
+@pytest.mark.parametrize("kind", [errors.ModelLoading, errors.QueueFull])
+def test_how_far_the_model_is_stands_in_every_shape(kind: type[TursiError]) -> None:
+    error = kind(retry_after=500, loading=Loading("loading", 0.4, 499.5, 3))
+    said = {"stage": "loading", "progress": 0.4, "eta_seconds": 499.5, "position": 3}
+    # Of nobody who may not read about this machine it is kept.
+    for shown in (error, error.discreet()):
+        for name in ("openai.chat", "huggingface"):
+            answer = route(name).error(shown)
+            assert answer.headers == {"Retry-After": "120", "X-Queue-Position": "3"}
+            body = json.loads(answer.body)
+            body = body["error"] if name == "openai.chat" else body
+            assert (body["loading"], body["retry_after"]) == (said, 120)
+    assert b"loading" not in route("openai.chat").error(errors.QueueFull(retry_after=1)).body
 
 
 def test_every_error_has_an_answer() -> None:

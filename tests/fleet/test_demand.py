@@ -11,9 +11,10 @@ from test_fleet import NOW, Bench, FakeWorker
 
 from tursi import wire
 from tursi.config import Configuration, Memory, Requests
-from tursi.errors import ModelLoading, QueueFull, TursiError
+from tursi.errors import HubUnreachable, ModelLoading, QueueFull, TursiError
 from tursi.fleet import Work
-from tursi.model import Load, Phase, Request, Schedule, Usage
+from tursi.loading import Loading
+from tursi.model import Load, Phase, Progress, Request, Schedule, Usage
 from tursi.supervision.link import Sink
 
 GIB = 1024**3
@@ -321,3 +322,78 @@ def test_an_answered_request_converges_nothing(bank: Bank, monkeypatch: pytest.M
     bank.wait(61)
     assert at(bank.workers[0]) is Phase.DRAINING
     assert count < 10
+
+
+# -- what those are told who wait in vain ------------------------------------------------
+
+
+def outlook(bank: Bank, name: str) -> Loading:
+    """What a request is told that gives up at once."""
+    client = bank.ask(name, seconds=0.0)
+    bank.reactor.advance(1)
+    assert isinstance(client.error, ModelLoading), client.error
+    assert client.error.loading is not None
+    return client.error.loading
+
+
+def test_a_download_tells_by_its_rate(bank: Bank) -> None:
+    bank.do(bank.fleet.deploy("a", Request("org/a"), 1, "uid 0", Schedule(Load.ON_DEMAND)))
+    assert outlook(bank, "a") == Loading("fetching", None, None, 1)
+    [(_, _, advanced)] = bank.hub.asked
+    for done in (0.0, 25.0, 50.0):
+        advanced(Progress("download", done, 200.0))
+        bank.reactor.advance(1)
+    # 150 bytes at 25 a second, and a load of which nobody knows yet how long it takes.
+    assert outlook(bank, "a") == Loading("fetching", 0.25, 16.0, 1)
+
+
+def test_a_hub_that_can_not_be_reached_tells_nothing(bank: Bank) -> None:
+    bank.do(bank.fleet.deploy("a", Request("org/a"), 1, "uid 0", Schedule(Load.ON_DEMAND)))
+    bank.not_found(HubUnreachable("The hub can't be reached."))
+    assert outlook(bank, "a") == Loading("backoff", None, None, 1)
+
+
+def test_a_load_tells_by_the_last_one(bank: Bank) -> None:
+    bank.lazy("a")
+    bank.unload("a")
+    waiting = bank.ask("a")
+    worker = bank.workers[-1]
+    assert outlook(bank, "a") == Loading("spawning", None, 10.0, 2)
+    bank.fleet._members["a"].load_seconds = 4.0
+    worker.become(Phase.LOADING)
+    assert outlook(bank, "a") == Loading("loading", None, 3.0, 2)
+    assert waiting.error is None
+
+
+def test_who_waits_for_a_slot_or_for_memory_is_told_so(bank: Bank) -> None:
+    for name in "abcd":
+        bank.lazy(name)
+        bank.unload(name)
+    for name in "abcd":
+        bank.fleet._members[name].load_seconds = 8.0
+    for name in "abcd":
+        bank.ask(name)
+    # Two load, in the memory that there is, and the others have to wait until they may go.
+    assert [outlook(bank, name).stage for name in "abcd"] == ["spawning"] * 2 + ["memory"] * 2
+    told = outlook(bank, "c")
+    assert (told.eta_seconds, told.position) == (None, 2), "whatever loads can't go"
+    for worker in bank.workers[-4:-2]:
+        worker.become(Phase.READY)
+    bank.turn()
+    while bank.held:
+        bank.answer()
+    bank.wait(1)
+    # They stay for 5 s; then c comes.
+    told = outlook(bank, "c")
+    assert told.stage == "memory"
+    assert told.eta_seconds == pytest.approx(4 + 8, abs=1.2)
+
+
+def test_back_off_is_waited_for_too(bank: Bank) -> None:
+    bank.lazy("a")
+    bank.unload("a")
+    bank.ask("a")
+    worker = bank.workers[-1]
+    worker.next_try_at = NOW + 7
+    worker.become(Phase.BACKOFF, "it has crashed")
+    assert outlook(bank, "a") == Loading("backoff", None, 17.0, 2)

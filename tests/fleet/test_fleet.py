@@ -80,6 +80,7 @@ class FakeWorker:
         self.phase = Phase.STOPPED
         self.reason: str | None = None
         self.failure: FailureClass | None = None
+        self.next_try_at: float | None = None
         self.observer = observer
         self.stopped: Deferred[None] = Deferred()
         self.resets = 0
@@ -123,6 +124,7 @@ class FakeWorker:
             generation=self.generation,
             reason=self.reason,
             failure=self.failure,
+            next_try_at=self.next_try_at,
         )
 
     def submit(self, ask: object, sink: object) -> int:

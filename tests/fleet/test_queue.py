@@ -21,6 +21,7 @@ from tursi.errors import (
 )
 from tursi.fleet.passage import Work
 from tursi.fleet.queue import CAUSE_SECONDS, RequestQueue, shutting_down
+from tursi.loading import Loading
 from tursi.model import Crash, FailureClass, Phase, Usage
 from tursi.supervision.link import Sink
 
@@ -95,6 +96,7 @@ class Bench:
         self.refusal: TursiError | None = None
         self.finished: list[float] = []
         self.crash: Crash | None = None
+        self.eta: float | None = None
         self.poisoned: list[str] = []
         self.queue = RequestQueue(
             name="mini",
@@ -103,6 +105,7 @@ class Bench:
             workers=lambda: self.replicas,
             unavailable=lambda: self.refusal,
             stage=lambda: "loading, 40 %",
+            outlook=lambda position: Loading("loading", 0.4, self.eta, position),
             crash=lambda: self.crash,
             finished=lambda: self.finished.append(self.clock.seconds()),
             poisoned=self.poisoned.append,
@@ -144,6 +147,33 @@ def work(seconds: float = 600.0, body: bytes = b"{}") -> Work:
 
 def bodies(replica: FakeReplica) -> list[bytes]:
     return [ask.body for ask, _ in replica.held.values()]
+
+
+def test_who_waits_in_vain_is_told_how_far_the_model_is_and_when_to_come_again() -> None:
+    bench = Bench(FakeReplica(phase=Phase.LOADING))
+    first, second = bench.submit(seconds=70.0), bench.submit(seconds=10.0)
+    bench.eta = 17.2
+    with pytest.raises(QueueFull) as refused:
+        bench.submit()
+    assert refused.value.loading == Loading("loading", 0.4, 17.2, 3)
+    assert refused.value.retry_after == 18
+    bench.clock.advance(10)
+    [late] = second.said
+    assert isinstance(late, ModelLoading)
+    assert (late.loading, late.retry_after) == (Loading("loading", 0.4, 17.2, 2), 18)
+    bench.eta = None
+    bench.clock.advance(50)
+    [late] = first.said
+    assert isinstance(late, ModelLoading)
+    assert (late.loading, late.retry_after) == (Loading("loading", 0.4, None, 1), 5)
+
+
+def test_a_full_queue_of_a_model_that_is_there_tells_of_no_load() -> None:
+    bench = Bench(FakeReplica(room=0), max_queued=1)
+    bench.submit()
+    with pytest.raises(QueueFull) as refused:
+        bench.submit()
+    assert (refused.value.loading, refused.value.retry_after) == (None, 1)
 
 
 def test_a_request_goes_straight_to_a_ready_replica_and_is_counted() -> None:

@@ -81,7 +81,10 @@ def retry_after(seconds: int) -> int:
 def error_headers(error: TursiError) -> Mapping[str, str] | None:
     """The headers that tell a client when to try again, or not to, or how to say who it is."""
     if error.retry_after is not None:
-        return {"Retry-After": str(retry_after(error.retry_after))}
+        headers = {"Retry-After": str(retry_after(error.retry_after))}
+        if error.loading is not None:
+            headers["X-Queue-Position"] = str(error.loading.position)
+        return headers
     if error.code == DeploymentUnavailable.code:
         # Clients retry every 503, but waiting doesn't help here.
         return {"x-should-retry": "false"}

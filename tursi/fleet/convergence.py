@@ -380,6 +380,8 @@ class Convergence:
                 cause=cause,
             )
             self._count_threads()
+            if phase is Phase.SPAWNING:
+                member.spawned_at = self._reactor.seconds()
             if phase is Phase.READY:
                 self.governor.served()
                 self._refused = False

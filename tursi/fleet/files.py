@@ -62,7 +62,7 @@ class Files:
             reference = replace(reference, revision=known.commit)
 
         def advanced(progress: Progress) -> None:
-            fetch.progress = progress
+            fetch.advance(progress, self._reactor.seconds())
 
         # Held before its callbacks are added: they may run at once.
         fetch.running = running = self._hub.resolve(reference, advanced, request.trust)

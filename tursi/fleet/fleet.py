@@ -27,6 +27,7 @@ from tursi.fleet.journal import Journal
 from tursi.fleet.logs import Logs
 from tursi.fleet.member import Member
 from tursi.fleet.memory import Memory, available
+from tursi.fleet.outlook import Outlook
 from tursi.fleet.passage import Passage, Work
 from tursi.fleet.pulls import Pulls
 from tursi.fleet.queue import RequestQueue, shutting_down
@@ -147,6 +148,13 @@ class Fleet:
             host=host,
             memory=self._memory,
             reactor=reactor,
+            now=now,
+        )
+        self._outlook = Outlook(
+            members=self._members,
+            memory=self._memory,
+            governor=self._convergence.governor,
+            clock=lambda: float(reactor.seconds()),
             now=now,
         )
         self._flushing = LoopingCall(self._flush_soon)
@@ -299,6 +307,7 @@ class Fleet:
             workers=member.serving,
             unavailable=member.unavailable,
             stage=stage,
+            outlook=lambda position: self._outlook.of(member, position),
             crash=lambda: member.crash,
             finished=finished,
             poisoned=poisoned,

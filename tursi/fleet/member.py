@@ -9,6 +9,7 @@ from twisted.internet.interfaces import IDelayedCall
 
 from tursi.errors import DeploymentUnavailable, TursiError
 from tursi.fleet.discretion import discreet
+from tursi.fleet.pulls import Rate
 from tursi.fleet.queue import RequestQueue
 from tursi.lifecycle.verdict import failure_class
 from tursi.model import (
@@ -51,12 +52,27 @@ class Fetch:
     def __init__(self, generation: int) -> None:
         self.generation = generation
         self.progress: Progress | None = None
+        self.rate = Rate()
         self.error: TursiError | None = None
         self.attempts = 0
         self.retry_at: float | None = None
         """UTC epoch seconds of the next attempt, where waiting may help."""
         self.running: Deferred[Resolution] | None = None
         self.timer: IDelayedCall | None = None
+
+    def advance(self, progress: Progress, now: float) -> None:
+        """It has come so far; ``now`` is monotonic time."""
+        self.progress = progress
+        if progress.done is not None:
+            self.rate.add(now, progress.done)
+
+    @property
+    def remaining(self) -> float | None:
+        """Seconds that it still takes, where that can be told."""
+        progress, rate = self.progress, self.rate.value()
+        if not rate or progress is None or progress.done is None or not progress.total:
+            return None
+        return max(0.0, progress.total - progress.done) / rate
 
     def cancel(self) -> None:
         """Stop it; nobody wants its outcome any more."""
@@ -93,9 +109,10 @@ class Member:
         self.keep_alive: float | None = None
         """What a request has asked for, until it is unloaded."""
         self.woken_at: float | None = None
+        self.spawned_at: float | None = None
         self.loaded_at: float | None = None
         self.used_at = 0.0
-        """When the last request came or ended; as the two above in monotonic seconds."""
+        """When the last request came or ended; as the three above in monotonic seconds."""
         self.uses = Uses()
         self.peak: int | None = None
         """The most memory in bytes that a worker of this generation has had."""

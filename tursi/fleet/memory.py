@@ -8,7 +8,7 @@ from pathlib import Path
 from tursi import config
 from tursi.fleet.member import Member
 from tursi.model import Fit, Host, Load, Phase, Verdict, mebibytes
-from tursi.residency import Resident, Rules, Waiting, decide, next_change
+from tursi.residency import Resident, Rules, Waiting, decide, next_change, order, room_in
 from tursi.supervision.worker import Worker
 
 _OVERHEAD = 400 * 1024 * 1024
@@ -19,7 +19,7 @@ _CONVERSION = 1.75
 _THERE = frozenset({Phase.READY, Phase.SUSPECT, Phase.DRAINING, Phase.STOPPING, Phase.KILLING})
 _SERVES = frozenset({Phase.READY, Phase.SUSPECT})
 _LOADING = frozenset({Phase.SPAWNING, Phase.LOADING, Phase.WARMING})
-_LOAD_SECONDS = 10.0
+LOAD_SECONDS = 10.0
 """Of a model that has never been loaded."""
 
 
@@ -72,7 +72,7 @@ class Memory:
             message = f"It fits: {said}."
         else:
             # As for somebody who has waited long enough.
-            asking = Waiting("", total, self._clock() - self._rules.max_wait, 1, _LOAD_SECONDS)
+            asking = Waiting("", total, self._clock() - self._rules.max_wait, 1, LOAD_SECONDS)
             chosen = decide(
                 [asking], self._residents(), room=room, now=self._clock(), rules=self._rules
             )
@@ -170,6 +170,21 @@ class Memory:
                 ahead.append(1.0)
         return min(ahead, default=None)
 
+    def turn(self, member: Member) -> tuple[float, list[str]] | None:
+        """Seconds until it may have room, and what goes before it; ``None`` if nobody knows."""
+        room = self.room()
+        if room is None:
+            return 0.0, []
+        waiting = order(self._waiting(room), self._clock(), self._rules)
+        names = [each.name for each in waiting]
+        if member.deployment.name not in names:
+            return 0.0, []
+        place = names.index(member.deployment.name)
+        seconds = room_in(
+            waiting[place], self._residents(), room=room, now=self._clock(), rules=self._rules
+        )
+        return None if seconds is None else (seconds, names[:place])
+
     # -- inside --------------------------------------------------------------------
 
     def _waiting(self, room: int) -> list[Waiting]:
@@ -180,7 +195,7 @@ class Memory:
                 self.need(member),
                 member.queue.oldest or self._since(member),
                 max(1, member.queue.waiting),
-                member.load_seconds or _LOAD_SECONDS,
+                member.load_seconds or LOAD_SECONDS,
             )
             for member in self._members.values()
             if member.waited_for
@@ -196,7 +211,7 @@ class Memory:
                 self.need(member) * len(workers),
                 member.loaded_at if member.loaded_at is not None else now,
                 member.uses.value(now),
-                member.load_seconds or _LOAD_SECONDS,
+                member.load_seconds or LOAD_SECONDS,
                 held=self._held(member, workers),
             )
             for member in self._members.values()

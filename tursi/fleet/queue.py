@@ -20,11 +20,14 @@ from tursi.errors import (
 from tursi.fleet.discretion import discreet
 from tursi.fleet.passage import Clock, Passage, Replica, Work
 from tursi.fleet.poison import Suspects, digest
+from tursi.loading import Loading
 from tursi.model import Crash, Phase
 from tursi.supervision.link import Sink
 
 RETRY_SECONDS = 1
-"""What Retry-After tells the client of a full queue."""
+"""What Retry-After tells the client of a full queue,"""
+LOADING_SECONDS = 5
+"""and whoever waits for a model of which nobody knows when it is there."""
 CAUSE_SECONDS = 0.8
 """How long the answer to a lost request waits for the cause."""
 
@@ -37,7 +40,8 @@ class RequestQueue:
     and what kills a second one is refused (``poison``).
 
     ``workers`` gives the replicas; ``unavailable`` the reason why waiting is
-    useless, or ``None``; ``stage`` a clause on how far loading has come; ``crash``
+    useless, or ``None``; ``stage`` a clause on how far loading has come, ``outlook`` the
+    same for programs, given the request's position; ``crash``
     the crash that it still recovers from. ``finished`` is told of every request's
     end. ``poisoned`` is told the id of a request
     that is refused from now on.
@@ -52,6 +56,7 @@ class RequestQueue:
         workers: Callable[[], Sequence[Replica]],
         unavailable: Callable[[], TursiError | None],
         stage: Callable[[], str],
+        outlook: Callable[[int], Loading],
         crash: Callable[[], Crash | None],
         finished: Callable[[], None],
         poisoned: Callable[[str], None],
@@ -62,6 +67,7 @@ class RequestQueue:
         self._workers = workers
         self._unavailable = unavailable
         self._stage = stage
+        self._outlook = outlook
         self._crash = crash
         self._finished = finished
         self._poisoned = poisoned
@@ -109,10 +115,7 @@ class RequestQueue:
         if refusal is not None:
             raise refusal
         if self.waiting >= self._settings.max_queued:
-            raise QueueFull(
-                f"{self.waiting} requests already wait for this model; try again shortly.",
-                retry_after=RETRY_SECONDS,
-            )
+            raise self._full()
         self._enqueue(passage)
         if passage.digest is not None:
             self._pump_suspected()
@@ -234,21 +237,32 @@ class RequestQueue:
                 f"The request waited {passage.work.seconds:.0f} s for its turn without getting it."
             )
         else:
-            error = self._still_loading()
+            error = self._still_loading(passage)
         self._dequeue(passage)
         passage.refuse(error)
 
-    def _still_loading(self) -> ModelLoading:
+    def _full(self) -> QueueFull:
+        loading = None if self._ready() else self._outlook(self.waiting + 1)
+        return QueueFull(
+            f"{self.waiting} requests already wait for this model; try again shortly.",
+            retry_after=RETRY_SECONDS if loading is None else _until(loading),
+            loading=loading,
+        )
+
+    def _still_loading(self, passage: Passage) -> ModelLoading:
         crash = self._crash()
         after = (
             f"; its worker ended before: {discreet(crash.reason)}, crash {crash.id}"
             if crash
             else ""
         )
+        before = sum(place < passage.place for place in (*self._suspected, *self._waiting))
+        loading = self._outlook(before + 1)
         return ModelLoading(
             f"The model is not ready yet ({self._stage()}{after}); try again shortly.",
-            retry_after=5,
+            retry_after=_until(loading),
             reference=str(crash.id) if crash else None,
+            loading=loading,
         )
 
     def abandon(self, passage: Passage) -> None:
@@ -355,6 +369,12 @@ class RequestQueue:
             " is changed or restarted.",
             reference=str(crashes[-1]) if crashes else None,
         )
+
+
+def _until(loading: Loading) -> int:
+    """What Retry-After says, before it is kept within what clients take."""
+    eta = loading.eta_seconds
+    return LOADING_SECONDS if eta is None else max(math.ceil(eta), 1)
 
 
 def _newest(workers: list[Replica]) -> list[Replica]:

@@ -15,6 +15,7 @@ from tursi.errors import (
 )
 from tursi.faces import body
 from tursi.faces.route import Answer, status_of
+from tursi.loading import Loading
 
 
 class PipelineError(msgspec.Struct):
@@ -28,6 +29,7 @@ class PipelineError(msgspec.Struct):
     retry_after: int | UnsetType = UNSET
     reference: str | UnsetType = UNSET
     incident: str | UnsetType = UNSET
+    loading: Loading | UnsetType = UNSET
 
 
 def detail(error: TursiError) -> PipelineError:
@@ -41,6 +43,8 @@ def detail(error: TursiError) -> PipelineError:
         found.param = error.param
     if error.retry_after is not None:
         found.retry_after = body.retry_after(error.retry_after)
+    if error.loading is not None:
+        found.loading = error.loading
     if error.reference is not None:
         if error.code == InternalError.code:
             found.incident = error.reference

@@ -8,6 +8,7 @@ from tursi import errors
 from tursi.errors import TursiError
 from tursi.faces import body
 from tursi.faces.route import Answer, status_of
+from tursi.loading import Loading
 
 DONE = b"data: [DONE]\n\n"
 """The last event of every stream; clients compare the whole line."""
@@ -25,6 +26,7 @@ class ErrorDetail(msgspec.Struct):
     """Where the evidence is, such as the id of a crash."""
     incident: str | msgspec.UnsetType = msgspec.UNSET
     """The id under which the log has the details of a defect."""
+    loading: Loading | msgspec.UnsetType = msgspec.UNSET
 
 
 class ErrorBody(msgspec.Struct):
@@ -53,6 +55,8 @@ def detail(error: TursiError) -> ErrorBody:
     found = ErrorDetail(error.message, _type_of(status_of(error)), error.param, error.code)
     if error.retry_after is not None:
         found.retry_after = body.retry_after(error.retry_after)
+    if error.loading is not None:
+        found.loading = error.loading
     if error.reference is not None:
         if error.code == errors.InternalError.code:
             found.incident = error.reference
