@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     one = argparse.ArgumentParser()
     one.add_argument("--no-hello", action="store_true")
     one.add_argument("--protocol", type=int, default=wire.PROTOCOL_VERSION)
+    one.add_argument("--hello-after", type=float, default=0.0, help="seconds until it says hello")
     one.add_argument("--load-seconds", type=float, default=0.0, help="with progress all the while")
     one.add_argument("--stall", action="store_true", help="load for ever, without progress")
     one.add_argument("--fail", metavar="CODE:MESSAGE", help="say so instead of READY, and exit")
@@ -102,6 +103,7 @@ class ScriptedWorker:
     def run(self) -> None:
         self.terminable()
         sys.stderr.write(f"scripted worker {os.getpid()} begins\n")
+        time.sleep(self.options.hello_after)
         if not self.options.no_hello:
             hello = wire.Hello(self.options.protocol, os.getpid(), start_time())
             frame = wire.encode(Kind.HELLO, 0, msgspec.msgpack.encode(hello))

@@ -9,10 +9,12 @@ files. Faults are served on order.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import threading
+from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -33,13 +35,22 @@ class Fault:
 
     path: str
     """Regular expression, searched in the request's path."""
-    kind: Literal["status", "truncate", "stall", "slow", "garbage", "corrupt"] = "status"
+    kind: Literal[
+        "status", "truncate", "stall", "slow", "garbage", "corrupt", "hold", "whole", "short"
+    ] = "status"
+    """``whole`` ignores a Range, ``short`` says a smaller Content-Length than there is."""
     status: int = 500
     headers: dict[str, str] = field(default_factory=dict)
     method: str = ""
     times: int = 1_000_000
     seconds: float = 0.0
     """Of ``slow``: between two pieces of the body."""
+    at: float = 0.5
+    """Of ``hold``: the part of the body that goes first; 0.0 holds back the whole answer."""
+    reached: threading.Event = field(default_factory=threading.Event)
+    """Of ``hold``: it has come to that."""
+    released: threading.Event = field(default_factory=threading.Event)
+    """Of ``hold``: it may go on."""
 
 
 class Seen(NamedTuple):
@@ -76,6 +87,8 @@ class StandInHub:
         self.repositories: dict[str, dict[str, Snapshot]] = {}
         self.faults: list[Fault] = []
         self.seen: list[Seen] = []
+        self.sent: Counter[str] = Counter()
+        """Bytes of files that went out, by path."""
         self.token: str | None = None
         """The only token that is let in; None lets everyone in."""
         self.closed = threading.Event()
@@ -144,6 +157,11 @@ class _Handler(BaseHTTPRequestHandler):
         hub: StandInHub = self.server.hub  # type: ignore[attr-defined] # see StandInHub
         return hub
 
+    def handle(self) -> None:
+        # Clients are killed in the midst of everything.
+        with contextlib.suppress(ConnectionError):
+            super().handle()
+
     def do_HEAD(self) -> None:
         self._serve()
 
@@ -159,11 +177,22 @@ class _Handler(BaseHTTPRequestHandler):
         host = self.headers["Host"] or ""
         self.hub.seen.append(Seen(self.command, host, path, token, self.headers["Range"]))
         fault = self.hub.fault(self.command, path)
-        if fault is not None and fault.kind == "status":
+        if fault is not None and fault.kind == "hold" and not fault.at:
+            self._hold(fault)
+            fault = None
+        if fault is None or not self._fail(fault):
+            self._answer(path, token, fault)
+
+    def _fail(self, fault: Fault) -> bool:
+        """Whether that is all the answer."""
+        if fault.kind == "status":
             self._refuse(fault.status, **fault.headers)
-        elif fault is not None and fault.kind == "garbage":
+        elif fault.kind == "garbage":
             self._send(200, b"<html>Welcome to the hotel's network</html>", {})
-        elif path.startswith("/content/"):
+        return fault.kind in {"status", "garbage"}
+
+    def _answer(self, path: str, token: str | None, fault: Fault | None) -> None:
+        if path.startswith("/content/"):
             _, _, repository, commit, name = path.split("/", 4)
             snapshot = self.hub.repositories[repository.replace("--", "/")][commit]
             self._send_file(snapshot, name, fault, redirect=False)
@@ -216,6 +245,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         headers["ETag"] = f'"{_blob(data)}"'
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
+        if fault is not None and fault.kind == "whole":
+            wanted = fault = None
         if wanted and (start := int(wanted[1])) < len(data):
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
             self._send(206, data[start:], headers, fault)
@@ -228,28 +259,45 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
+        short = fault is not None and fault.kind == "short"
+        self.send_header("Content-Length", str(len(body) - 7 if short else len(body)))
         self.end_headers()
         if self.command == "HEAD":
             return
-        if fault is None:
-            self.wfile.write(body)
+        if fault is None or short:
+            self._write(body)
+            self.close_connection = self.close_connection or short
             return
         if fault.kind == "corrupt":
-            self.wfile.write(body[:-1] + bytes([body[-1] ^ 1]))
+            self._write(body[:-1] + bytes([body[-1] ^ 1]))
             return
-        half = len(body) // 2
-        self.wfile.write(body[:half])
+        half = int(len(body) * fault.at)
+        self._write(body[:half])
         self.wfile.flush()
+        if fault.kind == "hold":
+            self._hold(fault)
+            self._write(body[half:])
+            return
         if fault.kind == "slow":
             for start in range(half, len(body), 64 * 1024):
                 if self.hub.closed.wait(fault.seconds):
                     break
-                self.wfile.write(body[start : start + 64 * 1024])
+                self._write(body[start : start + 64 * 1024])
             return
         if fault.kind == "stall":
             self.hub.closed.wait(60)
         self.close_connection = True
+
+    def _hold(self, fault: Fault) -> None:
+        fault.reached.set()
+        while not fault.released.wait(0.05) and not self.hub.closed.is_set():
+            pass
+
+    def _write(self, data: bytes) -> None:
+        # Who has been killed meanwhile takes no more.
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(data)
+            self.hub.sent[unquote(urlsplit(self.path).path)] += len(data)
 
     def _refuse(self, status: int, **headers: str) -> None:
         named = {name.replace("_", "-"): value for name, value in headers.items()}

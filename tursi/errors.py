@@ -367,6 +367,8 @@ class FetchError(TursiError):
 
     code = "fetch_failed"
     exit_status: ClassVar[int] = 70
+    passing: ClassVar[bool] = False
+    """Whether it may be over by itself, so that the daemon tries again."""
 
 
 class RepositoryNotFound(FetchError):
@@ -402,6 +404,7 @@ class HubUnreachable(FetchError):
 
     code = "hub_unreachable"
     exit_status = 75
+    passing = True
 
 
 class FetchInterrupted(FetchError):
@@ -409,6 +412,7 @@ class FetchInterrupted(FetchError):
 
     code = "fetch_interrupted"
     exit_status = 75
+    passing = True
 
 
 class DiskFull(FetchError):
@@ -416,6 +420,7 @@ class DiskFull(FetchError):
 
     code = "disk_full"
     exit_status = 74
+    passing = True
 
 
 class RepositoryRefused(FetchError):

@@ -169,6 +169,12 @@ class FakeHub:
         self.removing()
         return succeed(None)
 
+    def unfinished(self, repository: str) -> Deferred[list[str]]:
+        return succeed([])
+
+    def sweep(self, now: float) -> Deferred[None]:
+        return succeed(None)
+
     def touch(self, folder: str) -> Deferred[None]:
         self.touched.append(folder)
         return succeed(None)
@@ -660,7 +666,7 @@ def test_a_limit_of_the_cache_holds_from_a_reload_on_and_never_takes_what_came_i
 
     # While the first of them goes, another two are wanted.
     bench.hub.removing = deploy
-    bench.do(bench.fleet.catalogue.collect())
+    bench.do(bench.fleet.catalogue.collect(0.0))
     assert [entry.name for entry in bench.hub.entries] == ["org/2", "org/3"]
     with pytest.raises(ModelInUse, match="looked for"):
         bench.do(bench.fleet.catalogue.remove("org/3", "uid 0"))

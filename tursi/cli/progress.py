@@ -20,6 +20,7 @@ LINE_SECONDS = 5.0
 _STAGES: Mapping[str, str] = {
     "resolve": "asking the hub",
     "download": "fetching",
+    "verify": "checking what has come",
     "import": "starting the worker",
     "load": "loading",
     "warm": "warming up",

@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants, file_download, hf_hub_download
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
+from huggingface_hub.utils import _http
 
 from tursi.errors import DiskFull, FetchError, HubUnreachable, TokenRefused
 from tursi.fetcher.failures import explain, offline, temporary
@@ -28,7 +29,27 @@ _MAX_INDEX = 64 * 1024 * 1024
 # huggingface_hub hands on what arrived only once a whole chunk is there, and its
 # 10 MiB would look like a stall on a slow line.
 constants.DOWNLOAD_CHUNK_SIZE = 512 * 1024
+_RATE_LIMIT = 429
 _http_get = file_download.http_get
+
+
+def _impatient(backoff: Callable[..., Any]) -> Callable[..., Any]:
+    """``backoff`` of huggingface_hub that leaves it to the daemon to wait for a rate's end.
+
+    It would sleep as long as the hub wants, which looks like a stall and which nobody
+    is told of.
+    """
+
+    def answered(*arguments: Any, **settings: Any) -> Any:
+        codes = settings.get("retry_on_status_codes", ())
+        known = (codes,) if isinstance(codes, int) else codes
+        settings["retry_on_status_codes"] = tuple(code for code in known if code != _RATE_LIMIT)
+        return backoff(*arguments, **settings)
+
+    return answered
+
+
+_http._http_backoff_base = _impatient(_http._http_backoff_base)  # noqa: SLF001 - it has no other way
 
 
 class Download:
@@ -115,6 +136,7 @@ class Download:
         with self._shelf.in_use() as alone:
             if alone:
                 file_download.http_get = resuming(_http_get)
+            self._shelf.begin(commit)
             chosen = select(self._repository, listed, read, self._trust)
             sizes = {name: listed[name].size or 0 for name in chosen.names}
             missing = [n for n in chosen.names if not (self._shelf.snapshot(commit) / n).exists()]
@@ -131,12 +153,16 @@ class Download:
 
     def _verify(self, commit: str, files: list[Listed], meter: Meter) -> None:
         """See that what has arrived is what the hub lists; what isn't gets one more try."""
-        wrong = self._shelf.damaged(commit, files)
+        total = sum(file.size for file in files)
+        # Large files take their time, in which nobody should think that it hangs.
+        looked = Meter(total, self._tell, time.monotonic, "verify", quiet=True)
+        wrong = self._shelf.damaged(commit, files, looked.add)
         if not wrong:
             return
         meter.add(-sum(file.size for file in files if file.name in wrong))
         self._get_all(commit, wrong, bar(meter))
-        wrong = self._shelf.damaged(commit, [file for file in files if file.name in wrong])
+        again = [file for file in files if file.name in wrong]
+        wrong = self._shelf.damaged(commit, again, looked.add)
         for name, difference in wrong.items():
             raise FetchError(
                 f"{name} of {self._repository} arrived twice with {difference}; "
@@ -148,8 +174,10 @@ class Download:
         for file in files:
             # The name of a blob in the cache, by which revisions share content.
             blob = file.lfs.sha256 if file.lfs else file.blob_id
-            if blob is None or not self._shelf.has_blob(blob):
+            if blob is None:
                 needed += file.size or 0
+            elif not self._shelf.has_blob(blob):
+                needed += max(0, (file.size or 0) - self._shelf.kept(blob))
         free = shutil.disk_usage(self._cache).free
         if needed > free:
             raise DiskFull(

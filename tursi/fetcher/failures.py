@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
 
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
@@ -30,7 +32,8 @@ from tursi.errors import (
 # the first base of its own error is that client's root of all errors.
 _CLIENT_ERROR: type[BaseException] = HfHubHTTPError.__bases__[0]
 _GIVE_TOKEN = "give Tursi a token that may read it (HF_TOKEN, or token_file under [hub])"  # noqa: S105 - a sentence
-_MAX_RETRY_AFTER = 120
+_MAX_RETRY_AFTER = 3600
+_RETRY_AFTER = 30
 
 
 def explain(error: BaseException, repository: str, revision: str | None) -> FetchError:
@@ -136,8 +139,20 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _retry_after(error: HfHubHTTPError) -> int:
-    value = error.response.headers.get("Retry-After", "")
-    return max(1, min(int(value), _MAX_RETRY_AFTER)) if value.isdecimal() else 30
+    return retry_after(error.response.headers.get("Retry-After", ""), time.time())
+
+
+def retry_after(value: str, now: float) -> int:
+    """The seconds that a Retry-After asks for, which may be a date; ``now`` is UTC."""
+    if value.isdecimal():
+        seconds = int(value)
+    else:
+        try:
+            # A date without a zone is meant as one of Greenwich.
+            seconds = int(parsedate_to_datetime(value).timestamp() - now) + 1
+        except (ValueError, TypeError, OverflowError):
+            return _RETRY_AFTER
+    return max(1, min(seconds, _MAX_RETRY_AFTER))
 
 
 def _first_line(error: BaseException) -> str:

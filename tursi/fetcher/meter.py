@@ -16,13 +16,21 @@ class Meter:
     """How many bytes of ``total`` are there; many threads add to it."""
 
     def __init__(
-        self, total: int, tell: Callable[[Progress], None], now: Callable[[], float]
+        self,
+        total: int,
+        tell: Callable[[Progress], None],
+        now: Callable[[], float],
+        stage: str = "download",
+        *,
+        quiet: bool = False,
     ) -> None:
+        """A ``quiet`` one says nothing of what is done at once."""
         self._total = total
         self._tell = tell
         self._now = now
+        self._stage = stage
         self._done = 0
-        self._told_at = now() - _EVERY
+        self._told_at = now() if quiet else now() - _EVERY
         self._lock = threading.Lock()
 
     def add(self, count: float) -> None:
@@ -42,7 +50,7 @@ class Meter:
 
     def _report(self) -> None:
         done = max(0, min(self._done, self._total))
-        self._tell(Progress("download", float(done), float(self._total)))
+        self._tell(Progress(self._stage, float(done), float(self._total)))
 
 
 def bar(meter: Meter) -> type[Any]:

@@ -25,7 +25,7 @@ def resuming(get: Callable[..., None]) -> Callable[..., None]:
             return
         path = Path(temp_file.name)
         expected = settings.get("expected_size")
-        kept = _kept(path)
+        kept = largest(path.parent, _etag(path), but=path)
         if kept is not None and (expected is None or kept.stat().st_size <= expected):
             # It is moved and opened by this name afterwards; the file that is open
             # now is empty and goes with its descriptor.
@@ -41,10 +41,10 @@ def resuming(get: Callable[..., None]) -> Callable[..., None]:
     return get_rest
 
 
-def _kept(path: Path) -> Path | None:
-    """The largest part of the same content that an earlier attempt has left."""
-    others = [each for each in path.parent.glob(f"{_etag(path)}.*{SUFFIX}") if each != path]
-    return max(others, key=lambda each: each.stat().st_size, default=None)
+def largest(folder: Path, etag: str, but: Path | None = None) -> Path | None:
+    """The largest part of this content that an earlier attempt has left."""
+    parts = [each for each in folder.glob(f"{etag}.*{SUFFIX}") if each != but]
+    return max(parts, key=lambda each: each.stat().st_size, default=None)
 
 
 def _etag(path: Path) -> str:

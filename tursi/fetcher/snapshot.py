@@ -8,12 +8,12 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from tursi.errors import FetchError, SafetensorsMissing
-from tursi.fetcher.partial import SUFFIX
+from tursi.fetcher.partial import SUFFIX, largest
 from tursi.fetcher.selection import select
 from tursi.model import Resolution, Trust
 
@@ -39,8 +39,8 @@ class Listed(NamedTuple):
     blob: str | None
     """Git's hash of the others."""
 
-    def differs(self, path: Path) -> str | None:
-        """In what the file at ``path`` isn't this one."""
+    def differs(self, path: Path, read: Callable[[int], None]) -> str | None:
+        """In what the file at ``path`` isn't this one; ``read`` hears how much has been read."""
         found = path.stat().st_size
         if found != self.size:
             return f"{found} bytes where the hub lists {self.size}"
@@ -55,6 +55,7 @@ class Listed(NamedTuple):
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
+                read(len(chunk))
         return None if digest.hexdigest() == wanted else "other content than the hub lists"
 
 
@@ -73,6 +74,8 @@ class Shelf:
         self._cache = cache
         self._folder = cache / name
         self._lock = cache / ".locks" / name / "fetcher.lock"
+        # Not beside the references: some other program might take them for one.
+        self._reference = self._lock.with_name("reference")
 
     def snapshot(self, commit: str) -> Path:
         """The folder of one commit, whether it exists or not."""
@@ -82,9 +85,19 @@ class Shelf:
         """Whether this content is here already, for any revision."""
         return (self._folder / "blobs" / name).exists()
 
+    def kept(self, name: str) -> int:
+        """How many bytes of this content an earlier download has left."""
+        part = largest(self._folder / "blobs", name)
+        return part.stat().st_size if part is not None else 0
+
     def is_verified(self, commit: str) -> bool:
         """Whether its files were once seen to be what the hub lists."""
         return (self._folder / "refs" / commit).exists()
+
+    def begin(self, commit: str) -> None:
+        """Note that ``commit`` is no model until ``remember``; the daemon goes by that, too."""
+        if not self.is_verified(commit):
+            self._unfinished(commit).touch()
 
     def remember(self, revision: str | None, commit: str) -> None:
         """Note that ``commit`` is verified, and what ``revision`` means for a time without a hub.
@@ -92,12 +105,19 @@ class Shelf:
         huggingface_hub makes nothing of a reference that has a commit's name.
         """
         self._refer(commit, commit)
+        self._unfinished(commit).unlink(missing_ok=True)
         self._refer(revision or "main", commit)
+
+    def _begun(self, commit: str) -> bool:
+        return self._unfinished(commit).exists() and not self.is_verified(commit)
+
+    def _unfinished(self, commit: str) -> Path:
+        return self._lock.with_name(f"{commit}.unfinished")
 
     def _refer(self, name: str, commit: str) -> None:
         path = self._folder / "refs" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(f"{path.name}.{os.getpid()}")
+        new = self._reference.with_name(f"{self._reference.name}.{os.getpid()}")
         new.write_text(commit, encoding="ascii")
         new.replace(path)
 
@@ -109,7 +129,7 @@ class Shelf:
                 commit = (self._folder / "refs" / (revision or "main")).read_text("ascii").strip()
             except (OSError, UnicodeDecodeError):
                 return None
-        if commit is None or not is_commit(commit):
+        if commit is None or not is_commit(commit) or self._begun(commit):
             return None
         folder = self.snapshot(commit)
         try:
@@ -122,11 +142,14 @@ class Shelf:
         size = sum(present[name] for name in chosen.names)
         return Resolution(folder=str(folder), commit=commit, files=chosen.names, size=size)
 
-    def damaged(self, commit: str, files: Iterable[Listed]) -> dict[str, str]:
+    def damaged(
+        self, commit: str, files: Iterable[Listed], read: Callable[[int], None]
+    ) -> dict[str, str]:
         """Which of ``files`` did not arrive as the hub lists them, and what is wrong.
 
-        They are removed, so that the next attempt downloads them again. Raises
-        ``FetchError`` where a file leads out of the cache.
+        They are removed, so that the next attempt downloads them again. ``read`` hears
+        how many more bytes have been looked at. Raises ``FetchError`` where a file leads
+        out of the cache.
         """
         folder = self.snapshot(commit)
         inside = self._cache.resolve()
@@ -138,7 +161,7 @@ class Shelf:
                 raise FetchError(f"{file.name} of {self._repository} leads out of the cache.")
             if not target.is_file():
                 raise SafetensorsMissing(f"{file.name} of {self._repository} was not downloaded.")
-            found = file.differs(target)
+            found = file.differs(target, read)
             if found is not None:
                 wrong[file.name] = found
                 path.unlink()
@@ -169,6 +192,8 @@ class Shelf:
             for leftover in (self._folder / "blobs").glob(f"*{SUFFIX}"):
                 if leftover.stat().st_mtime < oldest:
                     leftover.unlink(missing_ok=True)
+            for reference in self._lock.parent.glob(f"{self._reference.name}.*"):
+                reference.unlink(missing_ok=True)
             yield True
 
 

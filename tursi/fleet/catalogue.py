@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,7 +72,10 @@ class Catalogue:
             and entry.commit is not None
             and (reference.revision is None or entry.commit.startswith(reference.revision))
         ]
-        if not entries:
+        commits = [entry.commit for entry in entries if entry.commit]
+        if reference.revision is None:
+            commits += await self._hub.unfinished(reference.repository)
+        if not commits:
             raise CatalogueEntryNotFound(
                 f"There is no {model[:200]} on the disk; `tursi models` lists what there is."
             )
@@ -85,12 +88,20 @@ class Catalogue:
             raise ModelInUse(f"{model} is being pulled; cancel that first.")
         if self._fetching(reference.repository):
             raise ModelInUse(f"{model} is being looked for by a deployment; `tursi ps` shows it.")
-        await self._delete(entries)
+        await self._hub.remove(reference.repository, commits)
         self._journal.note("model.removed", f"{by} removes {model} from the disk", cause=by)
         return entries
 
-    async def collect(self) -> None:
-        """Bring the cache to its limit: what was used longest ago goes first."""
+    async def collect(self, now: float) -> None:
+        """Bring the cache to its limit: what was used longest ago goes first.
+
+        Also what downloads have left that nobody goes on with. ``now`` is UTC epoch
+        seconds.
+        """
+        try:
+            await self._hub.sweep(now)
+        except TursiError as error:
+            log.warn("leftovers of downloads stay: {message}", message=error.message)
         if not self._limit:
             return
         try:
@@ -103,7 +114,7 @@ class Catalogue:
 
     async def _drop(self, entry: CatalogueEntry) -> None:
         try:
-            await self._delete([entry])
+            await self._hub.remove(entry.name, [entry.commit] if entry.commit else [])
         except ModelInUse:
             return
         self._journal.note(
@@ -126,10 +137,6 @@ class Catalogue:
             and Reference.parse(member.deployment.generation.request.model).repository == repository
             for member in self._members.values()
         )
-
-    async def _delete(self, entries: Collection[CatalogueEntry]) -> None:
-        [name] = {entry.name for entry in entries}
-        await self._hub.remove(name, [entry.commit for entry in entries if entry.commit])
 
     def _users(self) -> dict[str, list[str]]:
         """By folder, the deployments that use it, older generations that still serve too."""

@@ -10,7 +10,7 @@ from twisted.internet.defer import CancelledError
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from tursi.errors import FetchInterrupted, HubUnreachable, InternalError, TursiError
+from tursi.errors import FetchError, InternalError, TursiError
 from tursi.fleet.journal import Journal
 from tursi.fleet.member import Fetch, Member
 from tursi.hub import Hub
@@ -99,7 +99,7 @@ class Files:
             error = InternalError(f"Finding the model's files failed: {error}")
         fetch.error = error
         message = f"the files of {name} can't be had"
-        if isinstance(error, HubUnreachable | FetchInterrupted):
+        if isinstance(error, FetchError) and error.passing:
             first, most = _FETCH_RETRY_SECONDS
             delay = max(min(most, first * 2**fetch.attempts), float(error.retry_after or 0))
             fetch.attempts += 1

@@ -709,7 +709,7 @@ class Fleet:
             await self._store.prune(self._configuration.storage, at=self._now())
         except TursiError as error:
             log.warn("pruning waits for the database: {message}", message=error.message)
-        await self.catalogue.collect()
+        await self.catalogue.collect(self._now())
 
 
 def _not_found(name: str) -> DeploymentNotFound:

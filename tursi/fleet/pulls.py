@@ -12,13 +12,7 @@ from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from tursi.errors import (
-    FetchInterrupted,
-    HubUnreachable,
-    InternalError,
-    InvalidRequest,
-    TursiError,
-)
+from tursi.errors import FetchError, InternalError, InvalidRequest, TursiError
 from tursi.fleet.journal import Journal
 from tursi.hub import Hub
 from tursi.model import Progress, Pull, PullState, PullStatus, Reference, Resolution, Trust
@@ -32,6 +26,9 @@ LISTED = 100
 """Ended pulls that are listed."""
 _WINDOW_SECONDS = 10.0
 """What the rate is taken over."""
+
+_DOWNLOAD = "download"
+"""The stage of which the rate is told."""
 
 Watcher = Callable[[PullStatus], None]
 
@@ -196,7 +193,7 @@ class Pulls:
 
         def advanced(progress: Progress) -> None:
             going.progress = progress
-            if progress.done is not None:
+            if progress.stage == _DOWNLOAD and progress.done is not None:
                 going.rate.add(self._reactor.seconds(), progress.done)
             self._tell(going)
 
@@ -216,7 +213,7 @@ class Pulls:
         if not isinstance(error, TursiError):
             log.failure("the pull of {model} failed", failure, model=going.pull.model)
             error = InternalError(f"The download failed: {error}")
-        if not isinstance(error, HubUnreachable | FetchInterrupted):
+        if not (isinstance(error, FetchError) and error.passing):
             self._end(going, running, error)
             return
         going.halt()
@@ -264,8 +261,8 @@ class Pulls:
 
     def _status(self, going: _Going) -> PullStatus:
         progress, rate, remaining = going.progress, going.rate.value(), None
-        if rate and progress is not None and progress.total and progress.done is not None:
-            remaining = max(0.0, progress.total - progress.done) / rate
+        if rate and progress is not None and progress.stage == _DOWNLOAD and progress.total:
+            remaining = max(0.0, progress.total - (progress.done or 0.0)) / rate
         return PullStatus(
             **_fields(going.pull),
             progress=progress,

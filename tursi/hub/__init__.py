@@ -96,6 +96,14 @@ class Hub:
         """Remove these snapshots from the cache; fails with ``ModelInUse`` while it is fetched."""
         return self._in_thread(partial(_removed, repository, tuple(commits)), self._cache)
 
+    def unfinished(self, repository: str) -> Deferred[list[str]]:
+        """The commits of which only a part has been downloaded."""
+        return self._in_thread(partial(_unfinished, repository), self._cache)
+
+    def sweep(self, now: float) -> Deferred[None]:
+        """Remove from the cache what broken off downloads and removals have left long ago."""
+        return self._in_thread(partial(disk.sweep, now=now), self._cache)
+
     def lacks(self, resolution: Resolution) -> Deferred[bool]:
         """Whether files that were found are no longer there."""
         return self._in_thread(partial(disk.lacks, names=resolution.files), Path(resolution.folder))
@@ -161,6 +169,10 @@ class Hub:
 
 def _removed(repository: str, commits: Collection[str], cache: Path) -> None:
     disk.remove(cache, repository, commits)
+
+
+def _unfinished(repository: str, cache: Path) -> list[str]:
+    return disk.unfinished(cache, repository)
 
 
 def _fetcher_environment(

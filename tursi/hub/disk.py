@@ -7,7 +7,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -20,6 +20,10 @@ _PASSING = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR, errno.EIO, errno.ESTALE}
 )
 """What the system may grant, or the disk be over, a little later."""
+_KEEP_SECONDS = 7 * 86400
+"""So long what a download has left waits for somebody to go on with it."""
+_LOCK, _UNFINISHED = "fetcher.lock", ".unfinished"
+"""What a fetcher holds, and the ending of its notes of what it has begun with."""
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -81,7 +85,9 @@ def _check(folder: Path, sizes: dict[str, int], weights: list[str], trust: Trust
 def catalogue(cache: Path) -> list[CatalogueEntry]:
     """Every snapshot with weights in the huggingface ``cache``, sorted by name."""
     entries = []
-    for snapshot in islice(cache.glob("models--*/snapshots/*"), _MAX_SNAPSHOTS):
+    for snapshot in islice(cache.glob("models--*/snapshots/[!.]*"), _MAX_SNAPSHOTS):
+        if _is_unfinished(snapshot):
+            continue
         try:
             sizes = dict(files(snapshot, depth=3))
         except (OSError, ModelRefused):
@@ -117,32 +123,109 @@ def remove(cache: Path, repository: str, commits: Collection[str]) -> None:
     Raises ``ModelInUse`` while it is being downloaded.
     """
     name = "models--" + repository.replace("/", "--")
-    folder, locks = cache / name, cache / ".locks" / name
+    with _alone(cache, name) as alone:
+        if not alone:
+            raise ModelInUse(f"{repository} is being downloaded.")
+        folder = cache / name
+        _clear(folder, older_than=None)
+        for commit in commits:
+            _hide(folder, commit)
+            _marker(folder, commit).unlink(missing_ok=True)
+        _clear(folder, older_than=None)
+
+
+def unfinished(cache: Path, repository: str) -> list[str]:
+    """The commits of ``repository`` that were begun with, and of which not all has come."""
+    folder = cache / ("models--" + repository.replace("/", "--"))
+    return [commit for commit in _begun(folder) if _is_unfinished(_snapshot(folder, commit))]
+
+
+def sweep(cache: Path, now: float) -> None:
+    """Finish removals that were broken off, and remove what downloads have left long ago.
+
+    ``now`` is in UTC epoch seconds.
+    """
+    oldest = now - _KEEP_SECONDS
+    for folder in cache.glob("models--*"):
+        with contextlib.suppress(OSError), _alone(cache, folder.name) as alone:
+            if not alone:
+                continue
+            _clear(folder, older_than=oldest)
+            for commit in _begun(folder):
+                if _marker(folder, commit).stat().st_mtime < oldest:
+                    if _is_unfinished(_snapshot(folder, commit)):
+                        _hide(folder, commit)
+                    _marker(folder, commit).unlink()
+            _clear(folder, older_than=oldest)
+
+
+@contextlib.contextmanager
+def _alone(cache: Path, name: str) -> Iterator[bool]:
+    """Hold the repository as a fetcher does; whether no fetcher does."""
+    locks = _locks(cache / name)
     locks.mkdir(parents=True, exist_ok=True)
-    # The lock that a fetcher holds.
-    with (locks / "fetcher.lock").open("a") as lock:
+    with (locks / _LOCK).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ModelInUse(f"{repository} is being downloaded.") from None
-        for commit in commits:
-            # First out of sight, so that nobody takes a half removed one for whole.
-            gone = folder / "snapshots" / f".{commit}.removed"
-            with contextlib.suppress(FileNotFoundError):
-                (folder / "snapshots" / commit).rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
-        _drop_references(folder / "refs", frozenset(commits))
-        if not any((folder / "snapshots").glob("[!.]*")):
-            shutil.rmtree(folder, ignore_errors=True)
-            return
-        needed = {
-            os.path.basename(os.readlink(path))  # noqa: PTH115, PTH119 - names, not paths
-            for path in (folder / "snapshots").rglob("*")
-            if path.is_symlink()
-        }
-        for blob in (folder / "blobs").glob("*"):
-            if blob.name not in needed:
-                blob.unlink(missing_ok=True)
+            yield False
+        else:
+            yield True
+
+
+def _snapshot(folder: Path, commit: str) -> Path:
+    return folder / "snapshots" / commit
+
+
+def _locks(folder: Path) -> Path:
+    return folder.parent / ".locks" / folder.name
+
+
+def _marker(folder: Path, commit: str) -> Path:
+    return _locks(folder) / (commit + _UNFINISHED)
+
+
+def _begun(folder: Path) -> list[str]:
+    markers = _locks(folder).glob(f"*{_UNFINISHED}")
+    return [marker.name.removesuffix(_UNFINISHED) for marker in markers]
+
+
+def _hide(folder: Path, commit: str) -> None:
+    """First out of sight, so that nobody takes a half removed one for whole."""
+    with contextlib.suppress(FileNotFoundError):
+        _snapshot(folder, commit).rename(folder / "snapshots" / f".{commit}.removed")
+
+
+def _is_unfinished(snapshot: Path) -> bool:
+    """Whether a fetcher has begun with it and never seen that all of it is right."""
+    folder = snapshot.parent.parent
+    verified = (folder / "refs" / snapshot.name).exists()
+    return not verified and _marker(folder, snapshot.name).exists()
+
+
+def _clear(folder: Path, older_than: float | None) -> None:
+    """Remove what is hidden, and content that nothing needs, if it is older than that."""
+    for gone in list((folder / "snapshots").glob(".*.removed")):
+        shutil.rmtree(gone, ignore_errors=True)
+        _drop_references(folder / "refs", {gone.name[1:].removesuffix(".removed")})
+    left = any((folder / "snapshots").glob("[!.]*"))
+    needed = {
+        os.path.basename(os.readlink(path))  # noqa: PTH115, PTH119 - names, not paths
+        for path in (folder / "snapshots").rglob("*")
+        if path.is_symlink()
+    }
+    for blob in list((folder / "blobs").glob("*")):
+        if blob.name in needed:
+            continue
+        if older_than is None or blob.stat().st_mtime < older_than:
+            blob.unlink(missing_ok=True)
+        else:
+            left = True
+    if not left:
+        shutil.rmtree(folder, ignore_errors=True)
+        for path in list(_locks(folder).glob("*")):
+            if path.name != _LOCK:
+                path.unlink(missing_ok=True)
 
 
 def _drop_references(folder: Path, commits: Collection[str]) -> None:

@@ -1,6 +1,8 @@
 """``twistd tursi`` in every detail, but for what its workers run.
 
-``TURSI_TEST_FAULT`` gives the daemon a defect at a certain moment.
+``TURSI_TEST_FAULT`` gives the daemon a defect at a certain moment, and
+``TURSI_TEST_FETCHER`` is a program that its fetchers are instead, ``TURSI_TEST_HELLO``
+how many seconds its workers take to say hello.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from typing import NoReturn
 
 from twisted.internet.defer import Deferred
 
-from tursi import service, tap
+from tursi import hub, service, tap
+from tursi.fleet import files, pulls
 from tursi.service import Daemon
 from tursi.tap import Options
 
@@ -21,11 +24,18 @@ __all__ = ["Options", "makeService"]
 
 WORKER = Path(__file__).parents[2] / "scripted_worker.py"
 _SAVE_SECONDS = 1.0
+_RETRY_SECONDS = (0.5, 2.0)
 
 
 def makeService(options: Options) -> Daemon:  # noqa: N802 - Twisted's name
+    hello = os.environ.get("TURSI_TEST_HELLO", "0")
+    fetcher = os.environ.get("TURSI_TEST_FETCHER")
+    if fetcher is not None:
+        hub._COMMAND = (sys.executable, "-I", fetcher)
+        pulls.RETRY_SECONDS = files._FETCH_RETRY_SECONDS = _RETRY_SECONDS
     daemon = tap.makeService(
-        options, worker_command=(sys.executable, "-I", "-u", str(WORKER.resolve()))
+        options,
+        worker_command=(sys.executable, "-I", "-u", str(WORKER.resolve()), "--hello-after", hello),
     )
     match os.environ.get("TURSI_TEST_FAULT"):
         case "hang before it listens":
