@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -483,6 +484,63 @@ def test_removing_a_revision_leaves_what_others_share(bench: Bench, tmp_path: Pa
     result(bench.hub.remove("org/name", [two]))
     assert not folder.exists()
     result(bench.hub.remove("org/name", [two]))
+
+
+WEEK = 7 * 86400
+
+
+def test_what_was_begun_and_left_is_no_model_and_goes_in_the_end(
+    bench: Bench, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    one, two = "1" * 40, "2" * 40
+    folder = shelf(
+        cache,
+        "org/name",
+        {one: {"model.safetensors": "mine"}, two: {"model.safetensors": "half", "b": "mine"}},
+    )
+    (folder / "refs/2").unlink()
+    locks = write(cache / ".locks/models--org--name", f"{two}.unfinished", "half.lock", data=b"")
+    write(folder / "blobs", "other.kept.incomplete")
+    [entry] = result(bench.hub.catalogue())
+    assert entry.commit == one
+    assert result(bench.hub.unfinished("org/name")) == [two]
+    now = time.time()
+    result(bench.hub.sweep(now))
+    assert len(list((folder / "blobs").iterdir())) == 3, "somebody may go on with it"
+    result(bench.hub.sweep(now + WEEK + 60))
+    assert [each.name for each in (folder / "blobs").iterdir()] == ["mine"]
+    assert [each.name for each in (folder / "snapshots").iterdir()] == [one]
+    assert [each.name for each in (folder / "refs").iterdir()] == ["1"]
+    assert result(bench.hub.unfinished("org/name")) == []
+    assert not (locks / f"{two}.unfinished").exists()
+    # Once a fetcher has seen all of it, the note of its beginning counts no more.
+    write(locks, f"{one}.unfinished")
+    write(folder / "refs", one, data=one.encode())
+    assert len(result(bench.hub.catalogue())) == 1
+    result(bench.hub.sweep(now + WEEK + 60))
+    assert len(result(bench.hub.catalogue())) == 1
+
+
+def test_a_removal_that_was_broken_off_is_finished(bench: Bench, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    one, two = "1" * 40, "2" * 40
+    folder = shelf(cache, "org/name", {one: {"a": "one"}, two: {"model.safetensors": "two"}})
+    os.utime(folder / "blobs/one", (1, 1))
+    (folder / "snapshots" / one).rename(folder / "snapshots" / f".{one}.removed")
+    assert [each.commit for each in result(bench.hub.catalogue())] == [two]
+    result(bench.hub.sweep(time.time()))
+    assert [each.name for each in (folder / "snapshots").iterdir()] == [two]
+    assert [each.name for each in (folder / "blobs").iterdir()] == ["two"]
+    # Downloaded again and removed again, with the rest of the first removal still there.
+    shelf(cache, "org/other", {one: {"model.safetensors": "one"}})
+    other = cache / "models--org--other"
+    write(other / "snapshots" / f".{one}.removed", "x")
+    result(bench.hub.remove("org/other", [one]))
+    assert not other.exists()
+    assert [each.name for each in (cache / ".locks/models--org--other").iterdir()] == [
+        "fetcher.lock"
+    ]
 
 
 def test_what_is_being_downloaded_is_not_removed(bench: Bench, tmp_path: Path) -> None:

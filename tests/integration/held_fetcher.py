@@ -57,6 +57,8 @@ class Hold:
         """Wait here, if this is the point."""
         if point == self.point and self._path.exists():
             reached = self._path.with_suffix(".reached")
+            # On a full disk its page would be just what somebody else needs.
+            os.truncate(self._path, 0)
             self._path.rename(reached)
             while reached.exists():
                 time.sleep(0.02)

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from daemon import Daemon, daemon
 from patience import until
+from small_disk import SmallDisk, may_mount
 
 TURSI = Path(sys.executable).with_name("tursi")
 SECRET = "xyzzy-the-quick-secret"
@@ -188,43 +189,6 @@ def test_a_damaged_database_stops_the_start_until_it_is_restored(running: Daemon
 
 
 # -- no room ------------------------------------------------------------------------
-
-
-class SmallDisk(Daemon):
-    """A daemon whose state folder is a file system of its own, seen by itself only."""
-
-    def arguments(self, *twistd: str) -> list[str]:
-        self.state.mkdir(exist_ok=True)
-        mount = 'mount -t tmpfs -o size=16m none "$0" && exec "$@"'
-        return ["unshare", "-m", "sh", "-c", mount, str(self.state), *super().arguments(*twistd)]
-
-    @property
-    def filler(self) -> Path:
-        """A file on it."""
-        assert self.process is not None
-        return Path(f"/proc/{self.process.pid}/root{self.state}/filler")
-
-    def fill(self) -> None:
-        """Leave no room."""
-        with self.filler.open("ab", buffering=0) as file:
-            for size in (65536, 4096, 1):
-                try:
-                    while True:
-                        file.write(b"x" * size)
-                except OSError:
-                    continue
-
-
-def may_mount() -> bool:
-    try:
-        return not subprocess.run(
-            ["unshare", "-m", "mount", "-t", "tmpfs", "none", "/mnt"],
-            capture_output=True,
-            timeout=30,
-            check=False,
-        ).returncode
-    except OSError:
-        return False
 
 
 @pytest.fixture

@@ -27,6 +27,8 @@ from twisted.internet.defer import gatherResults
 
 from tursi import config, wire
 from tursi.errors import HubUnreachable, RevisionNotFound
+from tursi.fetcher.failures import retry_after
+from tursi.fetcher.snapshot import Shelf
 from tursi.hub import Hub
 from tursi.model import Progress, Reference, Resolution
 from tursi.supervision.logs import LifeLog
@@ -331,6 +333,116 @@ def test_a_hub_in_trouble(
 ) -> None:
     hub.faults.append(fault)
     assert words in fetch().sentence("hub_unreachable", 75)
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("7", 7),
+        ("300", 300),
+        ("999999", 3600),
+        ("Fri, 15 Jan 2027 08:01:00 GMT", 61),
+        ("Fri, 15 Jan 2027 07:00:00 GMT", 1),
+        ("soon", 30),
+        ("", 30),
+    ],
+)
+def test_retry_after_is_a_number_or_a_date(value: str, seconds: int) -> None:
+    assert retry_after(value, 1_800_000_000.0) == seconds
+
+
+@pytest.mark.parametrize("place", ["/api/", "/resolve/", "/content/"])
+def test_a_limited_rate_is_waited_for_by_the_daemon(
+    fetch: Fetcher, tiny: Snapshot, hub: StandInHub, place: str
+) -> None:
+    hub.faults.append(Fault(place, status=429, headers={"Retry_After": "200"}))
+    began = time.monotonic()
+    run = fetch()
+    assert "try again in 200 seconds" in run.sentence("hub_unreachable", 75)
+    assert run.failed is not None
+    assert run.failed.retry_after == 200
+    # huggingface_hub would sleep that long.
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(MAIN, "whole", method="GET"),
+        Fault(MAIN, "short", method="GET", times=1),
+    ],
+    ids=["ignores the range", "says another length"],
+)
+def test_a_content_host_that_does_it_its_own_way(
+    fetch: Fetcher, tiny: Snapshot, hub: StandInHub, fault: Fault
+) -> None:
+    write(tiny.folder, **{"model.safetensors": safetensors(3_000_000)})
+    hub.faults += [Fault(MAIN, "truncate", method="GET", times=1), fault]
+    got = fetch().resolution
+    assert Path(got.folder, "model.safetensors").read_bytes() == tiny.data("model.safetensors")
+
+
+def test_redirects_in_a_circle_end(fetch: Fetcher, tiny: Snapshot, hub: StandInHub) -> None:
+    there = f"/{MODEL}/resolve/{tiny.commit}/config.json"
+    hub.faults.append(Fault("config.json", status=307, headers={"Location": there}))
+    assert "redirect" in fetch().sentence("hub_unreachable", 75)
+
+
+def test_a_hub_that_says_nothing(fetch: Fetcher, tiny: Snapshot, hub: StandInHub) -> None:
+    hub.faults.append(Fault("/resolve/", "hold", at=0.0))
+    sentence = fetch(HF_HUB_ETAG_TIMEOUT="1").sentence("hub_unreachable", 75)
+    assert "can't be reached" in sentence
+
+
+def test_a_hub_that_no_name_server_knows(fetch: Fetcher, hub: StandInHub) -> None:
+    sentence = fetch(HF_ENDPOINT="http://hub.invalid").sentence("hub_unreachable", 75)
+    assert sentence.startswith("http://hub.invalid can't be reached (")
+
+
+def test_a_file_that_is_gone_from_the_hub(fetch: Fetcher, tiny: Snapshot, hub: StandInHub) -> None:
+    hub.faults.append(Fault("/resolve/.*/config.json", status=404))
+    assert fetch().failed is not None
+    hub.faults.clear()
+    assert fetch().resolution.files == WANTED
+
+
+def test_a_branch_that_moves_meanwhile_gives_one_commit_or_the_other(
+    fetch: Fetcher, tiny: Snapshot, hub: StandInHub
+) -> None:
+    held = Fault(MAIN, "hold", method="GET", times=1)
+    hub.faults.append(held)
+    process, ours = fetch.start(MODEL, "", {})
+    with process, ours:
+        assert held.reached.wait(20)
+        moved = write(tiny.folder.parent / "moved", **{"config.json": b"{}"})
+        write(moved, **{"model.safetensors": safetensors(), "vocab.txt": b"[PAD]\n"})
+        newer = hub.add(MODEL, moved)
+        process.send_signal(signal.SIGKILL)
+    held.released.set()
+    got = fetch().resolution
+    assert got.commit == newer.commit
+    assert got.files == ("config.json", "model.safetensors", "vocab.txt")
+    assert all(Path(got.folder, name).read_bytes() == newer.data(name) for name in got.files)
+    # Of the older one only a part has come, which is no model.
+    part = fetch.cache / "models--someone--tiny/snapshots" / tiny.commit
+    assert part.exists()
+    assert fetch(MODEL, tiny.commit, HF_HUB_OFFLINE="1").failed is not None
+    assert fetch(MODEL, tiny.commit).resolution.files == WANTED
+
+
+def test_a_kept_part_counts_as_room(fetch: Fetcher, tiny: Snapshot, hub: StandInHub) -> None:
+    shelf = Shelf(fetch.cache, MODEL)
+    blobs = write(
+        fetch.cache / "models--someone--tiny/blobs",
+        **{
+            "abc.1234.incomplete": b"12",
+            "abc.kept.incomplete": b"12345",
+            "abd.kept.incomplete": b"",
+        },
+    )
+    assert blobs.exists()
+    assert shelf.kept("abc") == 5
+    assert shelf.kept("other") == 0
 
 
 def test_what_is_no_hub(fetch: Fetcher, hub: StandInHub) -> None:

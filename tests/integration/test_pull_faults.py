@@ -48,9 +48,10 @@ VERIFIED = ("referred", "published", "said")
 def kill(number: int, keeper: bool = False) -> Callable[[Daemon, str], None]:
     def strike(running: Daemon, repository: str) -> None:
         for process in fetchers(running, repository):
-            is_keeper = "keeper" in " ".join(process.cmdline()[:6])
-            if is_keeper is keeper:
-                process.send_signal(number)
+            # When its keeper is killed the fetcher goes at once.
+            with suppress(psutil.NoSuchProcess):
+                if ("keeper" in " ".join(process.cmdline()[:6])) is keeper:
+                    process.send_signal(number)
 
     return strike
 
@@ -69,9 +70,9 @@ def end_daemon(running: Daemon, repository: str) -> None:
 
 def pause(running: Daemon, repository: str) -> None:
     number = newest(running, repository)["id"]
-    assert running.control.post(f"/pulls/{number}/pause").status_code == 200
+    assert running.control.post(f"/pulls/{number}/pause").status_code == 202
     until(lambda: not fetchers(running, repository), "the fetcher ends", 10)
-    assert running.control.post(f"/pulls/{number}/resume").status_code == 200
+    assert running.control.post(f"/pulls/{number}/resume").status_code == 202
 
 
 FAULTS: dict[str, Callable[[Daemon, str], None]] = {

@@ -96,8 +96,10 @@ class Shelf:
 
     def begin(self, commit: str) -> None:
         """Note that ``commit`` is no model until ``remember``; the daemon goes by that, too."""
-        if not self.is_verified(commit):
+        if not self.is_verified(commit) or self.cached(commit) is None:
             self._unfinished(commit).touch()
+            # It may have been one once, and files of it have gone.
+            (self._folder / "refs" / commit).unlink(missing_ok=True)
 
     def remember(self, revision: str | None, commit: str) -> None:
         """Note that ``commit`` is verified, and what ``revision`` means for a time without a hub.
