@@ -1,6 +1,7 @@
 # make run    set everything up, serve a small model and show what it answers
 # make test   set everything up and run the tests
 # make chaos  attack a daemon under load for CHAOS_SECONDS, and check its promises
+# make faults interrupt downloads and loads at each of their stages, in every way
 # make lint, make types, make bench, make docs, make clean
 #
 # Needs Python 3.11 or newer (make run PYTHON=python3.12 names another one).
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 # Constrained, so that no package can bring in another version of a pinned one.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: run test chaos lint types bench docs clean
+.PHONY: run test chaos faults lint types bench docs clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -37,6 +38,10 @@ endif
 chaos: $(VENV)/.installed-test
 	$(BIN)/python tests/chaos/run.py --seconds $(CHAOS_SECONDS) $(CHAOS_SEED:%=--seed %)
 	$(BIN)/python tests/chaos/lives.py --count $(CHAOS_LIVES)
+
+# Tests of which make test has only some cases.
+faults: $(VENV)/.installed-test
+	TURSI_TEST_MATRIX=all $(BIN)/python -m pytest tests/integration/test_pull_faults.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -84,12 +84,14 @@ def main() -> int:
     hold.around(Shelf, "remember", after="published")
     get = Download._get
 
-    def get_held(self: Download, commit: str, name: str, *rest: Any) -> str:
+    def get_held(
+        self: Download, commit: str, name: str, tqdm_class: type[Any] | None = None
+    ) -> str:
         if name == SHARDS[1] and hold.point == "between":
             while not (self._shelf.snapshot(commit) / SHARDS[0]).exists():
                 time.sleep(0.02)
             hold.stop("between")
-        return get(self, commit, name, *rest)
+        return get(self, commit, name, tqdm_class)
 
     Download._get = get_held  # type: ignore[method-assign] # to be held is the point
     status = fetch(sys.argv[1:])

@@ -62,6 +62,10 @@ def _known(error: BaseException, repository: str, revision: str | None) -> Fetch
             "settings and endpoint under [hub]; models in the cache and folders need no hub.",
             retry_after=30,
         )
+    if isinstance(error, OSError) and str(error).startswith("Consistency check failed"):
+        return HubUnreachable(
+            f"A file of {repository} ended early; what has come is kept, try again later."
+        )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(f"The disk became full while {repository} was downloaded; free some space.")
     if isinstance(error, OSError) and error.errno is not None:

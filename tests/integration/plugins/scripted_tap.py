@@ -31,7 +31,7 @@ def makeService(options: Options) -> Daemon:  # noqa: N802 - Twisted's name
     hello = os.environ.get("TURSI_TEST_HELLO", "0")
     fetcher = os.environ.get("TURSI_TEST_FETCHER")
     if fetcher is not None:
-        hub._COMMAND = (sys.executable, "-I", fetcher)
+        hub._COMMAND = (sys.executable, "-I", "-u", fetcher)
         pulls.RETRY_SECONDS = files._FETCH_RETRY_SECONDS = _RETRY_SECONDS
     daemon = tap.makeService(
         options,
