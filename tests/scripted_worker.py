@@ -73,6 +73,10 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--delay", type=float, default=0.0, help="seconds before each answer")
     one.add_argument("--stream", type=int, default=0, help="answer with that many events")
     one.add_argument("--interval", type=float, default=0.02, help="seconds between two of them")
+    one.add_argument("--smoke", choices=("fail", "hang", "die"), help="at the daemon's request")
+    one.add_argument("--status", type=int, default=200, help="of each answer")
+    one.add_argument("--queue-seconds", type=float, default=0.0, help="that each says it waited")
+    one.add_argument("--one-by-one", action="store_true", help="answer after --delay each")
     one.add_argument("--device", default="cpu", help="what it says it computes on")
     one.add_argument("--task", default="feature-extraction")
     return one
@@ -90,6 +94,7 @@ class ScriptedWorker:
         self.open: set[int] = set()
         self.kept: list[bytes] = []
         self.hung = False
+        self.free_at = 0.0
         if options.mute:
             signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         else:
@@ -207,6 +212,8 @@ class ScriptedWorker:
         os._exit(getattr(error, "exit_status", LoadError.exit_status))
 
     def request(self, id_: int, ask: wire.Ask) -> bytes:
+        if ask.request_id.startswith("smoke-"):
+            return self.smoke(id_)
         self.requests += 1
         if self.options.leak:
             self.kept.append(os.urandom(self.options.leak))
@@ -224,12 +231,31 @@ class ScriptedWorker:
         body = ask.body if self.options.echo else self.account(ask)
         if self.options.attempt:
             body = json.dumps([attempt(*each) for each in json.loads(ask.body)["attempt"]]).encode()
-        answer = head(id_, "application/json") + wire.encode(Kind.BODY, id_, body) + end(id_, 1)
-        if not self.options.delay:
+        wait, waited = self.options.delay, self.options.queue_seconds
+        if self.options.one_by_one:
+            now = time.monotonic()
+            self.free_at = max(self.free_at, now) + self.options.delay
+            wait, waited = self.free_at - now, self.free_at - now - self.options.delay
+        answer = head(id_, "application/json", self.options.status)
+        answer += wire.encode(Kind.BODY, id_, body) + end(id_, 1, waited)
+        if not wait:
             return answer
         self.open.add(id_)
-        self.later(self.options.delay, lambda: self.finish(id_, answer))
+        self.later(wait, lambda: self.finish(id_, answer))
         return b""
+
+    def smoke(self, id_: int) -> bytes:
+        """Answer the daemon's own first request, as told."""
+        if self.options.smoke == "die":
+            os._exit(1)
+        if self.options.smoke == "hang":
+            return b""
+        status, body = 200, b"{}"
+        if self.options.smoke == "fail":
+            status, body = 500, b'{"error": "it makes no sense of anything"}'
+        return (
+            head(id_, "application/json", status) + wire.encode(Kind.BODY, id_, body) + end(id_, 1)
+        )
 
     def account(self, ask: wire.Ask) -> bytes:
         return json.dumps(
@@ -297,12 +323,14 @@ class ScriptedWorker:
         hang()
 
 
-def head(id_: int, content_type: str) -> bytes:
-    return wire.encode(Kind.HEAD, id_, wire.encode_head(wire.Head(200, content_type, {})))
+def head(id_: int, content_type: str, status: int = 200) -> bytes:
+    return wire.encode(Kind.HEAD, id_, wire.encode_head(wire.Head(status, content_type, {})))
 
 
-def end(id_: int, tokens: int) -> bytes:
-    usage = Usage(prompt_tokens=1, completion_tokens=tokens, batch_size=1)
+def end(id_: int, tokens: int, waited: float = 0.0) -> bytes:
+    usage = Usage(
+        prompt_tokens=1, completion_tokens=tokens, batch_size=1, queue_seconds=max(waited, 0.0)
+    )
     return wire.encode(Kind.END, id_, wire.encode_end(wire.End(usage, "")))
 
 

@@ -25,7 +25,7 @@ class Floor(NamedTuple):
 WORDS = ("loading", "errors", "model", "tasks", "folder", "duration")
 PURE = (
     *WORDS, "heartbeat", "config", "wire", "claims", "lifecycle", "footprint", "admission", "plan",
-    "residency", "schema", "faces",
+    "residency", "canary", "scaling", "schema", "faces",
 )  # fmt: skip
 MACHINE = ("mark", "mounts", "textfile")
 STATE = ("store", "supervision", "hub", "lock")
@@ -56,6 +56,8 @@ FLOORS = {
     "admission": Floor((*WORDS, "footprint")),
     "plan": Floor((*WORDS, "footprint", "admission"), SANS_IO),
     "residency": Floor(WORDS, SANS_IO),
+    "canary": Floor(),
+    "scaling": Floor(),
     "schema": Floor(WORDS, SANS_IO),
     "lifecycle": Floor((*WORDS, "heartbeat", "config", "wire"), SANS_IO),
     "faces": Floor((*WORDS, "config", "wire", "schema"), SANS_IO),

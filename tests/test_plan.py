@@ -84,6 +84,50 @@ def test_a_retiring_worker_blocks_its_successor() -> None:
     assert decide([Wanted("a", 1, 1, resolved=True)], seen) == []
 
 
+def test_a_canary_and_what_it_is_tried_beside_are_both_kept() -> None:
+    want = Wanted("a", 3, 1, resolved=True, stable=1, split=True)
+    assert decide([want], []) == [Create(Key("a", 1, 0)), Create(Key("a", 3, 0))]
+    both = [worker("a", 1, 0, Phase.BACKOFF), worker("a", 3, 0, Phase.READY)]
+    # One that was tried before goes.
+    assert decide([want], [*both, worker("a", 2, 0, Phase.READY)]) == [Retire(Key("a", 2, 0))]
+    # Before its files are there, what serves is kept going all the same.
+    unknown = replace(want, resolved=False)
+    assert decide([unknown], []) == [Resolve("a", 3), Create(Key("a", 1, 0))]
+
+
+def test_a_generation_that_failed_gives_way_to_the_one_before() -> None:
+    want = Wanted("a", 2, 2, resolved=True, stable=1, failed=True)
+    seen = [worker("a", 2, 0, Phase.FAILED), worker("a", 2, 1, Phase.LOADING)]
+    assert decide([want], seen) == [
+        Create(Key("a", 1, 0)),
+        Create(Key("a", 1, 1)),
+        Retire(Key("a", 2, 1)),
+    ]
+    # That it isn't known which files it means doesn't matter either.
+    assert decide([replace(want, resolved=False)], seen)[:2] == [
+        Create(Key("a", 1, 0)),
+        Create(Key("a", 1, 1)),
+    ]
+
+
+def test_what_has_no_room_beside_the_old_one_waits_until_that_has_gone() -> None:
+    want = Wanted("a", 2, 1, resolved=True, stable=1)
+    old, new = worker("a", 1, 0, Phase.READY), worker("a", 2, 0, Phase.QUEUED)
+    new = replace(new, memory=10)
+    assert decide([want], [old, new], room=5) == []
+    in_place = replace(want, in_place=True)
+    assert decide([in_place], [old, new], room=5) == [Retire(Key("a", 1, 0))]
+    leaving = replace(old, phase=Phase.DRAINING, retiring=True)
+    assert decide([in_place], [leaving, new], room=5) == []
+    assert decide([in_place], [new], room=10) == [Admit(Key("a", 2, 0))]
+
+
+def test_what_served_is_kept_through_its_own_trouble_until_the_other_is_ready() -> None:
+    want = Wanted("a", 2, 1, resolved=True, stable=1)
+    seen = [worker("a", 1, 0, Phase.BACKOFF), worker("a", 2, 0, Phase.LOADING)]
+    assert decide([want], seen) == []
+
+
 wanted_lists = st.lists(
     st.builds(
         Wanted,
@@ -91,18 +135,31 @@ wanted_lists = st.lists(
         generation=st.integers(1, 3),
         replicas=st.integers(0, 3),
         resolved=st.booleans(),
-    ),
+        stable=st.none() | st.just(4),
+        split=st.booleans(),
+        failed=st.booleans(),
+        in_place=st.booleans(),
+    ).map(lambda want: want if want.stable else replace(want, failed=False)),
     unique_by=lambda want: want.deployment,
 )
 seen_lists = st.lists(
     st.builds(
         Seen,
-        key=st.builds(Key, st.sampled_from("abcd"), st.integers(1, 3), st.integers(0, 3)),
+        key=st.builds(Key, st.sampled_from("abcd"), st.integers(1, 4), st.integers(0, 3)),
         phase=st.sampled_from(Phase),
         retiring=st.booleans(),
     ),
     unique_by=lambda worker: worker.key,
 )
+
+
+def generations(want: Wanted) -> set[int]:
+    """Those that are there in the end."""
+    if want.stable is not None and want.failed:
+        return {want.stable}
+    if want.stable is not None and want.split:
+        return {want.stable, want.generation}
+    return {want.generation}
 
 
 def act(
@@ -154,8 +211,9 @@ def test_acting_again_and_again_comes_to_rest_at_what_is_wanted(
         wanted, seen = act(wanted, seen, actions)
     assert decide(wanted, seen) == []
     expected = {
-        Key(want.deployment, want.generation, replica)
+        Key(want.deployment, number, replica)
         for want in wanted
+        for number in generations(want)
         for replica in range(want.replicas)
     }
     assert {one.key for one in seen if not one.retiring} == expected

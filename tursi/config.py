@@ -72,6 +72,8 @@ class Requests(_Table, frozen=True):
     deadline_seconds: Positive = 600.0
     load_wait_seconds: Positive = 60.0
     """How long a request waits for a model that is loading."""
+    scale_wait_seconds: Positive = 0.5
+    """Requests that wait longer get one replica more, where there is a range of them."""
     max_queued: Count = 512
     """Requests that may wait per deployment."""
     max_in_flight: Count = 256

@@ -41,6 +41,14 @@ class Wanted:
     resolved: bool
     """Whether it is known which files the generation means."""
     revision: int = 0
+    stable: int | None = None
+    """The generation that has served before and does so until the other has taken over."""
+    split: bool = False
+    """Both of them serve: the other is a canary."""
+    failed: bool = False
+    """The other could not take over, and ``stable`` is to serve."""
+    in_place: bool = False
+    """The other finds no room beside ``stable``, which has to go first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +120,10 @@ def decide(
     is passed by what is smaller.
     Deciding again after acting yields nothing new, so it may be called at any
     time. A new generation or revision starts beside the old one, which goes on serving
-    until every replica of the new one is ready; if the new one fails, the old
-    one stays. A worker that is still retiring blocks a new one of its key, so
-    that no replica exists twice.
+    until every replica of the new one is ready, unless there is room for one of them
+    only; if the new one fails, the old one stays, or comes back. A canary and what it
+    is tried beside are both there. A worker that is still retiring blocks a new one of
+    its key, so that no replica exists twice.
     """
     by_deployment: dict[str, list[Seen]] = {}
     for worker in seen:
@@ -128,34 +137,75 @@ def decide(
 
 
 def _deployment(want: Wanted, workers: Collection[Seen]) -> list[Action]:
+    if not want.replicas:
+        return _retire(workers)
     actions: list[Action] = []
-    version = (want.generation, want.revision)
-    current = [
-        worker for worker in workers if (worker.key.generation, worker.key.revision) == version
-    ]
-    if want.replicas and not want.resolved:
+    wanted = []
+    if want.stable is not None and (want.split or want.failed):
+        wanted.append(want.stable)
+    if not want.failed:
+        if want.resolved:
+            wanted.append(want.generation)
+        else:
+            actions.append(Resolve(want.deployment, want.generation))
+    whole = set()
+    for number in wanted:
+        mine = [worker for worker in workers if worker.key.generation == number]
+        if _ready(want, mine) >= want.replicas:
+            whole.add(number)
+        actions += _generation(want, number, mine, whole=number in whole)
+    if not wanted or (not want.resolved and not want.failed):
         # What an older generation serves goes on meanwhile.
-        return [Resolve(want.deployment, want.generation)]
+        return actions
+    others = [worker for worker in workers if worker.key.generation not in wanted]
+    return actions + _retire([worker for worker in others if _leaves(want, worker, workers, whole)])
+
+
+def _generation(
+    want: Wanted, number: int, workers: Collection[Seen], *, whole: bool
+) -> list[Action]:
+    """Bring one generation to as many replicas as are wanted."""
+    current = [worker for worker in workers if worker.key.revision == want.revision]
     there = {worker.key.replica for worker in current}
-    actions += [
-        Create(Key(want.deployment, want.generation, replica, want.revision))
+    create = [
+        Create(Key(want.deployment, number, replica, want.revision))
         for replica in range(want.replicas)
         if replica not in there
     ]
-    actions += _retire([worker for worker in current if worker.key.replica >= want.replicas])
-    ready = sum(
-        worker.phase is Phase.READY and worker.key.replica < want.replicas for worker in current
+    leaving = [
+        worker
+        for worker in workers
+        if (
+            worker.key.replica >= want.replicas
+            if worker.key.revision == want.revision
+            else whole or worker.phase not in _SERVING
+        )
+    ]
+    return [*create, *_retire(leaving)]
+
+
+def _ready(want: Wanted, workers: Collection[Seen]) -> int:
+    """How many of the replicas that are wanted of a generation serve."""
+    return sum(
+        worker.phase is Phase.READY
+        and worker.key.revision == want.revision
+        and worker.key.replica < want.replicas
+        for worker in workers
     )
-    replaced = ready >= want.replicas
-    actions += _retire(
-        [
-            worker
-            for worker in workers
-            if (worker.key.generation, worker.key.revision) != version
-            and (replaced or worker.phase not in _SERVING)
-        ]
+
+
+def _leaves(want: Wanted, worker: Seen, workers: Collection[Seen], whole: Collection[int]) -> bool:
+    """Whether a worker goes whose generation isn't wanted any more, or not yet again."""
+    number = worker.key.generation
+    if number == want.stable:
+        return want.in_place or want.generation in whole
+    if number == want.generation:
+        # It could not take over; what tells why takes no room.
+        return worker.phase is not Phase.FAILED
+    serves = any(
+        each.key.generation == want.stable and each.phase is Phase.READY for each in workers
     )
-    return actions
+    return bool(whole) or serves or worker.phase not in _SERVING
 
 
 def _retire(workers: Collection[Seen]) -> list[Action]:

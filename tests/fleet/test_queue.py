@@ -21,8 +21,18 @@ from tursi.errors import (
 )
 from tursi.fleet.passage import Work
 from tursi.fleet.queue import CAUSE_SECONDS, RequestQueue, shutting_down
+from tursi.fleet.routing import Routing
 from tursi.loading import Loading
-from tursi.model import Crash, FailureClass, Phase, Usage
+from tursi.model import (
+    Crash,
+    Deployment,
+    Desired,
+    FailureClass,
+    Generation,
+    Phase,
+    Request,
+    Usage,
+)
 from tursi.supervision.link import Sink
 
 
@@ -87,6 +97,22 @@ class FakeReplica:
         sink.end(wire.End(Usage(prompt_tokens=3), ""))
 
 
+def deployment(number: int, *, stable: int | None = None, canary: int | None = None) -> Deployment:
+    def generation(number: int) -> Generation:
+        return Generation(number, Request("/models/mini"), 0.0, "me")
+
+    return Deployment(
+        "mini",
+        Desired.RUNNING,
+        1,
+        generation(number),
+        0.0,
+        0.0,
+        stable=None if stable is None else generation(stable),
+        canary=canary,
+    )
+
+
 class Bench:
     """A queue on fake replicas, with when it told of ends."""
 
@@ -98,11 +124,13 @@ class Bench:
         self.crash: Crash | None = None
         self.eta: float | None = None
         self.poisoned: list[str] = []
+        self.routing = Routing(deployment(1), lambda: 0.5)
         self.queue = RequestQueue(
             name="mini",
             clock=self.clock,
             settings=Requests(max_queued=max_queued, load_wait_seconds=60.0),
             workers=lambda: self.replicas,
+            routing=self.routing,
             unavailable=lambda: self.refusal,
             stage=lambda: "loading, 40 %",
             outlook=lambda position: Loading("loading", 0.4, self.eta, position),
@@ -304,6 +332,65 @@ def test_closing_fails_what_waits_and_refuses_from_then_on() -> None:
         with pytest.raises(TursiError) as refused:
             bench.submit()
         assert refused.value.retry_after == 5
+
+
+# -- generations -------------------------------------------------------------------------
+
+
+def test_what_has_served_gets_everything_until_the_new_one_has_taken_over() -> None:
+    old, new = FakeReplica(room=9), FakeReplica(room=9, generation=2)
+    bench = Bench(old, new)
+    bench.routing.adopt(deployment(2, stable=1))
+    for _ in range(3):
+        bench.submit()
+    assert (old.in_flight, new.in_flight) == (3, 0)
+    bench.routing.adopt(deployment(2))
+    bench.submit()
+    assert (old.in_flight, new.in_flight) == (3, 1)
+
+
+def test_a_canary_gets_its_share_only_while_both_are_ready() -> None:
+    old, new = FakeReplica(room=1000), FakeReplica(room=1000, generation=2)
+    bench = Bench(old, new)
+    bench.routing.adopt(deployment(2, stable=1, canary=20))
+    new.phase = Phase.LOADING
+    for _ in range(50):
+        bench.submit()
+    assert (old.in_flight, new.in_flight) == (50, 0)
+    new.phase = Phase.READY
+    for _ in range(50):
+        bench.submit()
+    assert (old.in_flight, new.in_flight) == (90, 10)
+    old.phase = Phase.BACKOFF
+    bench.submit()
+    assert new.in_flight == 11
+    bench.routing.adopt(deployment(2, stable=1, canary=0))
+    bench.submit()
+    assert (new.in_flight, bench.queue.waiting) == (11, 1)
+
+
+def test_a_full_canary_leaves_its_turn_to_the_others() -> None:
+    old, new = FakeReplica(room=1000), FakeReplica(room=3, generation=2)
+    bench = Bench(old, new)
+    bench.routing.adopt(deployment(2, stable=1, canary=50))
+    for _ in range(20):
+        bench.submit()
+    assert (old.in_flight, new.in_flight) == (17, 3)
+
+
+def test_what_a_canary_dies_of_goes_to_what_has_served_and_says_so() -> None:
+    old, new = FakeReplica(room=9), FakeReplica(room=9, generation=2)
+    bench = Bench(old, new)
+    bench.routing.adopt(deployment(2, stable=1, canary=100))
+    recorder = bench.submit()
+    assert new.in_flight == 1
+    new.die("life")
+    new.phase = Phase.READY
+    [id_] = old.held
+    old.answer(id_)
+    head, *_ = recorder.said
+    assert isinstance(head, wire.Head)
+    assert head.headers == {"x-tursi-generation": "1"}
 
 
 # -- lost workers ------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from tursi.fleet.journal import Journal
 from tursi.fleet.logs import Logs
 from tursi.fleet.member import Member
 from tursi.fleet.memory import Memory
+from tursi.fleet.rollout import Rollouts
 from tursi.hub import Hub
 from tursi.model import (
     Dossier,
@@ -29,6 +30,7 @@ from tursi.model import (
     Limits,
     LoadOrder,
     Phase,
+    Request,
     Resolution,
     WorkerLife,
 )
@@ -109,6 +111,14 @@ class Convergence:
         self._files = Files(
             store=store, hub=hub, journal=journal, reactor=reactor, now=now, soon=self.soon
         )
+        self._rollouts = Rollouts(
+            store=store,
+            journal=journal,
+            reactor=reactor,
+            now=now,
+            smoke_seconds=lambda: self._settings.warm_seconds,
+            soon=self.soon,
+        )
         self.governor = Governor(reactor.seconds)
         self.devices = Devices(reactor.seconds, host.gpus)
         self._resuming: Any = None
@@ -144,6 +154,7 @@ class Convergence:
         for timer in (self._resuming, self._looking):
             if timer is not None and timer.active():
                 timer.cancel()
+        self._rollouts.close()
         stopping: list[Deferred[None]] = []
         for member in self._members.values():
             member.drop_fetch()
@@ -172,10 +183,11 @@ class Convergence:
 
     def _orders(self, member: Member) -> LoadOrder | None:
         """What its workers are told, if there are any."""
-        resolution = member.deployment.generation.resolution
+        generation = member.deployment.generation
+        resolution = generation.resolution
         if resolution is None or not member.workers or member.leaving:
             return None
-        return self._order(member, resolution)
+        return self._order(member, generation.request, resolution)
 
     def hurry(self) -> None:
         """End the workers that drain."""
@@ -189,7 +201,10 @@ class Convergence:
         retried = member.fetch is not None and member.fetch.error is not None
         if retried:
             member.drop_fetch()
+        given_up = member.deployment.generation.number if member.deployment.failed else None
         for worker in member.serving():
+            if worker.generation == given_up:
+                continue
             if worker.phase in {Phase.FAILED, Phase.QUARANTINED, Phase.BACKOFF}:
                 worker.reset()
                 # The next daemon shall know from where on to count.
@@ -246,28 +261,53 @@ class Convergence:
                 self.unload(member, "nobody waits for it any more")
         for member, reason in (*self._memory.idle(), *self._memory.evictions(room)):
             self.unload(member, reason)
+        self._explain(room)
+        for member in self._members.values():
+            self._rollouts.advance(member)
+            if self._makes_room(member, room):
+                self._rollouts.displace(member)
         wanted = [want for member in self._members.values() if (want := member.wanted())]
         seen = [
             worker
             for member in self._members.values()
             for worker in member.seen(self._memory.need(member))
         ]
+        self._contested = any(
+            member.waits is not None and any(w.phase is Phase.QUEUED for w in member.serving())
+            for member in self._members.values()
+        )
+        claims = {name for name, member in self._members.items() if member.in_place is not None}
+        for action in decide(wanted, seen, self.governor.slots(LOAD_SLOTS), Free(room)):
+            if claims and isinstance(action, Admit) and action.key.deployment not in claims:
+                # The room that is made is for those that it is made for.
+                continue
+            try:
+                self._act(action)
+            except Exception:  # noqa: BLE001 - one deployment's defect must not hold up the others
+                log.failure("could not {action}", action=action)
+        self._look_again()
+
+    def _explain(self, room: int | None) -> None:
+        """Tell each member what memory means for it."""
         for member in self._members.values():
             member.waits = self._memory.explain(member, room)
             member.never = member.waits is not None and self._memory.never(member)
             if member.never:
                 member.queue.pump()
             self._expect(member, self._memory.deadline(member))
-        self._contested = any(
-            member.waits is not None and any(w.phase is Phase.QUEUED for w in member.serving())
-            for member in self._members.values()
+
+    def _makes_room(self, member: Member, room: int | None) -> bool:
+        """Whether its new generation waits for memory that only the old one's going gives."""
+        deployment = member.deployment
+        if deployment.stable is None or deployment.canary is not None or deployment.failed:
+            return False
+        if member.in_place is not None or any(each.retiring for each in self._members.values()):
+            # What goes already may be enough.
+            return False
+        queued = any(
+            worker.phase is Phase.QUEUED for worker in member.of(deployment.generation.number)
         )
-        for action in decide(wanted, seen, self.governor.slots(LOAD_SLOTS), Free(room)):
-            try:
-                self._act(action)
-            except Exception:  # noqa: BLE001 - one deployment's defect must not hold up the others
-                log.failure("could not {action}", action=action)
-        self._look_again()
+        return queued and self._memory.takes_turns(member, room)
 
     def _look_again(self) -> None:
         """Converge when time alone changes what is to be in memory."""
@@ -301,11 +341,11 @@ class Convergence:
                 self._retire(self._members[key.deployment], key)
 
     def _create(self, member: Member, key: Key) -> None:
-        generation = member.deployment.generation
-        resolution = generation.resolution
-        if resolution is None:
+        generation = member.generation(key.generation)
+        resolution = generation.resolution if generation else None
+        if generation is None or resolution is None:
             raise InternalError(f"{key} is to be created before its files are known")
-        order = self._order(member, resolution)
+        order = self._order(member, generation.request, resolution)
         # A name of its own for each, because the one before may still be dying.
         self._serial += 1
         name = f"{key.deployment}.{key.generation}.{key.replica}#{self._serial}"
@@ -323,8 +363,7 @@ class Convergence:
             worker.remember(past)
         worker.start()
 
-    def _order(self, member: Member, resolution: Resolution) -> LoadOrder:
-        request = member.deployment.generation.request
+    def _order(self, member: Member, request: Request, resolution: Resolution) -> LoadOrder:
         return LoadOrder(
             deployment=member.deployment.name,
             folder=resolution.folder,

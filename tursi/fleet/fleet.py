@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from random import random
 from typing import Any
 
 from twisted.internet.defer import Deferred, DeferredList
@@ -20,6 +21,7 @@ from tursi.errors import (
     StartingUp,
     TursiError,
 )
+from tursi.fleet.autoscale import TICK_SECONDS, Autoscale
 from tursi.fleet.catalogue import Catalogue
 from tursi.fleet.convergence import RESET, Convergence, MakeWorker
 from tursi.fleet.crashes import Crashes
@@ -31,6 +33,7 @@ from tursi.fleet.outlook import Outlook
 from tursi.fleet.passage import Passage, Work
 from tursi.fleet.pulls import Pulls
 from tursi.fleet.queue import RequestQueue, shutting_down
+from tursi.fleet.routing import Routing
 from tursi.fleet.statistics import Statistics
 from tursi.fleet.story import tell
 from tursi.hub import Hub
@@ -71,6 +74,8 @@ log = Logger()
 
 STATISTICS_SECONDS = 5.0
 PRUNE_SECONDS = 3600.0
+CLIENT_ERROR, SERVER_ERROR = 400, 500
+"""The least statuses of their kind."""
 REMEMBERED_LIVES = 100
 """Of each deployment, when a daemon begins; more failures than these make no difference."""
 REMEMBERED_EVENTS = 1000
@@ -108,6 +113,7 @@ class Fleet:
         now: Callable[[], float],
         host: Host = Host(),  # noqa: B008 - a frozen value
         available: Callable[[], int | None] = available,
+        random: Callable[[], float] = random,
     ) -> None:
         self._store = store
         self._hub = hub
@@ -115,6 +121,7 @@ class Fleet:
         self._reactor = reactor
         self._now = now
         self._host = host
+        self._random = random
         self._members: dict[str, Member] = {}
         self._statistics = Statistics(now)
         self._journal = Journal(store, now, reactor)
@@ -157,9 +164,19 @@ class Fleet:
             clock=lambda: float(reactor.seconds()),
             now=now,
         )
+        self._autoscale = Autoscale(
+            members=self._members,
+            memory=self._memory,
+            journal=self._journal,
+            host=host,
+            target=configuration.requests.scale_wait_seconds,
+            clock=lambda: float(reactor.seconds()),
+            soon=self._convergence.soon,
+        )
         self._flushing = LoopingCall(self._flush_soon)
         self._pruning = LoopingCall(self._prune_soon)
-        self._flushing.clock = self._pruning.clock = reactor
+        self._scaling = LoopingCall(self._autoscale.tick)
+        self._flushing.clock = self._pruning.clock = self._scaling.clock = reactor
         self._opened = False
         self._closed: TursiError | None = StartingUp(retry_after=1)
 
@@ -169,10 +186,11 @@ class Fleet:
         """Bring up what the store says should run."""
         await self._crashes.open()
         for deployment in await self._store.deployments():
-            self._members[deployment.name] = Member(deployment, self._queue)
+            self._members[deployment.name] = self._made(deployment)
             await self._remember(deployment.name)
         self._flushing.start(STATISTICS_SECONDS, now=False)
         self._pruning.start(PRUNE_SECONDS, now=True)
+        self._scaling.start(TICK_SECONDS, now=False)
         await self.pulls.open()
         self._opened, self._closed = True, None
         self._convergence.soon()
@@ -193,7 +211,7 @@ class Fleet:
         for member in self._members.values():
             member.queue.close(shutting_down())
         await DeferredList(self._convergence.close(), consumeErrors=True)
-        for loop in (self._flushing, self._pruning):
+        for loop in (self._flushing, self._pruning, self._scaling):
             if loop.running:
                 loop.stop()
         await self._flush()
@@ -204,6 +222,7 @@ class Fleet:
         self._configuration = configuration
         self._crashes.keep(configuration.storage.crashes)
         self._memory.configure(configuration.memory)
+        self._autoscale.configure(configuration.requests.scale_wait_seconds)
         self.catalogue.configure(configuration.hub.cache_bytes)
         self._logs.keep(configuration.workers.log_lives)
         for member in self._members.values():
@@ -257,6 +276,13 @@ class Fleet:
         usage: Usage,
     ) -> None:
         """Count a request for the statistics, the refused ones too (``Statistics.count``)."""
+        member = self._members.get(deployment)
+        if member is not None and generation:
+            # A stream that breaks has begun well, and what clients do wrong is theirs.
+            broken = bool(code) and status < CLIENT_ERROR
+            failed = broken or status >= SERVER_ERROR
+            member.routing.count(generation, seconds, failed=failed)
+            self._autoscale.count(deployment, waited + usage.queue_seconds)
         self._statistics.count(
             deployment, generation, key, status, code, seconds, waited, first_byte, usage
         )
@@ -304,7 +330,8 @@ class Fleet:
             name=name,
             clock=self._reactor,
             settings=self._configuration.requests,
-            workers=member.serving,
+            workers=member.takers,
+            routing=member.routing,
             unavailable=member.unavailable,
             stage=stage,
             outlook=lambda position: self._outlook.of(member, position),
@@ -383,7 +410,8 @@ class Fleet:
                 f"`tursi pull {checked.model}` downloads it.",
                 replicas=replicas,
             )
-        return self._memory.fit(size, checked.dtype, peak, replicas)
+        fit = self._memory.fit(size, checked.dtype, peak, replicas)
+        return fit if member is None else self._memory.in_turn(fit, member)
 
     async def memory(self, name: str) -> Fit:
         """What each of its workers needs of memory, and what there is."""
@@ -402,7 +430,11 @@ class Fleet:
     def _changed(self, deployment: Deployment, outcome: Outcome) -> tuple[DeploymentStatus, str]:
         """Act on what the store has made durable; says what came of it."""
         said = outcome.value
+        known = self._members.get(deployment.name)
+        given_up = known is not None and known.deployment.failed
         member = self._adopt(deployment)
+        if outcome is Outcome.UNCHANGED and given_up and not deployment.failed:
+            said = "retried"
         if outcome in {Outcome.UNCHANGED, Outcome.STARTED} and self._convergence.retry(member):
             said = "retried" if outcome is Outcome.UNCHANGED else said
         self._convergence.soon()
@@ -532,6 +564,7 @@ class Fleet:
     async def generations(self, name: str) -> list[Generation]:
         """Its generations, oldest first."""
         self._member(name)
+        await self._journal.written()
         return await self._store.generations(name)
 
     async def lives(self, name: str, limit: int) -> list[WorkerLife]:
@@ -670,7 +703,7 @@ class Fleet:
         """Take over what the store has just made durable."""
         member = self._members.get(deployment.name)
         if member is None:
-            member = self._members[deployment.name] = Member(deployment, self._queue)
+            member = self._members[deployment.name] = self._made(deployment)
             member.wake(self._reactor.seconds())
         elif member.leaving:
             # Removed a moment ago and wanted again: its old workers still retire.
@@ -685,8 +718,11 @@ class Fleet:
         started = member.deployment.desired is not deployment.desired
         if deployment.schedule.load is Load.ALWAYS or started:
             member.wake(self._reactor.seconds())
-        member.deployment = deployment
+        member.adopt(deployment)
         return member
+
+    def _made(self, deployment: Deployment) -> Member:
+        return Member(deployment, Routing(deployment, self._random), self._queue)
 
     def _flush_soon(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._flush())

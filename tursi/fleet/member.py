@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall
 
+from tursi.canary import worse
 from tursi.errors import DeploymentUnavailable, TursiError
 from tursi.fleet.discretion import discreet
 from tursi.fleet.pulls import Rate
 from tursi.fleet.queue import RequestQueue
+from tursi.fleet.routing import Routing
 from tursi.lifecycle.verdict import failure_class
 from tursi.model import (
+    CanaryStatus,
     Crash,
     Deployment,
     DeploymentStatus,
     Desired,
     FailureClass,
+    Generation,
     Load,
     Phase,
     Progress,
@@ -84,15 +90,35 @@ class Fetch:
             timer.cancel()
 
 
+class _Look(NamedTuple):
+    """How a generation is."""
+
+    phase: Phase
+    reason: str | None = None
+    failure: FailureClass | None = None
+    next_try_at: float | None = None
+    progress: Progress | None = None
+
+
 class Member:
     """A deployment that the fleet looks after."""
 
     def __init__(
-        self, deployment: Deployment, make_queue: Callable[[Member], RequestQueue]
+        self,
+        deployment: Deployment,
+        routing: Routing,
+        make_queue: Callable[[Member], RequestQueue],
     ) -> None:
         self.deployment = deployment
         self.workers: dict[Key, Worker] = {}
         self.retiring: set[Key] = set()
+        self.routing = routing
+        self.scale = deployment.replicas
+        """How many replicas there should be just now."""
+        self.proven: set[tuple[Key, str | None]] = set()
+        """Lives of workers of a new generation that have answered a request of ours."""
+        self.in_place: int | None = None
+        """The generation that can't be loaded before the one before it has gone."""
         self.revision = 0
         """How often the daemon's configuration has changed what its workers are told to load."""
         self.leaving = False
@@ -183,6 +209,36 @@ class Member:
         if fetch is not None:
             fetch.cancel()
 
+    def adopt(self, deployment: Deployment) -> None:
+        """Go by that from now on."""
+        before = self.deployment
+        self.deployment = deployment
+        self.routing.adopt(deployment)
+        if deployment.generation.number != before.generation.number:
+            self.in_place = None
+        least, most = deployment.replicas, deployment.max_replicas or deployment.replicas
+        self.scale = min(max(self.scale, least), most)
+
+    def generation(self, number: int) -> Generation | None:
+        """That generation, if it is the one that is wanted or the one that serves until then."""
+        for each in (self.deployment.generation, self.deployment.stable):
+            if each is not None and each.number == number:
+                return each
+        return None
+
+    def of(self, number: int) -> list[Worker]:
+        """Its workers of that generation that stay."""
+        return [worker for worker in self.serving() if worker.generation == number]
+
+    def is_proven(self, key: Key, worker: Worker) -> bool:
+        """Whether it may be given requests when it is ready, and be relied on."""
+        deployment = self.deployment
+        return (
+            deployment.stable is None
+            or key.generation != deployment.generation.number
+            or (key, worker.uuid) in self.proven
+        )
+
     # -- for the plan ------------------------------------------------------------
 
     def wanted(self) -> Wanted | None:
@@ -194,40 +250,50 @@ class Member:
         return Wanted(
             deployment.name,
             deployment.generation.number,
-            deployment.replicas if running else 0,
+            self.scale if running else 0,
             deployment.generation.resolution is not None and not self.lost,
             self.revision,
+            stable=deployment.stable.number if deployment.stable else None,
+            split=deployment.canary is not None,
+            failed=deployment.failed,
+            in_place=self.in_place is not None,
         )
 
     def seen(self, memory: int) -> Iterable[Seen]:
         """Its workers as the plan sees them, each of which needs ``memory`` bytes."""
         return [
-            Seen(key, worker.phase, key in self.retiring, memory)
+            Seen(key, self._phase(key, worker), key in self.retiring, memory)
             for key, worker in self.workers.items()
         ]
+
+    def _phase(self, key: Key, worker: Worker) -> Phase:
+        """Until it has answered a request of ours, one that says it is ready isn't."""
+        if worker.phase is Phase.READY and not self.is_proven(key, worker):
+            return Phase.WARMING
+        return worker.phase
 
     # -- for the queue ------------------------------------------------------------
 
     def serving(self) -> list[Worker]:
-        """Workers that may be given requests, if they are ready."""
+        """Workers that stay."""
         return [worker for key, worker in self.workers.items() if key not in self.retiring]
+
+    def takers(self) -> list[Worker]:
+        """Workers that may be given requests, if they are ready."""
+        return [
+            worker
+            for key, worker in self.workers.items()
+            if key not in self.retiring and self.is_proven(key, worker)
+        ]
 
     def unavailable(self) -> TursiError | None:
         """Why waiting for this deployment is useless, or ``None`` if it may come."""
+        resting = self._resting()
+        stable = self.deployment.stable
+        if resting is not None or (stable is not None and not self.of(stable.number)):
+            # What has served comes back if the other one fails.
+            return resting
         name = self.deployment.name
-        if self.deployment.desired is Desired.STOPPED:
-            return DeploymentUnavailable(
-                f"The deployment {name} is stopped; `tursi up` starts it again."
-            )
-        if not self.awake and self.deployment.schedule.load is Load.ON_DEMAND:
-            return DeploymentUnavailable(
-                f"The model {name} has been unloaded; the next request for it loads it again.",
-                retry_after=1,
-            )
-        if not self.awake:
-            return DeploymentUnavailable(
-                f"The model {name} is not loaded; `tursi load {name}` loads it."
-            )
         phases = {worker.phase for worker in self.serving()}
         if self.never and self.waits is not None and phases <= {Phase.QUEUED}:
             return DeploymentUnavailable(f"{name} can't be served: {self._discreet(self.waits)}")
@@ -251,6 +317,24 @@ class Member:
             f"{message} (crash {number}, `tursi why {name}` tells more).", reference=str(number)
         )
 
+    def _resting(self) -> TursiError | None:
+        """Why nothing of it is to be in memory, if that is so."""
+        name = self.deployment.name
+        if self.deployment.desired is Desired.STOPPED:
+            return DeploymentUnavailable(
+                f"The deployment {name} is stopped; `tursi up` starts it again."
+            )
+        if not self.awake and self.deployment.schedule.load is Load.ON_DEMAND:
+            return DeploymentUnavailable(
+                f"The model {name} has been unloaded; the next request for it loads it again.",
+                retry_after=1,
+            )
+        if not self.awake:
+            return DeploymentUnavailable(
+                f"The model {name} is not loaded; `tursi load {name}` loads it."
+            )
+        return None
+
     def stage(self) -> str:
         """One clause on how far it has come."""
         status = self.status()
@@ -266,56 +350,42 @@ class Member:
 
     # -- for people -----------------------------------------------------------------
 
+    @property
+    def shown(self) -> Generation:
+        """The generation that it looks like: a canary is told of apart."""
+        deployment = self.deployment
+        if deployment.canary is not None and deployment.stable is not None:
+            return deployment.stable
+        return deployment.generation
+
     def status(self) -> DeploymentStatus:
         """Desired and observed, as the control API shows them."""
-        deployment = self.deployment
-        generation = deployment.generation
-        workers = tuple(
-            worker.status() for _, worker in sorted(self.workers.items(), key=lambda item: item[0])
-        )
-        current = [
-            status
-            for key, status in zip(sorted(self.workers), workers, strict=True)
-            if (key.generation, key.revision) == (generation.number, self.revision)
-            and key not in self.retiring
-        ]
-        serving = [status for status in workers if status.phase is Phase.READY]
-        best = min(current, key=lambda status: _ORDER.index(status.phase), default=None)
-        known = generation.resolution or Resolution(folder="")
-        phase, reason, failure = Phase.QUEUED, None, None
-        next_try_at = progress = None
-        if best is not None:
-            phase, reason, failure = best.phase, best.reason, best.failure
-            next_try_at, progress = best.next_try_at, best.progress
-            if phase is Phase.QUEUED and self.waits is not None:
-                reason = self.waits
-                if self.never:
-                    phase, failure = Phase.FAILED, FailureClass.RESOURCE
-        elif deployment.desired is Desired.STOPPED or self.leaving or not self.awake:
-            phase = min(
-                (status.phase for status in workers), key=_ORDER.index, default=Phase.STOPPED
-            )
-        elif self.fetch is not None:
-            progress, next_try_at = self.fetch.progress, self.fetch.retry_at
-            if self.fetch.error is not None:
-                reason = self.fetch.error.message
-                failure = failure_class(self.fetch.error)
-                phase = Phase.FAILED if next_try_at is None else Phase.BACKOFF
-        if phase is not Phase.READY and reason and serving:
+        deployment, generation = self.deployment, self.shown
+        workers = self._workers()
+        current = self._current(generation, workers)
+        look = self._look(generation, current)
+        serving = [status for _, status in workers if status.phase is Phase.READY]
+        stable = deployment.stable.number if deployment.stable else None
+        # While another one comes up beside it, only what is used counts.
+        serving = [each for each in serving if each.generation == stable] or serving
+        reason = look.reason
+        if look.phase is not Phase.READY and reason and serving:
             reason = f"{reason} Generation {serving[0].generation} keeps serving."
+        known = generation.resolution or Resolution(folder="")
         loaded = next((status for status in current if status.task), None)
         task, device, dtype = (
             (loaded.task, loaded.device, loaded.dtype)
             if loaded
             else (known.task or generation.request.task, known.device, known.dtype)
         )
+        least = deployment.replicas if deployment.max_replicas is not None else None
         return DeploymentStatus(
             name=deployment.name,
             model=generation.request.model,
             task=task,
             desired=deployment.desired,
-            phase=phase,
-            replicas=deployment.replicas,
+            phase=look.phase,
+            replicas=self.scale,
             ready=len(serving),
             generation=generation.number,
             device=device,
@@ -324,12 +394,12 @@ class Member:
             created_at=deployment.created_at,
             updated_at=deployment.updated_at,
             reason=reason,
-            failure=failure,
-            next_try_at=next_try_at,
-            progress=progress,
+            failure=look.failure,
+            next_try_at=look.next_try_at,
+            progress=look.progress,
             queued=self.queue.waiting,
-            in_flight=sum(status.in_flight for status in workers),
-            workers=workers,
+            in_flight=sum(status.in_flight for _, status in workers),
+            workers=tuple(status for _, status in workers),
             limits=generation.request.limits,
             allow_pickle=generation.request.allow_pickle,
             trust_remote_code=generation.request.trust_remote_code,
@@ -339,6 +409,71 @@ class Member:
             unloads_at=None if self.busy else self.unloads_at,
             pinned=self.pinned and self.awake and deployment.schedule.load is Load.ON_DEMAND,
             memory=self.peak,
+            min_replicas=least,
+            max_replicas=deployment.max_replicas,
+            stable=stable,
+            canary=self._canary(workers),
+            in_place=self.in_place is not None,
+        )
+
+    def _workers(self) -> list[tuple[Key, WorkerStatus]]:
+        return [
+            (key, replace(worker.status(), phase=self._phase(key, worker)))
+            for key, worker in sorted(self.workers.items(), key=lambda item: item[0])
+        ]
+
+    def _current(
+        self, generation: Generation, workers: Iterable[tuple[Key, WorkerStatus]]
+    ) -> list[WorkerStatus]:
+        """Those of a generation that stay."""
+        return [
+            status
+            for key, status in workers
+            if (key.generation, key.revision) == (generation.number, self.revision)
+            and key not in self.retiring
+        ]
+
+    def _look(self, generation: Generation, current: Sequence[WorkerStatus]) -> _Look:
+        """How a generation is, by its workers ``current``."""
+        deployment = self.deployment
+        best = min(current, key=lambda status: _ORDER.index(status.phase), default=None)
+        if best is not None:
+            if best.phase is Phase.QUEUED and self.waits is not None:
+                if self.never:
+                    return _Look(Phase.FAILED, self.waits, FailureClass.RESOURCE)
+                return _Look(best.phase, self.waits, best.failure)
+            return _Look(best.phase, best.reason, best.failure, best.next_try_at, best.progress)
+        if deployment.desired is Desired.STOPPED or self.leaving or not self.awake:
+            phases = [worker.phase for worker in self.workers.values()]
+            return _Look(min(phases, key=_ORDER.index, default=Phase.STOPPED))
+        fetch = self.fetch
+        if fetch is not None and generation is deployment.generation:
+            if fetch.error is None:
+                return _Look(Phase.QUEUED, progress=fetch.progress)
+            phase = Phase.FAILED if fetch.retry_at is None else Phase.BACKOFF
+            error = fetch.error
+            return _Look(phase, error.message, failure_class(error), fetch.retry_at)
+        if generation is deployment.generation and deployment.failed:
+            return _Look(Phase.FAILED, generation.turns[-1].reason)
+        return _Look(Phase.QUEUED)
+
+    def _canary(self, workers: Sequence[tuple[Key, WorkerStatus]]) -> CanaryStatus | None:
+        deployment = self.deployment
+        if deployment.canary is None or deployment.stable is None:
+            return None
+        generation = deployment.generation
+        current = self._current(generation, workers)
+        look = self._look(generation, current)
+        tally = self.routing.canary
+        return CanaryStatus(
+            generation=generation.number,
+            weight=deployment.canary,
+            phase=look.phase,
+            ready=sum(status.phase is Phase.READY for status in current),
+            model=generation.request.model,
+            reason=look.reason or worse(tally, self.routing.stable),
+            requests=tally.requests,
+            errors=tally.errors,
         )
 
     def health(self) -> str:

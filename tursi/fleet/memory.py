@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from tursi import config
@@ -116,6 +117,29 @@ class Memory:
         """Whether one of its workers needs more than all of them may have together."""
         return self._limit is not None and self.need(member) > self._limit
 
+    def takes_turns(self, member: Member, room: int | None) -> bool:
+        """Whether its new generation finds room only once the workers of the old one are gone."""
+        need, number = self.need(member), member.deployment.generation.number
+        if room is None or need <= room:
+            return False
+        old = [each for each in member.workers.values() if each.generation != number]
+        return need <= room + sum(need for each in old if _there(each))
+
+    def in_turn(self, fit: Fit, member: Member) -> Fit:
+        """The same, unless it is the member's own workers that take the room."""
+        name = member.deployment.name
+        held = fit.verdict is Verdict.WAITS or name in fit.evicts
+        own = self.need(member) * sum(_there(each) for each in member.workers.values())
+        needed = (fit.memory or 0) * fit.replicas
+        if not held or fit.free is None or needed > fit.free + own:
+            return fit
+        message = (
+            f"It fits only in the place of what {name} serves now, which goes first: requests "
+            f"wait until it is loaded, and if it can't be, what was before is loaded again. "
+            f"{fit.replicas} x about {mebibytes(fit.memory or 0)}, {mebibytes(fit.free)} are free."
+        )
+        return replace(fit, verdict=Verdict.IN_PLACE, message=message, evicts=())
+
     def idle(self) -> list[tuple[Member, str]]:
         """What is loaded on demand and has not been used for long enough, with the reason."""
         now, found = self._clock(), []
@@ -224,6 +248,8 @@ class Memory:
             or not member.awake
             or member.busy
             or member.pinned
+            # It isn't what makes room for its own next generation.
+            or any(worker.phase is Phase.QUEUED for worker in member.serving())
             or any(worker.phase in _LOADING for worker in workers)
         )
 

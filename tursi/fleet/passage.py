@@ -36,7 +36,7 @@ class Replica(Protocol):
 
     @property
     def generation(self) -> int:
-        """The newest generation that is ready gets the requests."""
+        """Of the deployment, the one that it serves."""
         ...
 
     @property
@@ -103,7 +103,7 @@ class Passage:
 
     __slots__ = (
         "_head", "_id", "_queue", "_sink", "_worker", "began", "begun", "digest", "generation",
-        "life", "place", "retried", "timer", "waited", "work",
+        "life", "mark", "place", "retried", "timer", "waited", "work",
     )  # fmt: skip
 
     def __init__(self, queue: Way, work: Work, sink: Sink, began: float) -> None:
@@ -118,6 +118,8 @@ class Passage:
         """Seconds until a worker got it, the last one if there were two."""
         self.generation = 0
         """Of that worker; 0 if none got it."""
+        self.mark: str | None = None
+        """The header that says so, where it matters."""
         self.begun = False
         """Whether bytes of an answer have been passed on."""
         self.retried = False
@@ -192,5 +194,8 @@ class Passage:
 
     def _begin(self) -> None:
         self.begun = True
-        if self._head is not None:
-            self._sink.head(self._head)
+        head = self._head
+        if head is not None and self.mark is not None:
+            head = head._replace(headers={**head.headers, self.mark: str(self.generation)})
+        if head is not None:
+            self._sink.head(head)

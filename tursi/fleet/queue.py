@@ -20,6 +20,7 @@ from tursi.errors import (
 from tursi.fleet.discretion import discreet
 from tursi.fleet.passage import Clock, Passage, Replica, Work
 from tursi.fleet.poison import Suspects, digest
+from tursi.fleet.routing import Routing
 from tursi.loading import Loading
 from tursi.model import Crash, Phase
 from tursi.supervision.link import Sink
@@ -33,15 +34,15 @@ CAUSE_SECONDS = 0.8
 
 
 class RequestQueue:
-    """Hands requests to the least busy ready worker; holds those that must wait.
+    """Hands requests to a ready worker that has few; holds those that must wait.
 
     A request whose worker died before a byte of the answer had left is sent once
     more. As it may be what the worker died of, it is then alone with a worker,
     and what kills a second one is refused (``poison``).
 
-    ``workers`` gives the replicas; ``unavailable`` the reason why waiting is
-    useless, or ``None``; ``stage`` a clause on how far loading has come, ``outlook`` the
-    same for programs, given the request's position; ``crash``
+    ``workers`` gives the replicas, ``routing`` orders them; ``unavailable`` says why
+    waiting is useless, or ``None``; ``stage`` a clause on how far loading has come,
+    ``outlook`` the same for programs, given the request's position; ``crash``
     the crash that it still recovers from. ``finished`` is told of every request's
     end. ``poisoned`` is told the id of a request
     that is refused from now on.
@@ -54,6 +55,7 @@ class RequestQueue:
         clock: Clock,
         settings: Requests,
         workers: Callable[[], Sequence[Replica]],
+        routing: Routing,
         unavailable: Callable[[], TursiError | None],
         stage: Callable[[], str],
         outlook: Callable[[int], Loading],
@@ -65,6 +67,7 @@ class RequestQueue:
         self._clock = clock
         self._settings = settings
         self._workers = workers
+        self._routing = routing
         self._unavailable = unavailable
         self._stage = stage
         self._outlook = outlook
@@ -169,10 +172,7 @@ class RequestQueue:
         return [worker for worker in self._workers() if worker.phase is Phase.READY]
 
     def _dispatch(self, passage: Passage) -> bool:
-        ready = self._ready()
-        if len(ready) > 1:
-            ready = _newest(ready)
-            ready.sort(key=_in_flight)
+        ready = self._routing.order(self._ready(), again=passage.retried)
         return any(worker is not self._apart and self._send(worker, passage) for worker in ready)
 
     def _send(self, worker: Replica, passage: Passage) -> bool:
@@ -180,6 +180,8 @@ class RequestQueue:
             passage.sent(worker, worker.submit(passage.ask(self._clock.seconds()), passage))
         except QueueFull:
             return False
+        passage.mark = self._routing.mark
+        self._routing.sent(worker)
         return True
 
     def _pump_suspected(self) -> None:
@@ -189,7 +191,7 @@ class RequestQueue:
             if self._refuse_poison(passage):
                 continue
             # The least busy one gets nothing new and is idle soonest.
-            self._apart = min(_newest(self._ready()), key=_in_flight, default=None)
+            self._apart = next(iter(self._routing.order(self._ready(), again=True)), None)
             if self._apart is None or self._apart.in_flight:
                 return
             if not self._send(self._apart, passage):
@@ -375,15 +377,6 @@ def _until(loading: Loading) -> int:
     """What Retry-After says, before it is kept within what clients take."""
     eta = loading.eta_seconds
     return LOADING_SECONDS if eta is None else max(math.ceil(eta), 1)
-
-
-def _newest(workers: list[Replica]) -> list[Replica]:
-    newest = max((worker.generation for worker in workers), default=0)
-    return [worker for worker in workers if worker.generation == newest]
-
-
-def _in_flight(worker: Replica) -> int:
-    return worker.in_flight
 
 
 def shutting_down() -> TursiError:

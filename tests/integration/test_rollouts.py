@@ -1,0 +1,203 @@
+"""New generations beside the old ones and in their place, canaries, and ranges of replicas."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from daemon import Daemon, daemon
+from patience import until
+
+GIB = 1024**3
+SETTINGS = f"""
+[memory]
+limit_bytes = {3 * GIB}
+reserve_bytes = 0
+[workers]
+backoff_initial = 0.2
+warm_seconds = 2.0
+[requests]
+scale_wait_seconds = 0.1
+"""
+
+
+@pytest.fixture
+def running() -> Iterator[Daemon]:
+    with daemon(scripted=True, settings=SETTINGS) as one:
+        yield one
+
+
+def script(running: Daemon, name: str, size: int = 10, **options: Any) -> str:
+    folder = running.script(name, **{"echo": True, **options})
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(size)
+    return str(folder)
+
+
+def up(running: Daemon, **fields: Any) -> dict[str, Any]:
+    return running.deploy("search", **fields)
+
+
+def ask(running: Daemon, body: str = "hello") -> Any:
+    return running.client.post("/v1/embeddings", json={"model": "search", "input": body})
+
+
+def fates(running: Daemon) -> list[str | None]:
+    found = running.control.get("/deployments/search/generations").json()["generations"]
+    return [each["turns"][-1]["fate"] if each["turns"] else None for each in found]
+
+
+def why(running: Daemon) -> str:
+    return " ".join(running.control.get("/deployments/search/why").json()["sentences"])
+
+
+def serving(running: Daemon, generation: int, **more: Any) -> None:
+    """Wait until that generation alone serves."""
+
+    def look() -> bool:
+        status = running.status("search")
+        numbers = {each["generation"] for each in status["workers"]}
+        return numbers == {generation} and bool(status["ready"])
+
+    until(look, f"generation {generation} serves: {running.status('search')}")
+
+
+class Load:
+    """Asks all the while, and remembers what came of it."""
+
+    def __init__(self, running: Daemon, threads: int = 2) -> None:
+        self.running = running
+        self.stopped = threading.Event()
+        self.statuses: Counter[int | str] = Counter()
+        self.generations: Counter[str | None] = Counter()
+        self.threads = [threading.Thread(target=self.run) for _ in range(threads)]
+
+    def __enter__(self) -> Load:
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.stopped.set()
+        for thread in self.threads:
+            thread.join()
+
+    def run(self) -> None:
+        while not self.stopped.is_set():
+            answer = ask(self.running)
+            self.statuses[answer.status_code] += 1
+            self.generations[answer.headers.get("x-tursi-generation")] += 1
+
+
+def test_a_generation_that_answers_nothing_is_not_switched_to(running: Daemon) -> None:
+    up(running, model=script(running, "good"))
+    running.wait("search")
+    for number, how in enumerate(("fail", "hang", "die"), 2):
+        with Load(running) as load:
+            up(running, model=script(running, f"bad-{how}", smoke=how))
+            status = running.wait("search", "failed")
+        assert "Generation 1 keeps serving." in status["reason"]
+        assert set(load.statuses) == {200}
+        assert fates(running) == ["serving", *["failed"] * (number - 1)]
+    assert "first request" in why(running)
+
+
+def test_a_canary_gets_its_share_and_is_promoted(running: Daemon) -> None:
+    old, new = script(running, "old"), script(running, "new")
+    up(running, model=old)
+    running.wait("search")
+    status = up(running, model=new, canary=25)
+    assert (status["generation"], status["canary"]["generation"]) == (1, 2)
+    until(lambda: running.status("search")["canary"]["ready"], "the canary is ready")
+    counted = Counter(ask(running).headers["x-tursi-generation"] for _ in range(100))
+    assert 23 <= counted["2"] <= 27
+    # It is all there after the daemon was killed.
+    running.kill()
+    running.start()
+
+    def both() -> bool:
+        found = running.status("search")
+        return bool(found["ready"] and found["canary"]["ready"])
+
+    until(both, "both are back")
+    assert running.status("search")["canary"]["weight"] == 25
+    assert (
+        running.control.post("/deployments/search/canary", json={"weight": 50}).status_code == 202
+    )
+    counted = Counter(ask(running).headers["x-tursi-generation"] for _ in range(20))
+    assert 8 <= counted["2"] <= 12
+    assert "canary" in why(running)
+    with Load(running) as load:
+        running.control.post("/deployments/search/promote")
+        serving(running, 2)
+    assert set(load.statuses) == {200}
+    assert ask(running).headers.get("x-tursi-generation") is None
+    assert fates(running) == ["replaced", "serving"]
+
+
+def test_a_canary_that_dies_costs_no_request_and_in_the_end_itself(running: Daemon) -> None:
+    up(running, model=script(running, "old"))
+    running.wait("search")
+    up(running, model=script(running, "bad", die_on="hello"), canary=50)
+    until(lambda: running.status("search")["canary"]["ready"], "the canary is ready")
+    with Load(running, 1) as load:
+        until(lambda: running.status("search")["canary"] is None, "it is given up", 60)
+    assert set(load.statuses) == {200}
+    assert fates(running) == ["serving", "failed"]
+    serving(running, 1)
+    up(running, model=script(running, "bad"), canary=50)
+    back = running.control.post("/deployments/search/rollback", json={}).json()
+    assert (back["outcome"], back["deployment"]["generation"]) == ("back", 1)
+    assert fates(running) == ["serving", "failed", "given-up"]
+
+
+def test_without_room_for_both_the_new_one_takes_the_old_ones_place(running: Daemon) -> None:
+    old = script(running, "large", 2 * GIB, delay=0.05)
+    up(running, model=old)
+    running.wait("search")
+    new = script(running, "larger", 2 * GIB + 1, load_seconds=0.5)
+    fit = running.control.put(
+        "/deployments/search", json={"model": new}, params={"dry_run": 1}
+    ).json()
+    assert fit["verdict"] == "in_place"
+    with Load(running) as load:
+        up(running, model=new)
+        until(lambda: running.status("search")["in_place"], "it is done in place")
+        serving(running, 2)
+    assert set(load.statuses) == {200}
+    assert fates(running) == ["replaced", "serving"]
+    bad = script(running, "broken", 2 * GIB + 2, load_seconds=0.5, exit=3)
+    with Load(running) as load:
+        up(running, model=bad)
+        until(lambda: running.status("search")["in_place"], "it is done in place")
+        serving(running, 2)
+    assert set(load.statuses) == {200}
+    assert fates(running) == ["replaced", "serving", "failed"]
+    assert running.status("search")["phase"] == "failed"
+    assert "Generation 2 keeps serving." in running.status("search")["reason"]
+    # Killed amidst of it, the daemon comes back with one of them.
+    up(running, model=script(running, "slow", 2 * GIB + 3, load_seconds=2.0))
+    until(lambda: running.status("search")["in_place"], "it is done in place")
+    running.kill()
+    running.start()
+    assert ask(running).status_code == 200
+    serving(running, 4)
+
+
+def test_replicas_come_and_go_with_the_waiting(running: Daemon) -> None:
+    model = script(running, "slow", delay=0.2, one_by_one=True)
+    up(running, model=model, replicas=1, max_replicas=2)
+    running.wait("search")
+    with Load(running, 6) as load:
+        until(lambda: running.status("search")["ready"] == 2, "there is another replica", 30)
+    assert set(load.statuses) == {200}
+    assert running.status("search")["max_replicas"] == 2
+    told = running.control.get("/deployments/search/events").json()["events"]
+    [scaled] = [each for each in told if each["kind"] == "autoscale"]
+    assert scaled["message"] == "search goes from 1 to 2 of 1-2 replicas"
+    assert "waited" in scaled["cause"]
+    assert running.deploy("search", model, replicas=1)["replicas"] == 1
+    serving(running, 1)
