@@ -8,6 +8,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tursi.admission import Free
 from tursi.model import Phase
 from tursi.plan import Action, Admit, Create, Key, Resolve, Retire, Seen, Wanted, decide
 
@@ -114,12 +115,12 @@ def test_what_has_no_room_beside_the_old_one_waits_until_that_has_gone() -> None
     want = Wanted("a", 2, 1, resolved=True, stable=1)
     old, new = worker("a", 1, 0, Phase.READY), worker("a", 2, 0, Phase.QUEUED)
     new = replace(new, memory=10)
-    assert decide([want], [old, new], room=5) == []
+    assert decide([want], [old, new], free=Free(5)) == []
     in_place = replace(want, in_place=True)
-    assert decide([in_place], [old, new], room=5) == [Retire(Key("a", 1, 0))]
+    assert decide([in_place], [old, new], free=Free(5)) == [Retire(Key("a", 1, 0))]
     leaving = replace(old, phase=Phase.DRAINING, retiring=True)
-    assert decide([in_place], [leaving, new], room=5) == []
-    assert decide([in_place], [new], room=10) == [Admit(Key("a", 2, 0))]
+    assert decide([in_place], [leaving, new], free=Free(5)) == []
+    assert decide([in_place], [new], free=Free(10)) == [Admit(Key("a", 2, 0))]
 
 
 def test_what_served_is_kept_through_its_own_trouble_until_the_other_is_ready() -> None:
