@@ -345,6 +345,20 @@ class DeviceUnsupported(LoadError):
     exit_status = 78
 
 
+class QuantizationUnsupported(LoadError):
+    """The model can't be quantized like that by what is installed here."""
+
+    code = "quantization_unsupported"
+    exit_status = 78
+
+
+class QuantizationInaccurate(LoadError):
+    """The quantized model would differ too much from the unquantized one."""
+
+    code = "quantization_inaccurate"
+    exit_status = 78
+
+
 class OutOfMemory(LoadError):
     """There isn't enough memory to load the model."""
 

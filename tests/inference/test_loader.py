@@ -25,7 +25,7 @@ from tursi.errors import (
 from tursi.heartbeat import SIZE, Writer
 from tursi.inference import loader
 from tursi.inference.checkpoint import Checkpoint
-from tursi.inference.device import choose_device
+from tursi.inference.device import choose_device, explain_device
 from tursi.inference.outbox import Outbox
 from tursi.model import Loaded, LoadOrder, Progress, Task
 
@@ -266,3 +266,38 @@ def test_progress_counts_tensors_up_to_all_of_them() -> None:
     assert done == sorted(done)
     assert (seen[-2].done, seen[-2].unit) == (seen[-2].total, "tensors")
     assert len(done) > 50
+
+
+# -- why it is as it is ------------------------------------------------------------------
+
+
+def test_choices_say_why(tmp_path: Path) -> None:
+    choices = load(models.bare(tmp_path)).choices
+    assert [*choices] == ["device", "dtype", "attention", "quantization"]
+    assert choices["dtype"] == "float32: the checkpoint's own, by its config.json."
+    assert choices["attention"].startswith("sdpa: ")
+    assert choices["quantization"] == "None: none was asked for."
+    if not torch.cuda.is_available():
+        assert choices["device"].startswith("cpu: ")
+    asked = load(tmp_path, device="cpu", dtype="bfloat16").choices
+    assert asked["device"] == "cpu: it was asked for."
+    assert asked["dtype"] == "bfloat16: it was asked for; its weights are stored as float32."
+    chosen = load(tmp_path, device="cpu", device_because="no GPU has room for it").choices
+    assert chosen["device"] == "cpu: no GPU has room for it."
+
+
+def test_a_configuration_that_names_no_dtype(tmp_path: Path) -> None:
+    models.bare(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    del config["dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    assert load(tmp_path).choices["dtype"] == "float32: the checkpoint's own, by its weights."
+
+
+def test_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert explain_device("auto").why == "cpu: there is no usable GPU or driver."
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert explain_device("auto").why == "cpu: CUDA_VISIBLE_DEVICES hides all GPUs."

@@ -22,7 +22,10 @@ _STAGES: Mapping[str, str] = {
     "download": "fetching",
     "verify": "checking what has come",
     "import": "starting the worker",
+    "read": "reading the weights",
     "load": "loading",
+    "measure": "comparing with the unquantized model",
+    "quantize": "quantizing",
     "warm": "warming up",
 }
 _PHASES: Mapping[str, str] = {

@@ -67,6 +67,9 @@ _FETCHING: Mapping[Phase, str] = {
 _STAGES: Mapping[str, str] = {
     # Those that the phase doesn't name already.
     "import": "importing its libraries",
+    "read": "reading its weights",
+    "measure": "comparing it with the unquantized model",
+    "quantize": "quantizing it",
 }
 _ADVICE: Mapping[FailureClass, str] = {
     FailureClass.CONFIGURATION: "Deploy it with other settings, or another model",

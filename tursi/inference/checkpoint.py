@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ from tursi.errors import (
 )
 from tursi.folder import PICKLES, START, disguise, files
 from tursi.inference.settings import check_settings
-from tursi.inference.weights import check_pickled, check_weights
+from tursi.inference.weights import Shard, check_pickled, check_weights
 from tursi.model import Task, Trust
 
 _JSON_LIMIT = 32 * 1024 * 1024
@@ -64,6 +65,8 @@ class Checkpoint:
         self.folder = self.root / _inside(path)
         """Where the transformer itself is."""
         self.config: dict[str, Any] = self._configuration()
+        self.shards: list[Shard] = []
+        """Its files of weights, once they are checked."""
 
     def json(self, name: str, *, inside: bool = False) -> dict[str, Any]:
         """The JSON object in a file of the root folder; empty if there is no such file.
@@ -90,15 +93,28 @@ class Checkpoint:
         """Whether the weights are in pickle files, and may be."""
         return any(path.suffix != ".safetensors" for path in self._weight_files(self.folder))
 
+    @property
+    def stored_dtype(self) -> str | None:
+        """What most of the bytes of its weights are, by torch's name; ``None`` if unknown."""
+        total: Counter[str] = Counter()
+        for shard in self.shards:
+            total.update(shard.dtypes)
+        return total.most_common(1)[0][0] if total else None
+
+    @property
+    def named_dtype(self) -> str | None:
+        """What its configuration names, if it does."""
+        found = self.config.get("dtype", self.config.get("torch_dtype"))
+        return found.removeprefix("torch.") if isinstance(found, str) else None
+
     def check(self) -> None:
         """Raise the ``LoadError`` that says why this can't be loaded, if it can't."""
         self._check_content()
         self._check_architecture()
-        for path in self._weight_files(self.folder):
-            if path.suffix == ".safetensors":
-                check_weights(path)
-            else:
-                check_pickled(path)
+        self.shards = [
+            check_weights(path) if path.suffix == ".safetensors" else check_pickled(path)
+            for path in self._weight_files(self.folder)
+        ]
 
     def task(self, wanted: str | None) -> Task:
         """What to do with the model: the user's word, else what its own files say."""

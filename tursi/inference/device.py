@@ -2,13 +2,55 @@
 
 from __future__ import annotations
 
+import os
 import re
+from typing import Any, NamedTuple
 
 import torch
 
 from tursi.errors import DeviceUnavailable, DeviceUnsupported, TaskUnsuitable
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Choice(NamedTuple):
+    """A device, and why it is that one, as a sentence."""
+
+    device: torch.device
+    why: str
+
+
+def explain_device(wanted: str, because: str | None = None) -> Choice:
+    """The device that ``wanted`` names, as ``choose_device`` does, and why.
+
+    ``because`` is the reason of whoever chose it.
+    """
+    device = choose_device(wanted)
+    if because is not None:
+        return Choice(device, f"{device}: {because}.")
+    if wanted != "auto":
+        return Choice(device, f"{device}: it was asked for.")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        which = f"the first of {count} GPUs" if count > 1 else "the only GPU"
+        return Choice(device, f"{device}: {which} ({torch.cuda.get_device_name(device)}).")
+    if device.type == "mps":
+        return Choice(device, "mps: the Apple GPU.")
+    return Choice(device, f"cpu: {_no_gpu()}.")
+
+
+def _no_gpu() -> str:
+    """Why there is none, as a clause."""
+    if not _built_for_gpus():
+        return f"the installed torch {torch.__version__} is built without GPU support"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None and not hidden.strip("-1, "):
+        return "CUDA_VISIBLE_DEVICES hides all GPUs"
+    return "there is no usable GPU or driver"
+
+
+def _built_for_gpus() -> bool:
+    return torch.backends.cuda.is_built() or torch.version.hip is not None
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -32,7 +74,7 @@ def choose_device(wanted: str) -> torch.device:
         raise DeviceUnsupported(
             f"There is no device {wanted[:50]!r}; choose auto, cpu, cuda, cuda:N or mps."
         )
-    if not torch.backends.cuda.is_built() and torch.version.hip is None:
+    if not _built_for_gpus():
         raise DeviceUnsupported(
             f"The device {wanted!r} was asked for, but the installed torch "
             f"{torch.__version__} is built without GPU support."
@@ -55,3 +97,30 @@ def choose_dtype(wanted: str) -> torch.dtype | str:
             f"There is no dtype {wanted[:50]!r}; choose auto, {', '.join(_DTYPES)}."
         )
     return found
+
+
+def explain_dtype(wanted: str, found: torch.dtype, named: str | None, stored: str | None) -> str:
+    """Why the model computes in ``found``, as a sentence.
+
+    ``named`` is what its configuration names and ``stored`` what most of its weights
+    are, where that is known.
+    """
+    name = str(found).removeprefix("torch.")
+    if wanted != "auto":
+        why = "it was asked for"
+    elif named == name:
+        why = "the checkpoint's own, by its config.json"
+    elif stored == name:
+        why = "the checkpoint's own, by its weights"
+    else:
+        why = "transformers' choice for it"
+    converted = f"; its weights are stored as {stored}" if stored not in {None, name} else ""
+    return f"{name}: {why}{converted}."
+
+
+def explain_attention(model: Any) -> str:
+    """By what attention is computed, as a sentence."""
+    name = getattr(model.config, "_attn_implementation", None) or "eager"
+    if name == "eager":
+        return "eager: transformers has nothing faster for this architecture here."
+    return f"{name}: transformers' choice for this architecture here."

@@ -13,11 +13,18 @@ import transformers
 
 from tursi.errors import OutOfMemory
 from tursi.heartbeat import Writer
+from tursi.inference import quantization
 from tursi.inference.batcher import Batcher, Encoder
 from tursi.inference.checkpoint import Checkpoint
 from tursi.inference.classification import Classifier
-from tursi.inference.device import choose_device, choose_dtype
+from tursi.inference.device import (
+    choose_dtype,
+    explain_attention,
+    explain_device,
+    explain_dtype,
+)
 from tursi.inference.embedding import Embedder
+from tursi.inference.fidelity import Fidelity
 from tursi.inference.fill_mask import MaskFiller
 from tursi.inference.generation import Generator
 from tursi.inference.memory import Meter
@@ -66,37 +73,53 @@ def _load(
     torch.set_num_threads(order.threads)
     progress(Progress("load"))
     checkpoint = Checkpoint(Path(order.folder), Trust(order.allow_pickle, order.trust_remote_code))
-    device = choose_device(order.device)
+    device, why_device = explain_device(order.device, order.device_because)
     dtype = choose_dtype(order.dtype)
     checkpoint.check()
     task = checkpoint.task(order.task)
     config = read_config(checkpoint)
+    quantization.check(order.quantization, config, device)
     tokenizer = read_tokenizer(checkpoint)
     model = read_model(checkpoint, task, config, dtype, progress)
-    model.eval().requires_grad_(False).to(device)
+    model.eval().requires_grad_(False)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    settings = checkpoint.json("sentence_bert_config.json", inside=True)
+    if task is Task.TEXT_GENERATION:
+        limit: int | None = _context(config, tokenizer)
+        wrapped = _tokenizer(model, tokenizer, None)
+    else:
+        limit = _limit(config, tokenizer, settings)
+        wrapped = _tokenizer(model, tokenizer, limit, lower=bool(settings.get("do_lower_case")))
+    choices = {
+        "device": why_device,
+        "dtype": explain_dtype(
+            order.dtype, model.dtype, checkpoint.named_dtype, checkpoint.stored_dtype
+        ),
+        "attention": explain_attention(model),
+        "quantization": _quantize(
+            order.quantization, task, model, wrapped, limit, checkpoint, device, progress
+        ),
+    }
+    model.to(device)
     meter = Meter()
     meter.loaded()
     progress(Progress("warm"))
     engine: Engine
-    limit: int | None
     dimensions = None
     if task is Task.TEXT_GENERATION:
-        limit = context = _context(config, tokenizer)
+        assert limit is not None  # noqa: S101 - a context always has a length
         generator = Generator(
             model,
-            _tokenizer(model, tokenizer, None),
+            wrapped,
             outbox,
             page,
-            context=context,
+            context=limit,
             max_sequences=order.max_sequences,
             clock=clock,
         )
         generator.warm()
         engine = generator
     else:
-        settings = checkpoint.json("sentence_bert_config.json", inside=True)
-        limit = _limit(config, tokenizer, settings)
-        wrapped = _tokenizer(model, tokenizer, limit, lower=bool(settings.get("do_lower_case")))
         encoder = _encoder(order, task, model, wrapped, checkpoint)
         # Kernels are chosen and memory is taken on the first computations.
         for length in (1, min(32, limit or 32)):
@@ -111,7 +134,7 @@ def _load(
         dtype=str(model.dtype).removeprefix("torch."),
         max_length=limit,
         dimensions=dimensions,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=parameters,
         load_seconds=clock() - began,
         versions={
             "python": platform.python_version(),
@@ -119,10 +142,47 @@ def _load(
             "transformers": transformers.__version__,
             "tokenizers": tokenizers.__version__,
         },
+        choices=choices,
         host=meter.host,
         gpus=meter.gpus,
     )
     return engine, loaded
+
+
+def _quantize(
+    wanted: str,
+    task: Task,
+    model: Any,
+    tokenizer: Tokenizer,
+    limit: int | None,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    progress: Callable[[Progress], None],
+) -> str:
+    """Make the weights smaller, if that is wanted, and say what was done and why."""
+    if wanted == quantization.NONE:
+        return quantization.explain_none(model.config)
+    fidelity = None
+    if device.type == "cpu":
+        # On a GPU the unquantized model may not fit, which is why it is quantized.
+        head = read_head(checkpoint, device) if task is Task.FEATURE_EXTRACTION else None
+        fidelity = Fidelity(
+            task,
+            model,
+            tokenizer,
+            head,
+            limit=limit,
+            advanced=lambda done, total: progress(
+                Progress("measure", float(done), float(total), "texts")
+            ),
+        )
+    return quantization.quantize(
+        wanted,
+        model,
+        device,
+        fidelity,
+        lambda done, total: progress(Progress("quantize", float(done), float(total), "layers")),
+    )
 
 
 def _encoder(

@@ -30,7 +30,8 @@ from tursi.inference.scheduler import Scheduler, StickyError
 from tursi.model import LoadOrder, Progress
 from tursi.wire import Frame, Kind, LastWords
 
-_STAGES = {"import": Operation.IMPORT, "load": Operation.LOAD, "warm": Operation.WARM}
+_STAGES = {"import": Operation.IMPORT, "warm": Operation.WARM}
+"""What isn't named here is part of loading."""
 _ORDER = msgspec.msgpack.Decoder(LoadOrder)
 
 
@@ -148,7 +149,7 @@ class Worker:
         self._waker.send(b"\0")
 
     def _progress(self, progress: Progress) -> None:
-        self._page.begin(_STAGES[progress.stage])
+        self._page.begin(_STAGES.get(progress.stage, Operation.LOAD))
         self._connection.send(wire.encode(Kind.PROGRESS, 0, msgspec.msgpack.encode(progress)))
 
     def _serve(self, order: LoadOrder) -> None:

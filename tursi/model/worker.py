@@ -120,6 +120,8 @@ class LoadOrder:
     allow_pickle: bool = False
     trust_remote_code: bool = False
     quantization: str = "none"
+    device_because: str | None = None
+    """Why the daemon chose ``device``, where the user left it open: a clause."""
 
 
 @dataclass(frozen=True, slots=True)
