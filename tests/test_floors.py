@@ -25,7 +25,7 @@ class Floor(NamedTuple):
 WORDS = ("loading", "errors", "model", "tasks", "folder", "duration")
 PURE = (
     *WORDS, "heartbeat", "config", "wire", "claims", "lifecycle", "footprint", "admission", "plan",
-    "residency", "canary", "scaling", "schema", "faces",
+    "residency", "canary", "scaling", "schema", "faces", "sketch", "rollup",
 )  # fmt: skip
 MACHINE = ("mark", "mounts", "textfile")
 STATE = ("store", "supervision", "hub", "lock")
@@ -48,6 +48,8 @@ FLOORS = {
     "heartbeat": Floor(),
     "folder": Floor(("errors",)),
     "duration": Floor(),
+    "sketch": Floor(),
+    "rollup": Floor(("sketch",)),
     # 1: pure thought
     "config": Floor(WORDS, SANS_IO),
     "wire": Floor(WORDS, SANS_IO),

@@ -40,7 +40,6 @@ from tursi.model import (
     Limits,
     LoadOrder,
     Measurement,
-    Minute,
     Peaks,
     Phase,
     Request,
@@ -496,27 +495,16 @@ def test_events_are_the_newest_in_order(store: Store) -> None:
     assert result(store.events("none", 0, 10)) == []
 
 
-def test_rollups_add_up(store: Store) -> None:
-    one = Minute("e5", 100, 2, 1, 30, 40, 0.5, 0.25)
-    result(store.add_minutes([one, Minute("e5", 99, 1), Minute("bge", 100, 7)]))
-    result(store.add_minutes([one, one]))
-    assert result(store.minutes("e5", 100)) == [Minute("e5", 100, 6, 3, 90, 120, 1.5, 0.75)]
-    assert [each.minute for each in result(store.minutes("e5", 0))] == [99, 100]
-
-
 def test_pruning_keeps_the_newest(store: Store) -> None:
     result(store.save("e5", MINILM, 1, by="cli", at=1.0))
-    today = 30 * 24 * 60
-    result(store.add_minutes([Minute("e5", minute, 1) for minute in (0, 1439, 1440, today)]))
     for number in range(10):
         result(store.record(float(number), "note", "x"))
         ended = None if number == 0 else number + 1.0
         life = replace(LIFE, uuid=str(number), spawned_at=float(number), ended_at=ended)
         result(store.put_life(life))
-    limits = Storage(statistics_days=29, event_count=4, worker_lives=3)
+    limits = Storage(event_count=4, worker_lives=3)
     for _ in range(2):
-        result(store.prune(limits, at=today * 60.0))
-        assert [each.minute for each in result(store.minutes("e5", 0))] == [1440, today]
+        result(store.prune(limits, at=20.0))
         assert [each.id for each in result(store.events(None, 0, 100))] == [8, 9, 10, 11]
         # The oldest has not ended: that it is there must not be forgotten.
         assert [each.uuid for each in result(store.lives("e5", 100))] == ["9", "8", "7", "0"]
@@ -707,7 +695,7 @@ def test_every_table_is_strict_and_commented(path: Path) -> None:
         "workers",
         "events",
         "crashes",
-        "statistics",
+        "rollups",
         "keys",
         "audit",
         "pulls",

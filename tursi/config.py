@@ -158,7 +158,12 @@ class Hub(_Table, frozen=True):
 class Storage(_Table, frozen=True):
     """The database."""
 
-    statistics_days: Count = 30
+    statistics_minutes: Count = 2 * 24 * 60
+    """So many minutes the statistics by minute go back,"""
+    statistics_hours: Count = 60 * 24
+    """so many hours those by hour,"""
+    statistics_days: Count = 2 * 366
+    """and so many days those by day."""
     event_count: Count = 100_000
     worker_lives: Count = 10_000
     crashes: Count = 50

@@ -36,7 +36,6 @@ from tursi.model import (
     Footprint,
     Generation,
     LoadOrder,
-    Minute,
     Peaks,
     Phase,
     Progress,
@@ -53,6 +52,7 @@ from tursi.model import (
     WorkerLife,
     WorkerStatus,
 )
+from tursi.rollup import Rollup, StatisticsQuery, Summary
 
 
 class Head(NamedTuple):
@@ -387,8 +387,24 @@ class FakeFleet:
         for follower in list(self.followers):
             follower(line)
 
-    async def statistics(self, name: str, minutes: int) -> list[Minute]:
-        return [Minute(name, 28_333_333, requests=minutes)]
+    async def statistics(self, query: StatisticsQuery) -> Summary:
+        self.calls.append(("statistics", query))
+        rollup = Rollup()
+        for seconds in (0.1, 0.2, 0.3):
+            rollup.count("", True, seconds, 0.01, 0.05, 4, 10, 20)
+        rollup.count("overload", False, 0.0, 0.0, None, 0, 0, 0)
+        rollup.sample(1000, 0)
+        return Summary(
+            rollup, {1_700_000_000: rollup}, {query.deployment or "small": rollup}, {0: rollup}
+        )
+
+    def recent(self, seconds: float) -> dict[str, Rollup]:
+        rollup = Rollup()
+        rollup.count("", True, seconds / 100, 0.01, None, 4, 10, 20)
+        return {"small": rollup}
+
+    def rooms(self) -> list[Room]:
+        return [Room("host", 4000, 1000)]
 
     async def record(self, entry: AuditEntry) -> None:
         if self.recording is not None:

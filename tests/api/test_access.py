@@ -191,7 +191,7 @@ def test_get_changes_nothing() -> None:
     for path in PATHS:
         for method in ("GET", "HEAD"):
             house.send(request(method, path))
-    assert {call[0] for call in house.fleet.calls} <= {"audit"}
+    assert {call[0] for call in house.fleet.calls} <= {"audit", "statistics"}
     assert not house.fleet.passages
     assert [one.revoked_at for one, _ in house.store.held] == [None] * 3
 

@@ -51,6 +51,10 @@ RULES = {
     "GET /deployments/<name>/memory": READING,
     "GET /deployments/<name>/why": READING,
     "GET /deployments/<name>/statistics": READING,
+    "GET /statistics": READING,
+    "GET /activity": READING,
+    # Anybody who may ask for a model; of others' keys they hear that there are none.
+    "GET /keys/<name>/statistics": INFERENCE,
     "GET /deployments/<name>/logs": READING,
     "GET /deployments/<name>/events": READING,
     "GET /events": READING,

@@ -218,7 +218,9 @@ def test_rollback() -> None:
         ("/deployments/small/generations", "generations"),
         ("/deployments/small/lives?limit=1", "lives"),
         ("/deployments/small/events", "events"),
-        ("/deployments/small/statistics?minutes=5", "minutes"),
+        ("/deployments/small/statistics?by=hour", "periods"),
+        ("/statistics", "keys"),
+        ("/activity", "deployments"),
         ("/deployments/small/logs?lines=10", "lines"),
         ("/events?after=0&limit=10&deployment=small", "events"),
         ("/catalogue", "models"),
@@ -238,12 +240,6 @@ def test_what_a_deployment_needs_of_memory_is_told() -> None:
     assert reply["footprint"]["host_peaks"] == {"load": 3000, "warm": 2000, "busy": 2500}
     assert reply["rooms"][0]["device"] == "host"
     assert House().ask("GET", "/deployments/none/memory").status == 404
-
-
-def test_a_minute_is_a_time() -> None:
-    (minute,) = House().ask("GET", "/deployments/small/statistics?minutes=7").json()["minutes"]
-    assert minute["minute"] == "2023-11-14T22:13:00Z"
-    assert minute["requests"] == 7
 
 
 def test_status_says_what_runs() -> None:

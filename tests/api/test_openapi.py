@@ -56,7 +56,7 @@ def test_times_are_described_as_they_are_sent() -> None:
     time = {"type": "string", "format": "date-time"}
     assert schemas["DeploymentStatus"]["properties"]["created_at"] == time
     assert time in schemas["DeploymentStatus"]["properties"]["next_try_at"]["anyOf"]
-    assert schemas["Minute"]["properties"]["minute"] == time
+    assert schemas["PeriodFigures"]["properties"]["at"] == time
 
 
 def test_operations_have_names_of_their_own_and_a_summary() -> None:

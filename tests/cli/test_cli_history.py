@@ -24,16 +24,6 @@ EVENT = {
     "cause": "it has been warmed up",
     "worker": None,
 }
-MINUTE = {
-    "deployment": "mini",
-    "minute": "2026-01-02T03:04:00Z",
-    "requests": 4,
-    "errors": 1,
-    "prompt_tokens": 100,
-    "completion_tokens": 0,
-    "seconds": 0.5,
-    "queue_seconds": 0.1,
-}
 
 
 @pytest.fixture
@@ -114,23 +104,6 @@ def test_events_follow(api: Api) -> None:
     result = api.tursi("events", "-f")
     assert "mini-1-0 is ready" in result.stdout
     assert api.asked[0].parameters == {"limit": "50", "follow": "1"}
-
-
-def test_stats_have_a_row_per_minute_and_a_total(api: Api) -> None:
-    second = {**MINUTE, "requests": 1, "errors": 0, "seconds": 1.0, "queue_seconds": 0}
-    api.on("GET", "/deployments/mini/statistics", {"minutes": [MINUTE, second]})
-    result = api.tursi("stats", "mini", "--minutes", "5")
-    lines = [line.split() for line in result.stdout.splitlines()]
-    assert lines[0][:3] == ["MINUTE", "REQUESTS", "ERRORS"]
-    assert lines[1][2:] == ["4", "1", "125.0", "ms", "25.0", "ms", "100", "0"]
-    assert lines[3] == ["total", "5", "1", "300.0", "ms", "20.0", "ms", "200", "0"]
-    assert api.asked[0].parameters == {"minutes": "5"}
-    assert json.loads(api.tursi("stats", "mini", "--json").stdout)["minutes"][0] == MINUTE
-
-
-def test_stats_of_an_idle_deployment_say_so(api: Api) -> None:
-    api.on("GET", "/deployments/mini/statistics", {"minutes": []})
-    assert "no requests in the last 60 minutes" in api.tursi("stats", "mini").stdout
 
 
 CRASH = {

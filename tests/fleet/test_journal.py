@@ -12,10 +12,8 @@ from twisted.internet.task import Clock
 
 from tursi.errors import DatabaseBusy, DatabaseError, DatabaseFull, TursiError
 from tursi.fleet import journal as journal_module
-from tursi.fleet import statistics as statistics_module
 from tursi.fleet.journal import RETRY_SECONDS, Journal
-from tursi.fleet.statistics import Statistics
-from tursi.model import AuditEntry, Dossier, FailureClass, LoadOrder, Phase, Usage, WorkerLife
+from tursi.model import AuditEntry, Dossier, FailureClass, LoadOrder, Phase, WorkerLife
 
 LIFE = WorkerLife("a", "echo", 1, 0, "boot", 1.0)
 DOSSIER = Dossier(
@@ -123,15 +121,3 @@ def test_closing_tries_once_more(recovered: bool) -> None:
     assert house.journal.dropped == (not recovered)
     house.clock.advance(RETRY_SECONDS)
     assert house.clock.getDelayedCalls() == []
-
-
-def test_statistics_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statistics_module, "MAX_HELD", 3)
-    now = 0.0
-    statistics = Statistics(lambda: now)
-    for minute in range(5):
-        now = minute * 60.0
-        statistics.count("one", 1, 0, 200, "", 0.1, 0.0, None, Usage())
-        statistics.put_back(statistics.take())
-    assert [each.minute for each in statistics.take()] == [2, 3, 4]
-    assert statistics.dropped == 2

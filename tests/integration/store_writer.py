@@ -12,7 +12,8 @@ from pathlib import Path
 
 from twisted.internet.defer import Deferred, ensureDeferred
 
-from tursi.model import Minute, Request
+from tursi.model import Request
+from tursi.rollup import Record, Rollup
 from tursi.store import Store, prepare
 
 
@@ -26,8 +27,12 @@ async def write(store: Store, writer: str) -> None:
         say(f"generation {writer} {deployment.generation.number}")
         event = await store.record(float(number), "note", f"{os.getpid()}-{writer}-{number}")
         say(f"event {event.id} {event.message}")
-        await store.add_minutes([Minute(writer, 1, requests=1)])
+        rollup = Rollup()
+        rollup.count("", True, number / 1000, 0.0, None, 1, 1, 1)
+        await store.add_records([Record(number % 7 * 1200, writer, number % 3, rollup)])
         say(f"count {writer} 1")
+        if number % 4 == 0:
+            await store.roll_up(at=1e6)
 
 
 def say(line: str) -> None:

@@ -313,6 +313,6 @@ def test_a_lock_that_another_holds_delays_changes_only(running: Daemon) -> None:
     # What had to wait is there: the changes that were refused, and how often it was asked.
     until(lambda: len(audited(running)) == 7, "the entries of the audit that had to wait")
     until(
-        lambda: running.control.get("/deployments/echo/statistics").json()["minutes"],
+        lambda: running.control.get("/deployments/echo/statistics").json()["periods"],
         "statistics",
     )

@@ -13,6 +13,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from tursi.rollup import Period
+from tursi.sketch import Sketch
 from tursi.store import prepare
 from tursi.store.schema import UPGRADES
 
@@ -70,11 +72,18 @@ def test_killed_at_random_instants(tmp_path: Path) -> None:
             ).fetchone()
             # One more may have been stored and not yet been said, per kill.
             assert number <= found <= number + ROUNDS
+        whole: dict[str, int] = {}
         for name, count in counts.items():
-            (found,) = file.execute(
-                "SELECT sum(requests) FROM statistics WHERE deployment = ?", (name,)
-            ).fetchone()
-            assert count <= found <= count + ROUNDS
+            for span in Period:
+                rows = file.execute(
+                    "SELECT requests, latency FROM rollups WHERE deployment = ? AND span IN (0, ?)",
+                    (name, span.value),
+                ).fetchall()
+                found = sum(requests for requests, _ in rows)
+                assert count <= found <= count + ROUNDS
+                # Rolled up or not yet: nothing twice, nothing lost, in no period.
+                assert found == whole.setdefault(name, found)
+                assert found == sum(Sketch.decode(latency).count for _, latency in rows)
         file.close()
     writer.communicate(timeout=30)
     assert writer.returncode == 0

@@ -25,7 +25,7 @@ NEXT = Upgrade(
         "CREATE TABLE next (x TEXT) STRICT",
         "ALTER TABLE deployments ADD COLUMN next TEXT",
         "UPDATE deployments SET next = name",
-        "DROP INDEX statistics_minute",
+        "DROP INDEX rollups_start",
     ),
 )
 

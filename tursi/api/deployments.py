@@ -26,11 +26,9 @@ from tursi.api.messages import (
     Lives,
     LivesQuery,
     LogsQuery,
-    Minutes,
     NewDeploymentBody,
     RollbackBody,
     ScaleBody,
-    StatisticsQuery,
     Workers,
 )
 from tursi.api.stream import Follow
@@ -228,13 +226,6 @@ class DeploymentControl:
     async def why(self, name: str) -> Story:
         """Tell why the deployment is as it is."""
         return await self._fleet.why(name)
-
-    @endpoint(
-        "GET", "/deployments/<name>/statistics", query=StatisticsQuery, reply=Minutes, **_CONTROL
-    )
-    async def statistics(self, name: str, minutes: int) -> Minutes:
-        """Show what the deployment has done, by minute."""
-        return Minutes(await self._fleet.statistics(name, minutes))
 
     @endpoint(
         "GET", "/deployments/<name>/logs", query=LogsQuery, reply=Lines, follow=str, **_CONTROL

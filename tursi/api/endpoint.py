@@ -289,7 +289,7 @@ def identity(text: str) -> int | None:
 
 def is_time(name: str) -> bool:
     """Whether a field of this name is a point in time, which is shown in RFC 3339."""
-    return name in {"at", "minute", "since"} or name.endswith("_at")
+    return name in {"at", "since"} or name.endswith("_at")
 
 
 def jsonable(value: Any) -> Any:
@@ -300,9 +300,7 @@ def jsonable(value: Any) -> Any:
 def _timed(value: Any) -> Any:
     if isinstance(value, dict):
         return {
-            name: _time(name, item)
-            if is_time(name) and isinstance(item, int | float)
-            else _timed(item)
+            name: _time(item) if is_time(name) and isinstance(item, int | float) else _timed(item)
             for name, item in value.items()
         }
     if isinstance(value, list | tuple):
@@ -310,8 +308,6 @@ def _timed(value: Any) -> Any:
     return value
 
 
-def _time(name: str, value: float) -> str:
-    if name == "minute":
-        return datetime.fromtimestamp(value * 60, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+def _time(value: float) -> str:
     text = datetime.fromtimestamp(value, UTC).isoformat(timespec="milliseconds")
     return text.removesuffix("+00:00") + "Z"

@@ -19,15 +19,16 @@ from tursi.model import (
     Event,
     Fit,
     Generation,
-    Minute,
     PullStatus,
     Request,
+    Room,
     Schedule,
     StorageStatus,
     Story,
     Usage,
     WorkerLife,
 )
+from tursi.rollup import Rollup, StatisticsQuery, Summary
 
 
 class Head(Protocol):
@@ -286,8 +287,16 @@ class Fleet(Protocol):
         """Call back with each new line until the returned function is called."""
         ...
 
-    async def statistics(self, name: str, minutes: int) -> list[Minute]:
-        """Its last ``minutes`` minutes."""
+    async def statistics(self, query: StatisticsQuery) -> Summary:
+        """What was done; ``InvalidRequest`` where that is too much at once."""
+        ...
+
+    def recent(self, seconds: float) -> Mapping[str, Rollup]:
+        """What each deployment did in the last ``seconds``."""
+        ...
+
+    def rooms(self) -> Sequence[Room]:
+        """Memory of the host and of each GPU."""
         ...
 
     @property

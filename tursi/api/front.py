@@ -30,6 +30,7 @@ from tursi.api.openapi import document
 from tursi.api.pulls import PullControl
 from tursi.api.request import Request
 from tursi.api.site import Site
+from tursi.api.statistics import StatisticsControl
 from tursi.config import Configuration
 from tursi.errors import InvalidRequest, RouteNotFound
 from tursi.faces import TABLE
@@ -74,6 +75,7 @@ class Front:
             Models(fleet, info),
             PullControl(fleet),
             keys,
+            StatisticsControl(fleet, info, keys.names),
             Daemon(fleet, metrics, info, description, look or _of(fleet), reload),
         )
         self.handlers = [each for owner in owners for each in endpoints(owner)]

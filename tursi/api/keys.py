@@ -85,6 +85,10 @@ class Keys:
                 self.ring.put_back(used)
                 log.warn("the last use of keys waits: {message}", message=error.message)
 
+    async def names(self) -> Mapping[int, str]:
+        """The name of each key by its id, the revoked ones too."""
+        return {key.id: key.name for key, _ in await self._store.keys()}
+
     @endpoint("GET", "/keys", reply=KeyList, **_ADMIN)
     async def list(self) -> KeyList:
         """List the API keys, without their secrets."""

@@ -19,7 +19,6 @@ from tursi.model import (
     Generation,
     Limits,
     Load,
-    Minute,
     PullStatus,
     Role,
     Scope,
@@ -180,12 +179,6 @@ class LogsQuery(_Body):
     """Go on with what is written, as server-sent events."""
 
 
-class StatisticsQuery(_Body):
-    """How far back statistics go."""
-
-    minutes: Annotated[int, msgspec.Meta(ge=1, le=60 * 24 * 366)] = 60
-
-
 class Deployments(msgspec.Struct, frozen=True):
     """All deployments, by name."""
 
@@ -235,12 +228,6 @@ class AuditLog(msgspec.Struct, frozen=True):
     """Entries of the audit in ascending order."""
 
     entries: list[AuditEntry]
-
-
-class Minutes(msgspec.Struct, frozen=True):
-    """Statistics of the minutes in which anything was asked."""
-
-    minutes: list[Minute]
 
 
 class Lines(msgspec.Struct, frozen=True):

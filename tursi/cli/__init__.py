@@ -22,6 +22,8 @@ from tursi.cli import (
     models,
     run,
     service,
+    statistics,
+    top,
 )
 from tursi.cli.connection import Connection, Exit
 from tursi.cli.terminal import note, tolerate
@@ -89,7 +91,8 @@ for _command in (
     models.models,
     models.rm,
     history.logs,
-    history.stats,
+    statistics.stats,
+    top.top,
     history.events,
     history.crashes,
     history.why,

@@ -1,16 +1,15 @@
-"""What happened: logs, events, statistics and the audit."""
+"""What happened: logs, events and the audit."""
 
 from __future__ import annotations
 
 import json as jsonlib
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import click
 
 from tursi.cli.connection import Connection, Exit, Failure, path
-from tursi.cli.options import as_json
+from tursi.cli.options import as_json, since_time
 from tursi.cli.terminal import dump, line, local_time, size, table
 
 
@@ -96,7 +95,7 @@ def audit(
 ) -> None:
     """Show who changed what, or was refused it."""
     answer = connection.get(
-        "/audit", since=_since(since), who=by, action=action, target=target, limit=limit
+        "/audit", since=since_time(since), who=by, action=action, target=target, limit=limit
     )
     if json:
         dump(answer)
@@ -189,42 +188,6 @@ def why(connection: Connection, *, name: str, json: bool) -> None:
             line(_event({**event, "deployment": None}))
 
 
-@click.command()
-@click.argument("name")
-@click.option(
-    "--minutes",
-    type=click.IntRange(min=1),
-    default=60,
-    show_default=True,
-    help="How far to look back.",
-)
-@as_json
-@click.pass_obj
-def stats(connection: Connection, *, name: str, minutes: int, json: bool) -> None:
-    """Show what the deployment NAME has done, minute by minute."""
-    answer = connection.get(path("deployments", name, "statistics"), minutes=minutes)
-    if json:
-        dump(answer)
-        return
-    rows = answer["minutes"]
-    if not rows:
-        line(f"{name} has had no requests in the last {minutes} minutes.")
-        return
-    total = {key: sum(row[key] for row in rows) for key in _COUNTS}
-    table(
-        ("MINUTE", "REQUESTS", "ERRORS", "MEAN", "QUEUED", "TOKENS IN", "TOKENS OUT"),
-        [
-            *((local_time(row["minute"])[:-3], *_statistics(row)) for row in rows),
-            ("total", *_statistics(total)),
-        ],
-    )
-
-
-_COUNTS = (
-    "requests", "errors", "prompt_tokens", "completion_tokens", "seconds", "queue_seconds",
-)  # fmt: skip
-
-
 def _log_line(text: str) -> str | dict[str, Any]:
     """A line of a log; an object where the daemon writes them as such."""
     if text.startswith("{"):
@@ -244,43 +207,12 @@ def _read(text: str | dict[str, Any]) -> str:
     return f"{text['time']} {text['stream']} {text['message']}"
 
 
-def _statistics(row: Mapping[str, Any]) -> Sequence[object]:
-    requests = row["requests"]
-    return (
-        requests,
-        row["errors"],
-        f"{1000 * row['seconds'] / requests:.1f} ms" if requests else None,
-        f"{1000 * row['queue_seconds'] / requests:.1f} ms" if requests else None,
-        row["prompt_tokens"],
-        row["completion_tokens"],
-    )
-
-
 def _event(event: Mapping[str, Any]) -> str:
     cause = event.get("cause")
     # Where the message says it already, once is enough.
     cause = f" (cause: {cause})" if cause and cause not in event["message"] else ""
     about = f"{event['deployment']}: " if event.get("deployment") else ""
     return f"{local_time(event['at'])}  {event['kind']}  {about}{event['message']}{cause}"
-
-
-_AGO = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
-
-
-def _since(text: str | None) -> str | None:
-    """A point in time as the API takes it."""
-    if text is None:
-        return None
-    try:
-        if text[-1:] in _AGO and text[:-1].isdigit():
-            moment = datetime.now(UTC) - timedelta(**{_AGO[text[-1]]: int(text[:-1])})
-        else:
-            moment = datetime.fromisoformat(text).astimezone(UTC)
-    except (ValueError, OverflowError):
-        raise Failure(
-            f"{text!r} is no time; write it like 24h, 7d or 2026-11-26T14:00.", Exit.USAGE
-        ) from None
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _followed(connection: Connection, place: str, parameters: dict[str, object]) -> Any:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime, timedelta
 
 import click
+
+from tursi.cli.connection import Exit, Failure
 
 as_json = click.option("--json", is_flag=True, help="Print JSON, as the HTTP API has it.")
 """``--json``; a command takes it as ``json: bool``."""
@@ -29,3 +32,22 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # older ones take no arg
         # As everywhere: GB are powers of 1000, GiB of 1024; G alone is memory, so GiB.
         base = 1000 if rest == "b" and unit else 1024
         return int(float(number) * base ** _UNITS[unit])
+
+
+_AGO = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+
+def since_time(text: str | None) -> str | None:
+    """A point in time as the API takes it."""
+    if text is None:
+        return None
+    try:
+        if text[-1:] in _AGO and text[:-1].isdigit():
+            moment = datetime.now(UTC) - timedelta(**{_AGO[text[-1]]: int(text[:-1])})
+        else:
+            moment = datetime.fromisoformat(text).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise Failure(
+            f"{text!r} is no time; write it like 24h, 7d or 2026-11-26T14:00.", Exit.USAGE
+        ) from None
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")

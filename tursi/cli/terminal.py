@@ -127,6 +127,23 @@ def size(count: float | None) -> str:
     return f"{count:.1f} GiB"
 
 
+def duration(seconds: float | None) -> str:
+    """A duration as people read it, in three figures or so."""
+    if seconds is None:
+        return "-"
+    if seconds < 0.9995:
+        milliseconds = seconds * 1000
+        return f"{milliseconds:.0f} ms" if milliseconds >= 99.95 else f"{milliseconds:.3g} ms"
+    if seconds < 99.5:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d {hours}h"
+    return f"{hours}h {minutes}m" if hours else f"{minutes}m {rest}s"
+
+
 def local_time(text: str | None) -> str:
     """An RFC 3339 time in the terminal's time zone."""
     if not text:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import random
@@ -51,10 +51,10 @@ from tursi.model import (
     Generation,
     Host,
     Load,
-    Minute,
     Phase,
     Reference,
     Request,
+    Room,
     Schedule,
     StorageStatus,
     Story,
@@ -66,13 +66,15 @@ from tursi.model import (
     deployment_name,
 )
 from tursi.plan import LOADING
+from tursi.rollup import Period, Rollup, StatisticsQuery, Summary
 from tursi.store import Outcome, Store
 from tursi.supervision.link import Sink
 from tursi.supervision.logs import LifeLog
 
 log = Logger()
 
-STATISTICS_SECONDS = 5.0
+STATISTICS_SECONDS = 1.0
+SAMPLE_SECONDS = 10.0
 PRUNE_SECONDS = 3600.0
 CLIENT_ERROR, SERVER_ERROR = 400, 500
 """The least statuses of their kind."""
@@ -176,7 +178,11 @@ class Fleet:
         self._flushing = LoopingCall(self._flush_soon)
         self._pruning = LoopingCall(self._prune_soon)
         self._scaling = LoopingCall(self._autoscale.tick)
-        self._flushing.clock = self._pruning.clock = self._scaling.clock = reactor
+        self._sampling = LoopingCall(self._sample)
+        for loop in (self._flushing, self._pruning, self._scaling, self._sampling):
+            loop.clock = reactor
+        self._rolled_up = 0
+        """The minute in which that was done last."""
         self._opened = False
         self._closed: TursiError | None = StartingUp(retry_after=1)
 
@@ -189,6 +195,7 @@ class Fleet:
             self._members[deployment.name] = self._made(deployment)
             await self._remember(deployment.name)
         self._flushing.start(STATISTICS_SECONDS, now=False)
+        self._sampling.start(SAMPLE_SECONDS, now=False)
         self._pruning.start(PRUNE_SECONDS, now=True)
         self._scaling.start(TICK_SECONDS, now=False)
         await self.pulls.open()
@@ -211,7 +218,7 @@ class Fleet:
         for member in self._members.values():
             member.queue.close(shutting_down())
         await DeferredList(self._convergence.close(), consumeErrors=True)
-        for loop in (self._flushing, self._pruning, self._scaling):
+        for loop in (self._flushing, self._pruning, self._scaling, self._sampling):
             if loop.running:
                 loop.stop()
         await self._flush()
@@ -628,11 +635,18 @@ class Fleet:
         self._member(name)
         return self._logs.follow(name, callback)
 
-    async def statistics(self, name: str, minutes: int) -> list[Minute]:
-        """Its last ``minutes`` minutes, those without a request left out."""
-        self._member(name)
+    async def statistics(self, query: StatisticsQuery) -> Summary:
+        """What was done; ``InvalidRequest`` where that is too much at once."""
         await self._flush()
-        return await self._store.minutes(name, int(self._now() // 60) - minutes + 1)
+        return await self._store.statistics(query)
+
+    def recent(self, seconds: float) -> Mapping[str, Rollup]:
+        """What each deployment did in the last ``seconds``."""
+        return self._statistics.recent.all(self._reactor.seconds(), seconds)
+
+    def rooms(self) -> list[Room]:
+        """Memory of the host and of each GPU."""
+        return self._memory.rooms()
 
     async def record(self, entry: AuditEntry) -> None:
         """Add to the audit; returns when that is on the disk, or has to wait for it."""
@@ -731,14 +745,29 @@ class Fleet:
         return Deferred.fromCoroutine(self._prune())
 
     async def _flush(self) -> None:
-        minutes = self._statistics.take()
-        if not minutes:
-            return
+        records = self._statistics.take(self._reactor.seconds())
         try:
-            await self._store.add_minutes(minutes)
+            if records:
+                await self._store.add_records(records)
         except TursiError as error:
             log.warn("statistics wait for the database: {message}", message=error.message)
-            self._statistics.put_back(minutes)
+            self._statistics.put_back(records)
+            return
+        minute = int(self._now() // Period.MINUTE)
+        if minute != self._rolled_up:
+            self._rolled_up = minute
+            try:
+                await self._store.roll_up(at=self._now())
+            except TursiError as error:
+                # What is too late is rolled up the next time.
+                log.warn("statistics wait for the database: {message}", message=error.message)
+
+    def _sample(self) -> None:
+        """Look at what memory every deployment has."""
+        for name, member in self._members.items():
+            sizes = [worker.status().rss for worker in member.workers.values()]
+            if any(sizes):
+                self._statistics.sample(name, sum(size or 0 for size in sizes))
 
     async def _prune(self) -> None:
         try:

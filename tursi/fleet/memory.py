@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tursi import config
 from tursi.fleet.member import Member
-from tursi.model import Fit, Host, Load, Phase, Verdict, mebibytes
+from tursi.model import Fit, Host, Load, Phase, Room, Verdict, mebibytes
 from tursi.residency import Resident, Rules, Waiting, decide, next_change, order, room_in
 from tursi.supervision.worker import Worker
 
@@ -57,6 +57,10 @@ class Memory:
         generation = member.deployment.generation
         size = generation.resolution.size if generation.resolution else None
         return reckon(size or 0, generation.request.dtype, member.peak)
+
+    def rooms(self) -> list[Room]:
+        """What the host has."""
+        return [Room("host", self._limit, self.room())]
 
     def fit(self, size: int, dtype: str, peak: int | None, replicas: int) -> Fit:
         """Whether so many workers of a model would find room."""

@@ -27,7 +27,7 @@ from tursi.model.deployment import (
 )
 from tursi.model.fit import Fit, Gpu, Room, Verdict
 from tursi.model.footprint import Build, Estimate, Footprint, Measurement, Peaks, Stage
-from tursi.model.history import Event, Minute, Story
+from tursi.model.history import Event, Story
 from tursi.model.limits import (
     MAX_PROCESSES,
     MIN_CPU,
@@ -102,7 +102,6 @@ __all__ = [
     "LoadOrder",
     "Loaded",
     "Measurement",
-    "Minute",
     "Peaks",
     "Phase",
     "Progress",

@@ -28,17 +28,3 @@ class Story:
     """The chain that led there, oldest first."""
     crash: int | None = None
     """The crash that has the evidence."""
-
-
-@dataclass(frozen=True, slots=True)
-class Minute:
-    """Statistics of one deployment over one minute."""
-
-    deployment: str
-    minute: int
-    requests: int = 0
-    errors: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    seconds: float = 0.0
-    queue_seconds: float = 0.0

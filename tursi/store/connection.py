@@ -8,7 +8,7 @@ import sqlite3
 from pathlib import Path
 
 from tursi.errors import DatabaseBusy, DatabaseError, DatabaseFull, TursiError
-from tursi.store import place
+from tursi.store import place, statistics
 
 BUSY_MILLISECONDS = 1000
 """How long SQLite itself waits for another process's lock, per attempt."""
@@ -22,6 +22,7 @@ def for_writing(connection: sqlite3.Connection) -> None:
     """Set up the one connection that writes."""
     # Most pragmas belong to the connection, and some do nothing within a transaction.
     _apply(connection, "foreign_keys=ON", "synchronous=FULL")
+    statistics.prepare(connection)
 
 
 def for_reading(connection: sqlite3.Connection) -> None:

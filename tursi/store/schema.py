@@ -320,6 +320,57 @@ _MEASUREMENTS = (
     "CREATE INDEX measurements_at ON measurements (at)",
 )
 
+_ROLLUPS = (
+    """
+    -- What was done for a key within a span of time, added up. A row of span 0 is that of a
+    -- minute that may still go on, and goes when it has been added to the three others.
+    CREATE TABLE rollups (
+        span              INTEGER NOT NULL CHECK (span IN (0, 60, 3600, 86400)),  -- seconds
+        start             INTEGER NOT NULL,            -- UTC epoch seconds
+        deployment        TEXT NOT NULL,               -- empty: requests that got to none
+        key               INTEGER NOT NULL,            -- its id; 0: requests without one
+        requests          INTEGER NOT NULL,
+        served            INTEGER NOT NULL,            -- those that a worker got
+        prompt_tokens     INTEGER NOT NULL,
+        completion_tokens INTEGER NOT NULL,
+        seconds           REAL NOT NULL,               -- of all that were served together
+        queue_seconds     REAL NOT NULL,               -- the part of them spent waiting
+        batched           INTEGER NOT NULL DEFAULT 0,  -- requests that were part of a batch
+        batch_size        INTEGER NOT NULL DEFAULT 0,  -- the sizes of these batches, added up
+        batch_max         INTEGER NOT NULL DEFAULT 0,
+        errors_client     INTEGER NOT NULL DEFAULT 0,
+        errors_overload   INTEGER NOT NULL DEFAULT 0,
+        errors_lost       INTEGER NOT NULL DEFAULT 0,
+        errors_timeout    INTEGER NOT NULL DEFAULT 0,
+        errors_cancelled  INTEGER NOT NULL DEFAULT 0,
+        errors_internal   INTEGER NOT NULL DEFAULT 0,
+        errors_unknown    INTEGER NOT NULL DEFAULT 0,
+        samples           INTEGER NOT NULL DEFAULT 0,  -- looks at the workers' memory, in the
+        rss               INTEGER NOT NULL DEFAULT 0,  -- rows without a key: bytes, added up
+        rss_max           INTEGER NOT NULL DEFAULT 0,
+        gpu               INTEGER NOT NULL DEFAULT 0,
+        gpu_max           INTEGER NOT NULL DEFAULT 0,
+        latency           BLOB,                        -- sketches; null: they have counted nothing
+        first_byte        BLOB,
+        queue             BLOB,
+        UNIQUE (span, deployment, start, key)
+    ) STRICT
+    """,
+    "CREATE INDEX rollups_start ON rollups (span, start)",
+    *(
+        f"""
+        INSERT INTO rollups (span, start, deployment, key, requests, served, prompt_tokens,
+            completion_tokens, seconds, queue_seconds, errors_unknown)
+        SELECT {span}, minute * 60 / {span} * {span}, deployment, 0, sum(requests), sum(requests),
+            sum(prompt_tokens), sum(completion_tokens), sum(seconds), sum(queue_seconds),
+            sum(errors)
+        FROM statistics GROUP BY deployment, minute * 60 / {span}
+        """  # noqa: S608 - three numbers
+        for span in (60, 3600, 86400)
+    ),
+    "DROP TABLE statistics",
+)
+
 UPGRADES: tuple[Upgrade, ...] = (
     Upgrade("the first schema", _FIRST),
     Upgrade("pickle and remote code by generation", _TRUST),
@@ -329,5 +380,6 @@ UPGRADES: tuple[Upgrade, ...] = (
     Upgrade("quantization, and why a load was as it was", _QUANTIZATION),
     Upgrade("canaries, ranges of replicas, and what became of generations", _CHANGES),
     Upgrade("measured memory of models", _MEASUREMENTS),
+    Upgrade("statistics by key, minute, hour and day", _ROLLUPS),
 )
 """``UPGRADES[n]`` brings version ``n`` to ``n + 1``."""

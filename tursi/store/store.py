@@ -28,7 +28,6 @@ from tursi.model import (
     Event,
     Generation,
     Measurement,
-    Minute,
     Pull,
     Request,
     Resolution,
@@ -36,6 +35,7 @@ from tursi.model import (
     Scope,
     WorkerLife,
 )
+from tursi.rollup import Record, StatisticsQuery, Summary
 from tursi.store import (
     audit,
     backups,
@@ -48,6 +48,7 @@ from tursi.store import (
     measurements,
     place,
     pulls,
+    statistics,
 )
 from tursi.store.deployments import Outcome
 
@@ -290,13 +291,17 @@ class Store:
         """The newest ``limit`` events after the id ``after``, oldest first."""
         return self._read(events.newest, deployment, after, limit)
 
-    def add_minutes(self, minutes: Sequence[Minute]) -> Deferred[None]:
-        """Add to the rollups."""
-        return self._write(events.add_minutes, tuple(minutes))
+    def add_records(self, records: Sequence[Record]) -> Deferred[None]:
+        """Add to the statistics."""
+        return self._write(statistics.add, tuple(records))
 
-    def minutes(self, deployment: str, since: int) -> Deferred[list[Minute]]:
-        """The rollups from the epoch minute ``since`` on, oldest first."""
-        return self._read(events.minutes_since, deployment, since)
+    def roll_up(self, *, at: float) -> Deferred[None]:
+        """Add what was counted in the minutes before to the minutes, hours and days."""
+        return self._write(statistics.roll_up, at)
+
+    def statistics(self, query: StatisticsQuery) -> Deferred[Summary]:
+        """Statistics, added up; ``InvalidRequest`` if they are too many."""
+        return self._read(statistics.summary, query)
 
     def add_audit(self, entry: AuditEntry) -> Deferred[AuditEntry]:
         """Append to the audit; the entry with its id."""
@@ -537,6 +542,7 @@ def _checkpoint(txn: Any) -> None:
 
 
 def _prune(txn: Any, storage: Storage, at: float) -> None:
-    events.prune(txn, storage, at)
+    events.prune(txn, storage)
+    statistics.prune(txn, storage, at)
     lives.prune(txn, storage)
     audit.prune(txn, storage)
