@@ -112,6 +112,30 @@ def test_sizes(api: Api, text: str, size: int) -> None:
     assert api.asked[0].body["limits"] == {"memory": size}
 
 
+@pytest.mark.parametrize(
+    ("text", "sent"),
+    [("2", {"replicas": 2}), ("1-4", {"replicas": 1, "max_replicas": 4}), ("3..3", None)],
+)
+def test_numbers_and_ranges_of_replicas(api: Api, text: str, sent: dict[str, int] | None) -> None:
+    api.on("POST", "/deployments", created(deployment()))
+    assert api.tursi("up", "org/mini", "--replicas", text).exit_code == Exit.OK
+    expected = sent or {"replicas": 3, "max_replicas": 3}
+    body = api.asked[0].body
+    assert {key: body[key] for key in body if "replicas" in key} == expected
+
+
+@pytest.mark.parametrize("text", ["0", "4-1", "1-65", "many", "1-", "-1"])
+def test_no_numbers_of_replicas(api: Api, text: str) -> None:
+    assert api.tursi("up", "org/mini", f"--replicas={text}").exit_code == Exit.USAGE
+    assert not api.asked
+
+
+def test_ps_shows_a_range(api: Api) -> None:
+    ranged = deployment(replicas=2, min_replicas=1, max_replicas=4)
+    api.on("GET", "/deployments", {"deployments": [ranged]})
+    assert " 1 of 1-4 " in api.tursi("ps").stdout
+
+
 @pytest.mark.parametrize("text", ["", "much", "-1G", "2GiBs", "1e9", "G", "0x10", "inf", "1 2"])
 def test_no_sizes(api: Api, text: str) -> None:
     result = api.tursi("up", "org/mini", "--memory", text)
@@ -126,6 +150,7 @@ def test_no_sizes(api: Api, text: str) -> None:
         ("unchanged", "mini: nothing to do, it is serving (generation 1)."),
         ("replaced", "mini: changed, generation 1 takes over when it is ready."),
         ("scaled", "mini: scaled to 1 replica."),
+        ("back", "mini: stays at generation 1, which serves."),
         ("started", "mini: started again (generation 1)."),
         ("retried", "mini: nothing has changed, but it had failed; it tries again."),
     ],

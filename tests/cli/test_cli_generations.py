@@ -23,7 +23,12 @@ def generation(number: int, *, commit: str | None = None, **request: Any) -> dic
         "created_by": "uid 0",
         "request": {**asked, "limits": limits, **request},
         "resolution": commit and {"folder": "/cache", "commit": commit, "task": "fill-mask"},
+        "turns": [],
     }
+
+
+def turn(fate: str, minute: int, reason: str | None = None) -> dict[str, Any]:
+    return {"fate": fate, "at": f"2026-01-02T03:{minute:02}:05Z", "reason": reason}
 
 
 @pytest.fixture
@@ -47,12 +52,89 @@ def test_history_shows_what_each_generation_was(api: Api) -> None:
     result = api.tursi("history", "mini")
     assert result.exit_code == Exit.OK, result.output
     header, first, second, third = result.stdout.splitlines()
-    columns = ["GENERATION", "WHEN", "BY", "TASK", "DEVICE", "DTYPE", "COMMIT", "MODEL"]
+    columns = ["GENERATION", "WHEN", "BY", "TASK", "DEVICE", "DTYPE", "COMMIT", "MODEL", "OUTCOME"]
     assert header.split() == columns
-    assert first.split()[-5:] == ["fill-mask", "auto", "auto", "a" * 12, "org/mini"]
-    assert second.split()[-5:] == ["-", "auto", "float16", "-", "org/mini"]
+    assert first.split()[-6:] == ["fill-mask", "auto", "auto", "a" * 12, "org/mini", "-"]
+    assert second.split()[-6:] == ["-", "auto", "float16", "-", "org/mini", "-"]
     assert third.startswith("3 ")
     assert len(json.loads(api.tursi("history", "mini", "--json").stdout)["generations"]) == 3
+
+
+def test_history_says_what_became_of_each_generation(api: Api) -> None:
+    turns = [
+        [turn("serving", 1), turn("replaced", 9, "by generation 2")],
+        [turn("failed", 2, "It broke."), turn("retried", 3, "uid 0"), turn("serving", 4)],
+        [turn("failed", 5, "It broke.")],
+        [turn("given-up", 6, "key 3")],
+        [turn("serving", 7), turn("rolled-back", 8, "by generation 6")],
+    ]
+    known = [{**generation(number), "turns": each} for number, each in enumerate(turns, 1)]
+    api.on("GET", "/deployments/mini/generations", {"generations": known})
+    found = [
+        text.partition("org/mini")[2].strip()
+        for text in api.tursi("history", "mini").stdout.splitlines()
+    ]
+    assert found[1:] == [
+        "replaced by generation 2, after 8 min",
+        "serves",
+        "failed: It broke.",
+        "given up by key 3",
+        "rolled back by generation 6, after 60 s",
+    ]
+
+
+CANARY = {
+    "generation": 2, "weight": 10, "phase": "ready", "ready": 1, "model": "org/other",
+    "reason": None, "requests": 20, "errors": 1,
+}  # fmt: skip
+
+
+def test_a_canary_is_deployed_weighed_and_promoted(api: Api) -> None:
+    both = deployment()
+    both["workers"].append({**both["workers"][0], "generation": 2, "phase": "loading"})
+    loading = {**both, "canary": {**CANARY, "phase": "loading", "requests": 0}, "stable": 1}
+    api.on("PUT", "/deployments/mini", {"deployment": loading, "outcome": "replaced"})
+    api.on("GET", "/deployments/mini", {**deployment(generation=1), "canary": None})
+    command = ("up", "org/other", "--name", "mini", "--canary", "10")
+    result = api.tursi(*command)
+    # It went by itself while we waited.
+    assert result.exit_code == Exit.DEPLOYMENT_FAILED
+    assert "Generation 2 of mini is given up, generation 1 serves" in result.stderr
+    assert result.stdout.startswith("mini: generation 2 gets 10 % of the requests when it is ready")
+    assert api.asked[0].body["canary"] == 10
+    ready = deployment()
+    ready["workers"].append({**ready["workers"][0], "generation": 2})
+    api.on("GET", "/deployments/mini", {**ready, "canary": CANARY})
+    assert api.tursi(*command).exit_code == Exit.OK
+    api.on("GET", "/deployments", {"deployments": [{**ready, "canary": CANARY}]})
+    assert api.tursi("ps").stdout.splitlines()[-1] == (
+        "mini: generation 2 (org/other) is a canary with 10 % of the requests; it is ready, "
+        "20 requests, 1 failed."
+    )
+    weighed = {**ready, "canary": {**CANARY, "weight": 50}}
+    api.on("POST", "/deployments/mini/canary", Reply(weighed, 202))
+    said = api.tursi("canary", "mini", "50")
+    assert said.stdout == "mini: generation 2 gets 50 % of the requests.\n"
+    assert api.asked[-1].body == {"weight": 50}
+    assert json.loads(api.tursi("canary", "mini", "50", "--json").stdout)["canary"]["weight"] == 50
+    assert api.tursi("canary", "mini", "101").exit_code == Exit.USAGE
+    served = deployment(generation=2)
+    served["workers"][0]["generation"] = 2
+    api.on("POST", "/deployments/mini/promote", Reply(served, 202))
+    assert api.tursi("promote", "mini").stdout == "mini: generation 2 takes over.\n"
+    api.on("POST", "/deployments/mini/rollback", {"deployment": deployment(), "outcome": "back"})
+    assert "stays at org/mini, generation 1" in api.tursi("rollback", "mini").stdout
+
+
+def test_who_has_to_make_room_is_told_beforehand(api: Api) -> None:
+    served = {**deployment(), "stable": 1}
+    api.on(
+        "PUT",
+        "/deployments/mini",
+        {"deployment": served, "outcome": "replaced"},
+        {"verdict": "in_place", "message": "It fits only in its place."},
+    )
+    assert "only in its place" in api.tursi("up", "org/mini", "--name", "mini").stderr
 
 
 def test_diff_compares_the_last_two_unless_told(api: Api) -> None:
@@ -141,6 +223,40 @@ def test_apply_shows_and_does_the_difference(api: Api, tmp_path: Path) -> None:
     assert bodies["/deployments/fresh"]["model"] == str(tmp_path / "weights")
     [change, *_] = json.loads(api.tursi(*command, "--dry-run", "--json").stdout)["changes"]
     assert change["fields"]["replicas"] == {"from": 1, "to": 2}
+
+
+def test_apply_of_canaries_and_ranges(api: Api, tmp_path: Path) -> None:
+    file = tmp_path / "deployments.toml"
+
+    def changed(text: str, **fields: Any) -> dict[str, Any]:
+        file.write_text(f"[deployments.mini]\n{text}\n")
+        known = {"generations": [generation(1), generation(2, dtype="float16")]}
+        api.on("GET", "/deployments/mini/generations", known)
+        api.on("GET", "/deployments", {"deployments": [deployment(**fields)]})
+        result = api.tursi("apply", "-f", str(file), "--dry-run", "--json")
+        assert result.exit_code == Exit.OK, result.output
+        changes = json.loads(result.stdout)["changes"]
+        return changes[0]["fields"] if changes else {}
+
+    small = 'model = "org/mini"'
+    half = f'{small}\ndtype = "float16"\ncanary = 10'
+    as_canary = {"canary": CANARY}
+    assert changed(half) == {
+        "dtype": {"from": "auto", "to": "float16"},
+        "canary": {"from": None, "to": 10},
+    }
+    assert changed(half, **as_canary) == {}
+    assert changed(half.replace("10", "50"), **as_canary) == {"canary": {"from": 10, "to": 50}}
+    assert changed(half, generation=2) == {}
+    assert changed(small, **as_canary) == {"dtype": {"from": "float16", "to": "auto"}}
+    range_ = f'{small}\nreplicas = "1-4"'
+    assert changed(range_) == {"max_replicas": {"from": None, "to": 4}}
+    assert changed(range_, replicas=2, min_replicas=1, max_replicas=4) == {}
+    assert changed(small, replicas=2, min_replicas=1, max_replicas=4) == {
+        "max_replicas": {"from": 4, "to": None}
+    }
+    file.write_text(f'[deployments.mini]\n{small}\nreplicas = "4-1"\n')
+    assert api.tursi("apply", "-f", str(file)).exit_code == Exit.USAGE
 
 
 def test_what_is_as_the_file_says_is_left_alone(api: Api, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tursi.config import Workers
 from tursi.fleet.story import MAX_EVENTS, tell
 from tursi.model import (
+    CanaryStatus,
     Crash,
     DeploymentStatus,
     Desired,
@@ -211,6 +212,42 @@ def test_an_older_generation_that_keeps_serving_is_told() -> None:
         "If nothing moves for 5 min, it is ended and tried again.",
         "Replica 0 of generation 1 is ready, since 07:59:00 UTC (60 s ago).",
     )
+
+
+def test_a_canary_is_told_of_with_what_is_worse() -> None:
+    canary = CanaryStatus(2, 10, Phase.READY, 1, "org/other", "5 % of its requests fail.", 100, 5)
+    told = story(status(worker(), canary=canary)).sentences
+    assert told[1] == (
+        "Generation 2 is a canary with 10 % of the requests; it is ready, and 5 of 100 requests "
+        "failed."
+    )
+    assert told[2] == "5 % of its requests fail."
+    assert "tursi promote mini" in told[3]
+
+
+def test_a_generation_that_failed_or_takes_the_others_place_is_told_of() -> None:
+    failed = Event(
+        9, NOW - 60, "generation.failed", "mini", "generation 2 of mini is given up", "it crashed"
+    )
+    told = story(status(worker()), events=(CREATED, failed)).sentences
+    assert told[1].startswith("Generation 2 of mini is given up, since ")
+    assert told[1].endswith(": it crashed.")
+    assert not any(
+        "given up" in each
+        for each in story(
+            status(worker()), events=(failed, replace(CREATED, id=10, at=NOW))
+        ).sentences
+    )
+    assert any("no room for two" in each for each in story(status(in_place=True)).sentences)
+
+
+def test_a_range_of_replicas_and_what_keeps_from_more() -> None:
+    held = Event(
+        9, NOW - 60, "autoscale.held", "mini", "mini stays at 1 replicas", "2 GiB are free"
+    )
+    told = story(status(worker(), min_replicas=1, max_replicas=4), events=(CREATED, held)).sentences
+    assert "(from 1 to 4 as needed)" in told[0]
+    assert told[1] == "mini stays at 1 replicas: 2 GiB are free."
 
 
 def test_the_stopped_and_those_without_files() -> None:

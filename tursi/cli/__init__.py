@@ -86,6 +86,8 @@ for _command in (
     generations.history,
     generations.diff,
     generations.rollback,
+    generations.canary,
+    generations.promote,
     models.pull,
     models.pulls,
     models.models,

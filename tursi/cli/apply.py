@@ -12,14 +12,24 @@ import click
 from tursi.cli.connection import Connection, Exit, Failure, path
 from tursi.cli.deployments import GONE_SECONDS, await_gone, reference, waiting
 from tursi.cli.generations import changes, flat, told
-from tursi.cli.options import as_json
+from tursi.cli.options import Replicas, as_json
 from tursi.cli.progress import display, wait
 from tursi.cli.terminal import dump, line
 from tursi.errors import InvalidRequest
-from tursi.model import Limits, Load, Reference, Request, check_replicas, deployment_name
+from tursi.model import (
+    Limits,
+    Load,
+    Reference,
+    Request,
+    check_replicas,
+    check_weight,
+    deployment_name,
+)
 
 _SCHEDULE = ("load", "keep_alive")
-_FIELDS = (*(each.name for each in fields(Request)), "replicas", *_SCHEDULE)
+_FIELDS = (
+    *(each.name for each in fields(Request)), "replicas", "max_replicas", "canary", *_SCHEDULE,
+)  # fmt: skip
 
 
 class _Change(NamedTuple):
@@ -110,12 +120,19 @@ def _wanted(file: Path, name: str, table: Any) -> dict[str, Any]:
             )
         given = dict(table)
         _check_fields(given)
-        replicas = given.pop("replicas", 1)
-        check_replicas(replicas)
+        replicas, most = given.pop("replicas", 1), given.pop("max_replicas", None)
+        if isinstance(replicas, str):
+            replicas, most = Replicas().convert(replicas, None, None)
+        check_replicas(replicas, most)
+        canary = given.pop("canary", None)
+        if canary is not None:
+            check_weight(canary)
         schedule = _schedule(given)
+        extra = {"max_replicas": most, "canary": canary}
+        extra = {key: value for key, value in extra.items() if value is not None}
         given["model"] = str(_reference(file, given["model"]))
         given["limits"] = Limits(**given.get("limits", {}))
-        return {**asdict(Request(**given).checked()), "replicas": replicas, **schedule}
+        return {**asdict(Request(**given).checked()), "replicas": replicas, **schedule, **extra}
     except InvalidRequest as error:
         raise Failure(f"{file}: [deployments.{name}]: {error.message}", Exit.USAGE) from None
     except click.BadParameter as error:
@@ -160,15 +177,36 @@ def _plan(
         if status is None:
             plan.append(_Change(name, "create", changes({}, flat(body)), body))
             continue
-        [*_, newest] = connection.get(path("deployments", name, "generations"))["generations"]
-        others = ["replicas", *(key for key in _SCHEDULE if key in body)]
-        request = {**newest["request"], **{key: status[key] for key in others}}
-        found = changes({"desired": status["desired"], **flat(request)}, after)
+        found = _differences(connection, status, body, after)
         if found:
             plan.append(_Change(name, "change", found, body))
     if prune:
         plan += [_Change(name, "remove", [], {}) for name in present if name not in wanted]
     return plan
+
+
+def _differences(
+    connection: Connection, status: dict[str, Any], body: dict[str, Any], after: dict[str, Any]
+) -> list[tuple[str, object, object]]:
+    """In what a deployment differs from what the file says, as far as that says it."""
+    canary = status.get("canary")
+    number = (canary or status)["generation"]
+    known = connection.get(path("deployments", status["name"], "generations"))["generations"]
+    wanted = next(each for each in known if each["number"] == number)
+    before = {
+        "desired": status["desired"],
+        **flat(wanted["request"]),
+        "replicas": status.get("min_replicas") or status["replicas"],
+        **{key: status[key] for key in _SCHEDULE if key in body},
+    }
+    if status.get("max_replicas") is not None:
+        before["max_replicas"] = status["max_replicas"]
+    found = changes(before, {key: value for key, value in after.items() if key != "canary"})
+    weight = canary["weight"] if canary else None
+    # What has taken over is no canary any more.
+    if body.get("canary") not in {None, weight} and (canary or found):
+        found.append(("canary", weight, body["canary"]))
+    return found
 
 
 def _do(connection: Connection, change: _Change) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from tursi.cli.connection import Connection, Exit, Failure, path
-from tursi.cli.options import Size, as_json
+from tursi.cli.options import Replicas, Size, as_json
 from tursi.cli.progress import Verdict, display, look, wait
 from tursi.cli.terminal import dump, line, local_time, note, size, table
 from tursi.errors import InvalidRequest
@@ -56,7 +56,17 @@ def waiting(command: Command) -> Command:
     type=click.Choice(QUANTIZATIONS),
     help="Weights as int8 or int4 (default: none).",
 )
-@click.option("--replicas", type=click.IntRange(min=1), help="Number of workers (default: 1).")
+@click.option(
+    "--replicas",
+    type=Replicas(),
+    help="Number of workers (default: 1), or a range: 1-4 are as many as requests need.",
+)
+@click.option(
+    "--canary",
+    type=click.IntRange(0, 100),
+    metavar="PERCENT",
+    help="Give it so many percent of the requests, and leave the rest to what serves now.",
+)
 @click.option("--memory", type=Size(), help="Most memory of each worker, such as 2GiB.")
 @click.option("--cpu", type=click.FloatRange(min=0, min_open=True), help="Most cores of each.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads to compute with.")
@@ -84,6 +94,7 @@ def up(
     *,
     model: str,
     name: str | None,
+    replicas: tuple[int, int | None] | None,
     dry_run: bool,
     no_wait: bool,
     timeout: float,
@@ -102,6 +113,10 @@ def up(
     }
     limits = {key: given.pop(key) for key in _LIMITS if key in given}
     asked: dict[str, Any] = {"model": str(reference(model)), **given}
+    if replicas is not None:
+        asked["replicas"] = replicas[0]
+        if replicas[1] is not None:
+            asked["max_replicas"] = replicas[1]
     if limits:
         asked["limits"] = limits
     method, place = ("POST", "/deployments") if name is None else ("PUT", _place(name))
@@ -114,9 +129,20 @@ def up(
     if not json:
         ready = look(status).verdict is Verdict.READY
         line(_announcement(status, answer["outcome"], ready=ready))
+        beside = status.get("stable") is not None and status.get("canary") is None
+        if answer["outcome"] == "replaced" and beside:
+            _tell_of_place(connection, status["name"], asked)
         for warning in _risks(status):
             note(warning)
     await_ready(context, answer, no_wait=no_wait, timeout=timeout, json=json)
+
+
+def _tell_of_place(connection: Connection, name: str, asked: dict[str, Any]) -> None:
+    """Say so if the new generation has to take the old one's place in memory."""
+    place = path("deployments", name)
+    fit = connection.call("PUT", place, body=asked, parameters={"dry_run": 1}).body
+    if fit["verdict"] == "in_place":
+        note(fit["message"])
 
 
 def await_ready(
@@ -209,7 +235,7 @@ def ps(connection: Connection, *, json: bool) -> None:
                 status["name"],
                 status["task"],
                 _phase(status),
-                f"{status['ready']}/{status['replicas']}",
+                _ready_of(status),
                 status["device"],
                 size(_memory(status)),
                 status["in_flight"],
@@ -224,6 +250,8 @@ def ps(connection: Connection, *, json: bool) -> None:
     for status in statuses:
         if status["reason"] and status["phase"] != Phase.READY:
             line(f"{status['name']}: {status['reason']}")
+        if status.get("canary"):
+            line(_canary(status))
         for warning in _risks(status):
             line(warning)
 
@@ -275,18 +303,28 @@ def _announcement(status: dict[str, Any], outcome: str, *, ready: bool) -> str:
         if ready:
             return f"{name}: nothing to do, it is serving (generation {number})."
         return f"{name}: nothing to change, it is still coming up (generation {number})."
+    canary = status.get("canary")
+    if outcome in {"replaced", "weighed"} and canary:
+        return (
+            f"{name}: generation {canary['generation']} gets {canary['weight']} % of the requests "
+            f"when it is ready; `tursi promote {name}` or `tursi rollback {name}` ends that."
+        )
     return {
         "created": f"{name}: created from {status['model']}.",
         "replaced": f"{name}: changed, generation {number} takes over when it is ready.",
-        "scaled": f"{name}: scaled to {_count(status['replicas'])}.",
+        "scaled": f"{name}: scaled to {_count(status)}.",
+        "back": f"{name}: stays at generation {number}, which serves.",
         "scheduled": f"{name}: is now loaded {_load(status)}.",
         "started": f"{name}: started again (generation {number}).",
         "retried": f"{name}: nothing has changed, but it had failed; it tries again.",
     }.get(outcome, f"{name}: {outcome}.")
 
 
-def _count(replicas: int) -> str:
-    return f"{replicas} replica{'s' * (replicas > 1)}"
+def _count(status: dict[str, Any]) -> str:
+    least, most = status.get("min_replicas"), status.get("max_replicas")
+    if most is not None:
+        return f"{least} to {most} replicas"
+    return f"{status['replicas']} replica{'s' * (status['replicas'] > 1)}"
 
 
 def _load(status: dict[str, Any]) -> str:
@@ -318,6 +356,26 @@ def _until(status: dict[str, Any]) -> str:
     if status.get("pinned"):
         return "pinned"
     return local_time(status["unloads_at"]) if status.get("unloads_at") else ""
+
+
+def _ready_of(status: dict[str, Any]) -> str:
+    """How many workers serve, of how many."""
+    least, most = status.get("min_replicas"), status.get("max_replicas")
+    if most is None:
+        return f"{status['ready']}/{status['replicas']}"
+    return f"{status['ready']} of {least}-{most}"
+
+
+def _canary(status: dict[str, Any]) -> str:
+    """What there is to say of a canary."""
+    canary = status["canary"]
+    told = (
+        f"{status['name']}: generation {canary['generation']} ({canary['model']}) is a canary with "
+        f"{canary['weight']} % of the requests; it is {canary['phase']}"
+    )
+    if canary["requests"]:
+        told += f", {canary['requests']} requests, {canary['errors']} failed"
+    return f"{told}: {canary['reason']}" if canary["reason"] else f"{told}."
 
 
 def _memory(status: dict[str, Any]) -> int | None:

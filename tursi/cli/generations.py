@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import click
@@ -11,6 +12,7 @@ from tursi.cli.connection import Connection, Exit, Failure, path
 from tursi.cli.deployments import await_ready, waiting
 from tursi.cli.options import as_json
 from tursi.cli.terminal import dump, line, local_time, table
+from tursi.model import Fate
 
 
 @click.command()
@@ -18,13 +20,13 @@ from tursi.cli.terminal import dump, line, local_time, table
 @as_json
 @click.pass_obj
 def history(connection: Connection, *, name: str, json: bool) -> None:
-    """List the generations of the deployment NAME: what it was, since when, by whom."""
+    """List the generations of the deployment NAME: what, when, by whom, and what became of it."""
     answer = connection.get(path("deployments", name, "generations"))
     if json:
         dump(answer)
         return
     table(
-        ("GENERATION", "WHEN", "BY", "TASK", "DEVICE", "DTYPE", "COMMIT", "MODEL"),
+        ("GENERATION", "WHEN", "BY", "TASK", "DEVICE", "DTYPE", "COMMIT", "MODEL", "OUTCOME"),
         [
             (
                 each["number"],
@@ -33,6 +35,7 @@ def history(connection: Connection, *, name: str, json: bool) -> None:
                 *(_meant(each, key) for key in ("task", "device", "dtype")),
                 (_meant(each, "commit") or "-")[:12],
                 each["request"]["model"],
+                _outcome(each),
             )
             for each in answer["generations"]
         ],
@@ -78,6 +81,41 @@ def diff(connection: Connection, *, name: str, generations: tuple[int, ...], jso
 
 @click.command()
 @click.argument("name")
+@click.argument("percent", type=click.IntRange(0, 100))
+@as_json
+@click.pass_obj
+def canary(connection: Connection, *, name: str, percent: int, json: bool) -> None:
+    """Give the canary of NAME another share of the requests, in PERCENT.
+
+    `tursi up MODEL --name NAME --canary PERCENT` deploys one.
+    """
+    place = path("deployments", name, "canary")
+    status = connection.call("POST", place, body={"weight": percent}).body
+    if json:
+        dump(status)
+    else:
+        number = status["canary"]["generation"]
+        line(f"{name}: generation {number} gets {percent} % of the requests.")
+
+
+@click.command()
+@click.argument("name")
+@waiting
+@as_json
+@click.pass_context
+def promote(
+    context: click.Context, /, *, name: str, no_wait: bool, timeout: float, json: bool
+) -> None:
+    """Let the canary of NAME take over, and end what it was tried beside."""
+    status = context.obj.call("POST", path("deployments", name, "promote")).body
+    if not json:
+        line(f"{name}: generation {status['generation']} takes over.")
+    answer = {"deployment": status, "outcome": "promoted"}
+    await_ready(context, answer, no_wait=no_wait, timeout=timeout, json=json)
+
+
+@click.command()
+@click.argument("name")
 @click.argument("generation", type=click.IntRange(min=1), required=False)
 @waiting
 @as_json
@@ -95,20 +133,63 @@ def rollback(
     """Go back to an earlier GENERATION of NAME, with the very files that it had.
 
     Without GENERATION that is the last one that was something else. What serves
-    now goes on until the other is ready.
+    now goes on until the other is ready. A canary, or a generation that has not taken
+    over yet, is given up instead, for what serves still.
     """
     connection: Connection = context.obj
     place = path("deployments", name, "rollback")
     asked = {} if generation is None else {"generation": generation}
     answer = connection.call("POST", place, body=asked).body
     if not json:
-        status = answer["deployment"]
-        line(
-            f"{name}: nothing to do, it already is that (generation {status['generation']})."
-            if answer["outcome"] == "unchanged"
-            else f"{name}: going back to {status['model']}, as generation {status['generation']}."
-        )
+        line(_gone_back(answer))
     await_ready(context, answer, no_wait=no_wait, timeout=timeout, json=json)
+
+
+def _gone_back(answer: Mapping[str, Any]) -> str:
+    status = answer["deployment"]
+    name, number = status["name"], status["generation"]
+    return {
+        "unchanged": f"{name}: nothing to do, it already is that (generation {number}).",
+        "back": f"{name}: stays at {status['model']}, generation {number}.",
+    }.get(answer["outcome"], f"{name}: going back to {status['model']}, as generation {number}.")
+
+
+def _outcome(generation: Mapping[str, Any]) -> str:
+    """What became of it."""
+    turns = generation.get("turns") or []
+    if not turns:
+        return "-"
+    last = turns[-1]
+    told: str = _FATES.get(last["fate"], last["fate"])
+    if last["reason"]:
+        told += f": {last['reason']}" if last["fate"] == Fate.FAILED else f" {last['reason']}"
+        if last["fate"] in {Fate.GIVEN_UP, Fate.REMOVED, Fate.RETRIED}:
+            told = f"{_FATES[last['fate']]} by {last['reason']}"
+    served = [turn["at"] for turn in turns if turn["fate"] == Fate.SERVING]
+    if last["fate"] in {Fate.REPLACED, Fate.ROLLED_BACK, Fate.REMOVED} and served:
+        told += f", after {_between(served[-1], last['at'])}"
+    return told
+
+
+def _between(begin: str, end: str) -> str:
+    """A length of time in whole units."""
+    ended, begun = datetime.fromisoformat(end), datetime.fromisoformat(begin)
+    seconds = max(round((ended - begun).total_seconds()), 0)
+    for unit, size, most in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172800)):
+        if seconds < most:
+            return f"{seconds // size} {unit}"
+    return f"{seconds // 86400} days"
+
+
+_FATES: Mapping[str, str] = {
+    Fate.SERVING: "serves",
+    Fate.REPLACED: "replaced",
+    Fate.ROLLED_BACK: "rolled back",
+    Fate.FAILED: "failed",
+    Fate.RETRIED: "tried again",
+    Fate.GIVEN_UP: "given up",
+    Fate.REMOVED: "removed",
+}
 
 
 def changes(

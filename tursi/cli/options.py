@@ -8,6 +8,8 @@ from datetime import UTC, datetime, timedelta
 import click
 
 from tursi.cli.connection import Exit, Failure
+from tursi.errors import InvalidRequest
+from tursi.model import check_replicas
 
 as_json = click.option("--json", is_flag=True, help="Print JSON, as the HTTP API has it.")
 """``--json``; a command takes it as ``json: bool``."""
@@ -51,3 +53,28 @@ def since_time(text: str | None) -> str | None:
             f"{text!r} is no time; write it like 24h, 7d or 2026-11-26T14:00.", Exit.USAGE
         ) from None
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class Replicas(click.ParamType):  # type: ignore[type-arg]  # as above
+    """A number of workers, or a range such as 1-4."""
+
+    name = "number"
+
+    def convert(
+        self,
+        value: str | tuple[int, int | None],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> tuple[int, int | None]:
+        """The least, and the most if that is something else."""
+        if isinstance(value, tuple):
+            return value
+        found = re.fullmatch(r"(\d{1,4})(?:(?:-|\.\.)(\d{1,4}))?", value.strip())
+        if found is None:
+            self.fail(f"{value!r} is no number of workers; write it like 2, or 1-4.", param, ctx)
+        least, most = int(found[1]), int(found[2]) if found[2] else None
+        try:
+            check_replicas(least, most)
+        except InvalidRequest as error:
+            self.fail(error.message, param, ctx)
+        return least, most

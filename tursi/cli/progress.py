@@ -78,6 +78,8 @@ def look(status: Mapping[str, Any]) -> Look:
     """
     if status["desired"] == Desired.STOPPED:
         return Look(Verdict.STOPPED, "stopped")
+    if status.get("canary") is not None:
+        return look({**status, **_as_deployment(status), "canary": None})
     if status["phase"] == Phase.STOPPED and status.get("load", Load.ALWAYS) != Load.ALWAYS:
         return Look(Verdict.READY, "not loaded now")
     phases = [
@@ -98,6 +100,8 @@ def look(status: Mapping[str, Any]) -> Look:
     progress = status.get("progress")
     if progress is None:
         stage = _PHASES.get(status["phase"], status["phase"])
+        if status.get("in_place") and status["phase"] == Phase.QUEUED:
+            stage = "waiting for the old generation to make room"
         if ready:
             stage = f"{ready} of {status['replicas']} replicas ready"
         return Look(Verdict.COMING, stage)
@@ -108,6 +112,26 @@ def look(status: Mapping[str, Any]) -> Look:
         progress.get("total"),
         progress.get("unit") or "",
     )
+
+
+def _as_deployment(status: Mapping[str, Any]) -> dict[str, Any]:
+    """A canary as a deployment would be that is nothing else."""
+    canary = status["canary"]
+    current = [each for each in status["workers"] if each["generation"] == canary["generation"]]
+    best = next((each for each in current if each["phase"] == canary["phase"]), {})
+    progress = status.get("progress") if not current else best.get("progress")
+    return {
+        "generation": canary["generation"],
+        "phase": canary["phase"],
+        "reason": canary["reason"],
+        "next_try_at": best.get("next_try_at"),
+        "progress": progress,
+    }
+
+
+def _wanted(status: Mapping[str, Any]) -> int:
+    """The generation that was asked for last."""
+    return int((status.get("canary") or status)["generation"])
 
 
 def _reason(status: Mapping[str, Any]) -> str:
@@ -193,7 +217,7 @@ def wait(
 
     ``Failure`` with the reason when it can't become ready, or isn't within ``seconds``.
     """
-    name = status["name"]
+    name, number = status["name"], _wanted(status)
     deadline = time.monotonic() + seconds
     with shown:
         while True:
@@ -212,3 +236,9 @@ def wait(
             shown.show(name, seen)
             time.sleep(POLL_SECONDS)
             status = connection.get(path("deployments", name))
+            if _wanted(status) < number:
+                raise Failure(
+                    f"Generation {number} of {name} is given up, generation {_wanted(status)} "
+                    f"serves: `tursi why {name}` tells more.",
+                    Exit.DEPLOYMENT_FAILED,
+                )

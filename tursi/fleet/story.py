@@ -29,8 +29,9 @@ _MAX_REQUESTS = 5
 _MAX_REFUSED = 3
 _MAX_LOADING = 5
 _REFUSED_SECONDS = 3600.0
+_HELD_SECONDS = 120.0
 _COMING = frozenset({Phase.QUEUED, Phase.LOADING, Phase.WARMING})
-_FORGIVING = frozenset({"create", "replace", "restart", "worker.reset"})
+_FORGIVING = frozenset({"create", "replace", "rollback", "restart", "worker.reset"})
 """Kinds of what makes refused requests be let in again."""
 
 _PASSING = {
@@ -39,7 +40,9 @@ _PASSING = {
     if phase not in {Phase.READY, Phase.QUARANTINED, Phase.FAILED, Phase.WEDGED}
 } | {"resolve"}
 """What lies between the events that matter."""
-_WISHES = frozenset({"create", "replace", "start", "stop", "scale", "restart"})
+_WISHES = frozenset(
+    {"create", "replace", "rollback", "canary", "promote", "start", "stop", "scale", "restart"}
+)
 """Kinds of what operators do."""
 
 _DOING: Mapping[Phase, str] = {
@@ -112,6 +115,7 @@ def tell(
     crash = _cause(troubled, crashes)
     sentences = (
         _state(status, lead, events, now),
+        *_generations(status, events, now),
         *_happened(status, troubled, crash, crashes, events, settings, now),
         *_evidence(status, crash),
         *_devices(status, crash, suspects),
@@ -182,6 +186,8 @@ def _state(
     sentence = f"{status.name} is {doing}{told}, since {moment(since, now)}"
     if status.phase is Phase.READY:
         sentence += f": {status.ready} of {count(status.replicas, 'replica')} serving"
+        if status.max_replicas is not None:
+            sentence += f" (from {status.min_replicas} to {status.max_replicas} as needed)"
         sentence += f", {count(status.in_flight, 'request')} in flight"
     if status.queued:
         sentence += f", {count(status.queued, 'request')} waiting"
@@ -208,6 +214,42 @@ def _progress(progress: Progress | None) -> str:
         if progress.unit == "bytes" and progress.stage == "download":
             found.append(f"{mebibytes(int(progress.done))} of {mebibytes(int(progress.total))}")
     return f" ({', '.join(found)})" if found else ""
+
+
+# -- its generations ------------------------------------------------------------------
+
+
+def _generations(status: DeploymentStatus, events: Sequence[Event], now: float) -> Iterator[str]:
+    canary = status.canary
+    if canary is not None:
+        answered = ""
+        if canary.requests:
+            answered = f", and {canary.errors} of {count(canary.requests, 'request')} failed"
+        yield (
+            f"Generation {canary.generation} is a canary with {canary.weight} % of the requests; "
+            f"it is {_DOING[canary.phase]}{answered}."
+        )
+        if canary.reason:
+            yield canary.reason if canary.reason.endswith(".") else f"{canary.reason}."
+        yield (
+            f"`tursi promote {status.name}` lets it take over, `tursi rollback {status.name}` "
+            "gives it up."
+        )
+    if status.in_place:
+        yield (
+            f"There is no room for two generations: the old one makes room for generation "
+            f"{status.generation}, and requests wait meanwhile. If it can't be loaded, the old one "
+            "is loaded again."
+        )
+    turns = [event for event in events if event.kind in {"serve", "generation.failed", *_WISHES}]
+    if turns and turns[-1].kind == "generation.failed" and canary is None:
+        last = turns[-1]
+        cause = f": {clause(last.cause)}" if last.cause else ""
+        message = clause(last.message)
+        yield f"{message[:1].upper()}{message[1:]}, since {moment(last.at, now)}{cause}."
+    scaled = [event for event in events if event.kind in {"autoscale", "autoscale.held"}]
+    if scaled and scaled[-1].kind == "autoscale.held" and now - scaled[-1].at < _HELD_SECONDS:
+        yield f"{clause(scaled[-1].message)}: {clause(scaled[-1].cause or 'no reason is known')}."
 
 
 # -- what happened ----------------------------------------------------------------------
