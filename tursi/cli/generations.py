@@ -147,11 +147,12 @@ def rollback(
 
 def _gone_back(answer: Mapping[str, Any]) -> str:
     status = answer["deployment"]
-    name, number = status["name"], status["generation"]
-    return {
-        "unchanged": f"{name}: nothing to do, it already is that (generation {number}).",
-        "back": f"{name}: stays at {status['model']}, generation {number}.",
-    }.get(answer["outcome"], f"{name}: going back to {status['model']}, as generation {number}.")
+    name, number, model = status["name"], status["generation"], status["model"]
+    if answer["outcome"] == "unchanged":
+        return f"{name}: nothing to do, it already is that (generation {number})."
+    if answer["outcome"] == "back":
+        return f"{name}: stays at {model}, generation {number}."
+    return f"{name}: going back to {model}, as generation {number}."
 
 
 def _outcome(generation: Mapping[str, Any]) -> str:

@@ -118,7 +118,9 @@ def _as_deployment(status: Mapping[str, Any]) -> dict[str, Any]:
     """A canary as a deployment would be that is nothing else."""
     canary = status["canary"]
     current = [each for each in status["workers"] if each["generation"] == canary["generation"]]
-    best = next((each for each in current if each["phase"] == canary["phase"]), {})
+    best: Mapping[str, Any] = next(
+        (each for each in current if each["phase"] == canary["phase"]), {}
+    )
     progress = status.get("progress") if not current else best.get("progress")
     return {
         "generation": canary["generation"],
