@@ -33,6 +33,7 @@ from tursi.errors import (
     TursiError,
 )
 from tursi.fleet import Fleet
+from tursi.gpus import Gpus
 from tursi.health import Checks
 from tursi.hooks import Hooks
 from tursi.host import fitting, host
@@ -93,6 +94,7 @@ class Daemon(Service):
             environment=environment,
             worker_command=worker_command,
         )
+        self._gpus = Gpus(reactor, environment)
         self._hub = Hub(
             cache=folders.cache / "hub",
             settings=configuration.hub,
@@ -109,6 +111,7 @@ class Daemon(Service):
             reactor=reactor,
             now=time.time,
             host=host(environment),
+            gpus=lambda: self._gpus.latest,
         )
         others = configuration.http.listeners
         self._listeners = (control(folders.socket, others), *others)
@@ -288,6 +291,7 @@ class Daemon(Service):
         await deferToThreadPool(self._reactor, pool, self._children.encloser.sweep)
         self._children.monitor.startService()
         await self._keys.start()
+        self._gpus.start(self._fleet.look)
         self._hooks.start(lambda tell: self._fleet.watch(None, tell))
         await self._fleet.open()
         # Who has connected there has waited, rather than being told to come again.
@@ -357,6 +361,7 @@ class Daemon(Service):
         await self._hooks.stop()
         await self._children.monitor.stopService()
         self._notifier.unwatch()
+        self._gpus.stop()
         self._lag.stop()
         self._heap.stop()
         await self._keys.stop()

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import pytest
 from fakes import InlineConnectionPool, InlineReactor
 
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import Deferred, fail, succeed
 from twisted.python.failure import Failure
 
 from tursi import store
@@ -34,11 +34,13 @@ from tursi.errors import (
     TursiError,
 )
 from tursi.fleet import Fleet, Work
+from tursi.footprint import Blueprint
 from tursi.model import (
     CatalogueEntry,
     Dossier,
     Event,
     FailureClass,
+    Gpu,
     Host,
     Limits,
     Load,
@@ -65,9 +67,11 @@ class FakeWorker:
     """A replica that is in whatever phase the test puts it."""
 
     log = None
-    uuid = None
+    uuid: str | None = None
     in_flight = 0
     loaded = Loaded(task="feature-extraction", device="cpu", dtype="float32")
+    pid: int | None = None
+    rss: int | None = None
 
     def __init__(
         self, name: str, key: Key, order: LoadOrder, limits: Limits, observer: Any, place: Any
@@ -83,7 +87,7 @@ class FakeWorker:
         self.next_try_at: float | None = None
         self.observer = observer
         self.stopped: Deferred[None] = Deferred()
-        self.resets = 0
+        self.resets = self.hastened = 0
         self.hurried = False
         self.settings: tuple[Workers, Requests] | None = None
         self.past: list[WorkerLife] = []
@@ -115,6 +119,10 @@ class FakeWorker:
         self.resets += 1
         self.become(Phase.QUEUED)
 
+    def hasten(self) -> None:
+        self.hastened += 1
+        self.become(Phase.QUEUED)
+
     def status(self) -> WorkerStatus:
         return WorkerStatus(
             self.name,
@@ -125,6 +133,8 @@ class FakeWorker:
             reason=self.reason,
             failure=self.failure,
             next_try_at=self.next_try_at,
+            pid=self.pid,
+            rss=self.rss,
         )
 
     def submit(self, ask: object, sink: object) -> int:
@@ -140,6 +150,7 @@ class FakeHub:
         self.trusted: list[Trust] = []
         self.entries = [CatalogueEntry("org/name", "/cache/name", 10)]
         self.touched: list[str] = []
+        self.blueprints: dict[str, Blueprint] = {}
         self.lacking: set[str] = set()
         """Folders whose files are gone."""
         self.removing: Callable[[], object] = lambda: None
@@ -175,6 +186,10 @@ class FakeHub:
     def sweep(self, now: float) -> Deferred[None]:
         return succeed(None)
 
+    def blueprint(self, folder: str) -> Deferred[Blueprint]:
+        found = self.blueprints.get(folder)
+        return fail(ModelFilesMissing("gone")) if found is None else succeed(found)
+
     def touch(self, folder: str) -> Deferred[None]:
         self.touched.append(folder)
         return succeed(None)
@@ -192,6 +207,7 @@ class Bench:
         self.hub = FakeHub()
         self.workers: list[FakeWorker] = []
         self.available: int | None = None
+        self.gpus: list[Gpu] = []
         self.fleet = Fleet(
             store=self.store,
             hub=self.hub,  # type: ignore[arg-type] # a fake
@@ -202,6 +218,7 @@ class Bench:
             now=lambda: NOW,
             host=Host(memory=2**36, cores=4, files=1024, gpus=("cuda:0", "cuda:1")),
             available=lambda: self.available,
+            gpus=lambda: self.gpus,
         )
 
     def make(
@@ -934,19 +951,6 @@ def test_a_load_waits_until_the_machine_has_memory_for_it(bench: Bench) -> None:
     bench.reactor.advance(1.1)
     bench.turn()
     assert bench.phase() is Phase.SPAWNING
-
-
-def test_what_a_model_has_needed_is_remembered(bench: Bench, tmp_path: Path) -> None:
-    bench.deploy()
-    bench.found(size=1000)
-    (worker,) = bench.workers
-    life = WorkerLife("u", "a", 1, 0, "boot", NOW, ready_at=NOW + 7, ended_at=NOW + 9)
-    worker.observer.life(replace(life, peak_rss=3 * 2**30))
-    assert bench.fleet.deployment("a").memory == 3 * 2**30
-    bench.available = 2**30
-    worker.become(Phase.QUEUED)
-    bench.turn()
-    assert "it needs about 3.0 GiB" in (bench.fleet.deployment("a").reason or "")
 
 
 def test_what_a_worker_warns_of_is_an_event(bench: Bench) -> None:

@@ -19,8 +19,10 @@ from tursi.fleet.files import Files
 from tursi.fleet.governor import Governor
 from tursi.fleet.journal import Journal
 from tursi.fleet.logs import Logs
+from tursi.fleet.measuring import Measuring
 from tursi.fleet.member import Member
 from tursi.fleet.memory import Memory
+from tursi.fleet.residence import Residence
 from tursi.fleet.rollout import Rollouts
 from tursi.hub import Hub
 from tursi.model import (
@@ -52,6 +54,9 @@ _NO_STORM = frozenset(
     }
 )
 """Failures that are certainly a model's own: others needn't wait for them."""
+
+_SHORT = frozenset({FailureClass.RESOURCE, FailureClass.OUT_OF_MEMORY})
+"""Failures of loads for want of memory."""
 
 RESET = "worker.reset"
 """The kind of the event that a worker's failures were forgotten."""
@@ -93,6 +98,8 @@ class Convergence:
         settings: Workers,
         host: Host,
         memory: Memory,
+        residence: Residence,
+        measuring: Measuring,
         reactor: Any,
         now: Callable[[], float],
     ) -> None:
@@ -105,6 +112,8 @@ class Convergence:
         self._settings = settings
         self._host = host
         self._memory = memory
+        self._residence = residence
+        self._measuring = measuring
         self._overcommitted = False
         self._reactor = reactor
         self._now = now
@@ -183,11 +192,14 @@ class Convergence:
 
     def _orders(self, member: Member) -> LoadOrder | None:
         """What its workers are told, if there are any."""
+        return self.orders(member) if member.workers and not member.leaving else None
+
+    def orders(self, member: Member) -> LoadOrder | None:
+        """What its next worker will be told, if its files are known."""
         generation = member.deployment.generation
-        resolution = generation.resolution
-        if resolution is None or not member.workers or member.leaving:
+        if generation.resolution is None:
             return None
-        return self._order(member, generation.request, resolution)
+        return self.order(member.deployment.name, generation.request, generation.resolution)
 
     def hurry(self) -> None:
         """End the workers that drain."""
@@ -198,6 +210,7 @@ class Convergence:
     def retry(self, member: Member) -> bool:
         """Try again what had given up; whether there was anything."""
         member.queue.forgive()
+        self._memory.shortages.forget(member.deployment.name)
         retried = member.fetch is not None and member.fetch.error is not None
         if retried:
             member.drop_fetch()
@@ -237,7 +250,7 @@ class Convergence:
             # It may make room now; or nobody waits any more for what isn't loaded yet.
             self.soon()
             return
-        deadline = self._memory.deadline(member)
+        deadline = self._residence.deadline(member)
         self._expect(member, deadline)
         if deadline is not None:
             self._look_by(deadline)
@@ -255,29 +268,35 @@ class Convergence:
 
     def _converge(self) -> None:
         self._scheduled = None
-        room = self._memory.room()
+        free = self._memory.free()
+        for worker in self._memory.relieved(free):
+            worker.hasten()
         for member in self._members.values():
             if member.forsaken:
                 self.unload(member, "nobody waits for it any more")
-        for member, reason in (*self._memory.idle(), *self._memory.evictions(room)):
+        for member, reason in (*self._residence.idle(), *self._residence.evictions(free)):
             self.unload(member, reason)
-        self._explain(room)
+        self._explain(free)
         for member in self._members.values():
             self._rollouts.advance(member)
-            if self._makes_room(member, room):
+            if self._makes_room(member, free):
                 self._rollouts.displace(member)
         wanted = [want for member in self._members.values() if (want := member.wanted())]
-        seen = [
-            worker
-            for member in self._members.values()
-            for worker in member.seen(self._memory.need(member))
-        ]
+        seen = self._memory.seen()
         self._contested = any(
             member.waits is not None and any(w.phase is Phase.QUEUED for w in member.serving())
             for member in self._members.values()
         )
         claims = {name for name, member in self._members.items() if member.in_place is not None}
-        for action in decide(wanted, seen, self.governor.slots(LOAD_SLOTS), Free(room)):
+        actions = decide(
+            wanted,
+            seen,
+            self.governor.slots(LOAD_SLOTS),
+            free,
+            first=self._residence.first,
+            patience=self._memory.rules.max_wait,
+        )
+        for action in actions:
             if claims and isinstance(action, Admit) and action.key.deployment not in claims:
                 # The room that is made is for those that it is made for.
                 continue
@@ -287,16 +306,17 @@ class Convergence:
                 log.failure("could not {action}", action=action)
         self._look_again()
 
-    def _explain(self, room: int | None) -> None:
+    def _explain(self, free: Free) -> None:
         """Tell each member what memory means for it."""
         for member in self._members.values():
-            member.waits = self._memory.explain(member, room)
+            member.needs = self._memory.of(member)
+            member.waits = self._memory.explain(member, free)
             member.never = member.waits is not None and self._memory.never(member)
             if member.never:
                 member.queue.pump()
-            self._expect(member, self._memory.deadline(member))
+            self._expect(member, self._residence.deadline(member))
 
-    def _makes_room(self, member: Member, room: int | None) -> bool:
+    def _makes_room(self, member: Member, free: Free) -> bool:
         """Whether its new generation waits for memory that only the old one's going gives."""
         deployment = member.deployment
         if deployment.stable is None or deployment.canary is not None or deployment.failed:
@@ -307,13 +327,13 @@ class Convergence:
         queued = any(
             worker.phase is Phase.QUEUED for worker in member.of(deployment.generation.number)
         )
-        return queued and self._memory.takes_turns(member, room)
+        return queued and self._memory.takes_turns(member, free)
 
     def _look_again(self) -> None:
         """Converge when time alone changes what is to be in memory."""
         if self._looking is not None and self._looking.active():
             self._looking.cancel()
-        seconds = self._memory.next_look()
+        seconds = self._residence.next_look()
         if seconds is not None and self._open:
             self._look_by(self._reactor.seconds() + seconds)
 
@@ -335,8 +355,10 @@ class Convergence:
                 self._files.find(member, generation)
             case Create(key):
                 self._create(self._members[key.deployment], key)
-            case Admit(key, _):
-                self._members[key.deployment].workers[key].admit()
+            case Admit(key, device):
+                member = self._members[key.deployment]
+                member.placed[key] = device
+                member.workers[key].admit()
             case Retire(key):
                 self._retire(self._members[key.deployment], key)
 
@@ -345,7 +367,7 @@ class Convergence:
         resolution = generation.resolution if generation else None
         if generation is None or resolution is None:
             raise InternalError(f"{key} is to be created before its files are known")
-        order = self._order(member, generation.request, resolution)
+        order = self.order(member.deployment.name, generation.request, resolution)
         # A name of its own for each, because the one before may still be dying.
         self._serial += 1
         name = f"{key.deployment}.{key.generation}.{key.replica}#{self._serial}"
@@ -355,7 +377,7 @@ class Convergence:
             order=order,
             limits=generation.request.limits,
             observer=self,
-            place=self.devices.place,
+            place=lambda asked: self.devices.place(member.placed.get(key, asked)),
         )
         member.workers[key] = worker
         past = self._past.pop(key, None)
@@ -363,9 +385,10 @@ class Convergence:
             worker.remember(past)
         worker.start()
 
-    def _order(self, member: Member, request: Request, resolution: Resolution) -> LoadOrder:
+    def order(self, name: str, request: Request, resolution: Resolution) -> LoadOrder:
+        """What a worker would be told that serves this."""
         return LoadOrder(
-            deployment=member.deployment.name,
+            deployment=name,
             folder=resolution.folder,
             task=request.task,
             device=request.device,
@@ -388,6 +411,7 @@ class Convergence:
             if isinstance(outcome, Failure):
                 log.failure("stopping {worker} failed", outcome, worker=worker.name)
             member.workers.pop(key, None)
+            member.placed.pop(key, None)
             member.retiring.discard(key)
             self._phases.pop(worker.name, None)
             self.forget(member)
@@ -426,9 +450,7 @@ class Convergence:
                 self._refused = False
                 member.crash = None
                 member.loaded_at = self._reactor.seconds()
-                used = worker.status().rss
-                if used is not None and worker.generation == member.deployment.generation.number:
-                    member.peak = max(member.peak or 0, used)
+                self._memory.shortages.forget(member.deployment.name)
                 self._ready(member, worker)
             if phase is Phase.FAILED:
                 self._files.look_again(member, worker)
@@ -482,6 +504,8 @@ class Convergence:
         """Keep the evidence, and tell the requests that were lost with the worker."""
         crash = self._crashes.add(dossier)
         member = self._members.get(crash.deployment)
+        if member is not None and crash.ready_at is None and crash.failure in _SHORT:
+            self._memory.ran_out(member, dossier)
         if crash.failure is FailureClass.GPU_CONTEXT:
             self._lost_context(crash, member)
         if member is not None:
@@ -517,6 +541,8 @@ class Convergence:
         generation, loaded = member.deployment.generation, worker.loaded
         if loaded is None or generation.resolution is None:
             return
+        self._memory.measures(worker.order, loaded.device)
+        self._measuring.ready(member, worker)
         self._hub.touch(generation.resolution.folder).addErrback(
             lambda failure: log.warn("{error}", error=failure.getErrorMessage())
         )

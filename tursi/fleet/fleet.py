@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import random
@@ -25,14 +25,18 @@ from tursi.fleet.autoscale import TICK_SECONDS, Autoscale
 from tursi.fleet.catalogue import Catalogue
 from tursi.fleet.convergence import RESET, Convergence, MakeWorker
 from tursi.fleet.crashes import Crashes
+from tursi.fleet.footprints import Footprints
 from tursi.fleet.journal import Journal
 from tursi.fleet.logs import Logs
+from tursi.fleet.measuring import Measuring
 from tursi.fleet.member import Member
 from tursi.fleet.memory import Memory, available
 from tursi.fleet.outlook import Outlook
 from tursi.fleet.passage import Passage, Work
+from tursi.fleet.prospect import Prospect
 from tursi.fleet.pulls import Pulls
 from tursi.fleet.queue import RequestQueue, shutting_down
+from tursi.fleet.residence import Residence
 from tursi.fleet.routing import Routing
 from tursi.fleet.statistics import Statistics
 from tursi.fleet.story import tell
@@ -49,11 +53,14 @@ from tursi.model import (
     Event,
     Fit,
     Generation,
+    Gpu,
     Host,
     Load,
+    LoadOrder,
     Phase,
     Reference,
     Request,
+    Resolution,
     Room,
     Schedule,
     StorageStatus,
@@ -115,6 +122,7 @@ class Fleet:
         now: Callable[[], float],
         host: Host = Host(),  # noqa: B008 - a frozen value
         available: Callable[[], int | None] = available,
+        gpus: Callable[[], Sequence[Gpu]] = tuple,
         random: Callable[[], float] = random,
     ) -> None:
         self._store = store
@@ -137,14 +145,27 @@ class Fleet:
             journal=self._journal,
             limit=configuration.hub.cache_bytes,
         )
+        self._footprints = Footprints(store=store, hub=hub, now=now, soon=self.look)
         self._memory = Memory(
             members=self._members,
+            footprints=self._footprints,
             settings=configuration.memory,
             host=host,
             available=available,
-            # Looked up each time: the service replaces it before anything runs.
-            clock=lambda: float(reactor.seconds()),
+            gpus=gpus,
+            suspects=lambda: self._convergence.devices.suspects,
+            orders=self._orders,
+            clock=_clock(reactor),
         )
+        self._residence = Residence(self._members, self._memory, _clock(reactor))
+        self._prospect = Prospect(
+            memory=self._memory,
+            residence=self._residence,
+            gpus=gpus,
+            total=host.memory,
+            clock=_clock(reactor),
+        )
+        self._measuring = Measuring(members=self._members, footprints=self._footprints, gpus=gpus)
         self._convergence = Convergence(
             members=self._members,
             journal=self._journal,
@@ -156,14 +177,16 @@ class Fleet:
             settings=configuration.workers,
             host=host,
             memory=self._memory,
+            residence=self._residence,
+            measuring=self._measuring,
             reactor=reactor,
             now=now,
         )
         self._outlook = Outlook(
             members=self._members,
-            memory=self._memory,
+            residence=self._residence,
             governor=self._convergence.governor,
-            clock=lambda: float(reactor.seconds()),
+            clock=_clock(reactor),
             now=now,
         )
         self._autoscale = Autoscale(
@@ -191,6 +214,7 @@ class Fleet:
     async def open(self) -> None:
         """Bring up what the store says should run."""
         await self._crashes.open()
+        await self._footprints.open()
         for deployment in await self._store.deployments():
             self._members[deployment.name] = self._made(deployment)
             await self._remember(deployment.name)
@@ -235,6 +259,10 @@ class Fleet:
         for member in self._members.values():
             member.queue.configure(configuration.requests)
         return self._convergence.configure(configuration.workers, configuration.requests)
+
+    def look(self) -> None:
+        """See whether what has changed on this machine lets anything be loaded."""
+        self._convergence.soon()
 
     def hurry(self) -> None:
         """Don't wait any more for what is in flight."""
@@ -396,29 +424,56 @@ class Fleet:
         if replicas is None:
             replicas = member.deployment.replicas if member else 1
         check_replicas(replicas)
-        peak = None
-        if member is not None and member.deployment.generation.request == checked:
-            peak = member.peak
-        if reference.folder is not None:
-            found = await self._hub.resolve(reference, lambda _: None, checked.trust)
-            size = found.size
+        same = member is not None and member.deployment.generation.request == checked
+        resolution = await self._on_disk(reference, checked, member if same else None)
+        if resolution is None:
+            size = self._coming(reference)
+            if size is None:
+                return Fit(
+                    Verdict.UNKNOWN,
+                    f"{checked.model} isn't on the disk, so that its size isn't known; "
+                    f"`tursi pull {checked.model}` downloads it.",
+                    replicas=replicas,
+                )
+            # What is being downloaded has told how large it is.
+            resolution = Resolution(folder=f"hub:{checked.model}", size=size)
+            self._footprints.expect(resolution)
         else:
-            entries = await self._hub.catalogue()
-            sizes = [
-                entry.size
-                for entry in sorted(entries, key=lambda entry: entry.used_at or 0.0)
-                if entry.name == reference.repository and reference.revision in {None, entry.commit}
-            ]
-            size = sizes[-1] if sizes else None
-        if size is None:
-            return Fit(
-                Verdict.UNKNOWN,
-                f"{checked.model} isn't on the disk, so that its size isn't known; "
-                f"`tursi pull {checked.model}` downloads it.",
-                replicas=replicas,
-            )
-        fit = self._memory.fit(size, checked.dtype, peak, replicas)
-        return fit if member is None else self._memory.in_turn(fit, member)
+            await self._footprints.look(resolution)
+        order = self._convergence.order(name or reference.short_name, checked, resolution)
+        return self._prospect.of(order, replicas, member, same=same)
+
+    async def _on_disk(
+        self, reference: Reference, request: Request, member: Member | None
+    ) -> Resolution | None:
+        """The model's files, if they are here."""
+        if member is not None and not member.lost:
+            known = member.deployment.generation.resolution
+            if known is not None:
+                return known
+        if reference.folder is not None:
+            return await self._hub.resolve(reference, lambda _: None, request.trust)
+        entries = [
+            entry
+            for entry in await self._hub.catalogue()
+            if entry.name == reference.repository and reference.revision in {None, entry.commit}
+        ]
+        if not entries:
+            return None
+        entry = max(entries, key=lambda entry: entry.used_at or 0.0)
+        return Resolution(folder=entry.folder, commit=entry.commit, size=entry.size)
+
+    def _coming(self, reference: Reference) -> int | None:
+        """The bytes of what is being downloaded, if the hub has listed them."""
+        name = str(reference)
+        told = [
+            member.fetch.progress
+            for member in self._members.values()
+            if member.fetch is not None and member.deployment.generation.request.model == name
+        ]
+        told += self.pulls.progress(name)
+        totals = [each.total for each in told if each is not None and each.unit == "bytes"]
+        return next((int(total) for total in totals if total), None)
 
     async def memory(self, name: str) -> Fit:
         """What each of its workers needs of memory, and what there is."""
@@ -646,7 +701,7 @@ class Fleet:
 
     def rooms(self) -> list[Room]:
         """Memory of the host and of each GPU."""
-        return self._memory.rooms()
+        return list(self._prospect.rooms(self._memory.free()))
 
     async def record(self, entry: AuditEntry) -> None:
         """Add to the audit; returns when that is on the disk, or has to wait for it."""
@@ -727,7 +782,7 @@ class Fleet:
             member.drop_fetch()
             member.lost = False
             member.queue.forgive()
-            member.peak = member.load_seconds = None
+            member.load_seconds = None
             member.wake(self._reactor.seconds())
         started = member.deployment.desired is not deployment.desired
         if deployment.schedule.load is Load.ALWAYS or started:
@@ -738,6 +793,9 @@ class Fleet:
     def _made(self, deployment: Deployment) -> Member:
         return Member(deployment, Routing(deployment, self._random), self._queue)
 
+    def _orders(self, member: Member) -> LoadOrder | None:
+        return self._convergence.orders(member)
+
     def _flush_soon(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._flush())
 
@@ -745,6 +803,8 @@ class Fleet:
         return Deferred.fromCoroutine(self._prune())
 
     async def _flush(self) -> None:
+        self._measuring.sample()
+        await self._footprints.write()
         records = self._statistics.take(self._reactor.seconds())
         try:
             if records:
@@ -775,6 +835,11 @@ class Fleet:
         except TursiError as error:
             log.warn("pruning waits for the database: {message}", message=error.message)
         await self.catalogue.collect(self._now())
+
+
+def _clock(reactor: Any) -> Callable[[], float]:
+    # Looked up each time: the service replaces it before anything runs.
+    return lambda: float(reactor.seconds())
 
 
 def _not_found(name: str) -> DeploymentNotFound:

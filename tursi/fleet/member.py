@@ -23,6 +23,7 @@ from tursi.model import (
     DeploymentStatus,
     Desired,
     FailureClass,
+    Footprint,
     Generation,
     Load,
     Phase,
@@ -140,8 +141,10 @@ class Member:
         self.used_at = 0.0
         """When the last request came or ended; as the three above in monotonic seconds."""
         self.uses = Uses()
-        self.peak: int | None = None
-        """The most memory in bytes that a worker of this generation has had."""
+        self.needs: Footprint | None = None
+        """What each worker is reckoned to need of memory, once its files are known."""
+        self.placed: dict[Key, str] = {}
+        """The devices that workers were told to compute on."""
         self.load_seconds: float | None = None
         """What the last load took."""
         self.waits: str | None = None
@@ -196,12 +199,10 @@ class Member:
             self.demanded = False
 
     def learn(self, life: WorkerLife) -> None:
-        """Remember what a worker of the present generation has needed."""
+        """Remember how long a worker of the present generation has taken to load."""
         if life.generation != self.deployment.generation.number or life.ready_at is None:
             return
         self.load_seconds = life.ready_at - life.spawned_at
-        if life.peak_rss is not None:
-            self.peak = max(self.peak or 0, life.peak_rss)
 
     def drop_fetch(self) -> None:
         """Stop looking for its files."""
@@ -408,7 +409,7 @@ class Member:
             keep_alive=deployment.schedule.keep_alive,
             unloads_at=None if self.busy else self.unloads_at,
             pinned=self.pinned and self.awake and deployment.schedule.load is Load.ON_DEMAND,
-            memory=self.peak,
+            memory=self.needs.host if self.needs is not None else None,
             min_replicas=least,
             max_replicas=deployment.max_replicas,
             stable=stable,

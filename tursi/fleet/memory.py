@@ -2,289 +2,395 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from tursi import config
+from tursi.admission import ANY, Candidate, Free, place
+from tursi.fleet.footprints import Footprints
 from tursi.fleet.member import Member
-from tursi.model import Fit, Host, Load, Phase, Room, Verdict, mebibytes
-from tursi.residency import Resident, Rules, Waiting, decide, next_change, order, room_in
+from tursi.fleet.shortages import Shortages
+from tursi.footprint import CONTEXT, gpus, kind
+from tursi.model import Dossier, Footprint, Gpu, Host, LoadOrder, Phase, mebibytes
+from tursi.plan import LOADING, Key, Seen
+from tursi.residency import Rules
 from tursi.supervision.worker import Worker
 
-_OVERHEAD = 400 * 1024 * 1024
-"""Python, torch and transformers, before any model."""
-_ACTIVATIONS = 1.2
-_CONVERSION = 1.75
-"""Times the files' size: while a load changes the dtype, old and new weights are there."""
 _THERE = frozenset({Phase.READY, Phase.SUSPECT, Phase.DRAINING, Phase.STOPPING, Phase.KILLING})
 _SERVES = frozenset({Phase.READY, Phase.SUSPECT})
-_LOADING = frozenset({Phase.SPAWNING, Phase.LOADING, Phase.WARMING})
-LOAD_SECONDS = 10.0
-"""Of a model that has never been loaded."""
+
+
+class There(NamedTuple):
+    """A worker that is in memory or on its way there."""
+
+    member: Member
+    key: Key
+    worker: Worker
+    needs: Footprint
+
+    @property
+    def loads(self) -> bool:
+        """Whether it is on its way."""
+        return self.worker.phase in LOADING
+
+    @property
+    def host(self) -> int:
+        """Host memory that it needs now."""
+        return self.needs.host if self.loads else self.needs.host_settled
+
+    @property
+    def goes(self) -> bool:
+        """Whether its memory will be free soon."""
+        return (
+            self.key in self.member.retiring
+            or not self.member.awake
+            or self.worker.phase not in (_SERVES | LOADING)
+        )
 
 
 class Memory:
     """Reckons with memory in bytes; ``clock`` gives monotonic seconds.
 
     ``available`` tells what the machine has free just now, ``None`` where that can't
-    be known.
+    be known, and ``gpus`` how the GPUs are. ``orders`` says what a member's next worker
+    will be told, ``suspects`` which GPUs to avoid.
     """
 
     def __init__(
         self,
         *,
         members: Mapping[str, Member],
+        footprints: Footprints,
         settings: config.Memory,
         host: Host,
         available: Callable[[], int | None],
+        gpus: Callable[[], Sequence[Gpu]],
+        suspects: Callable[[], Collection[str]],
+        orders: Callable[[Member], LoadOrder | None],
         clock: Callable[[], float],
     ) -> None:
         self._members = members
+        self._footprints = footprints
         self._host = host
         self._available = available
+        self._gpus = gpus
+        self._suspects = suspects
+        self._orders = orders
         self._clock = clock
+        self._queued: dict[Key, float] = {}
+        """Since when workers wait."""
+        self._blind = False
+        """Whether workers that may choose have chosen the processor, GPUs or not."""
+        self.shortages = Shortages()
         self.configure(settings)
 
     def configure(self, settings: config.Memory) -> None:
         """Go by these from now on."""
         self._settings = settings
-        self._limit = settings.limit_bytes or self._host.memory
-        self._rules = Rules(settings.max_wait_seconds, settings.min_residency_seconds)
+        self.limit = settings.limit_bytes or self._host.memory
+        self.rules = Rules(settings.max_wait_seconds, settings.min_residency_seconds)
 
-    def need(self, member: Member) -> int:
-        """What one of its workers needs: as measured before, or else by the files' size."""
-        generation = member.deployment.generation
-        size = generation.resolution.size if generation.resolution else None
-        return reckon(size or 0, generation.request.dtype, member.peak)
+    @property
+    def keep_alive(self) -> float:
+        """Seconds that what is loaded on demand stays unused, if it doesn't say itself."""
+        return self._settings.keep_alive_seconds
 
-    def rooms(self) -> list[Room]:
-        """What the host has."""
-        return [Room("host", self._limit, self.room())]
+    # -- what is needed ------------------------------------------------------------
 
-    def fit(self, size: int, dtype: str, peak: int | None, replicas: int) -> Fit:
-        """Whether so many workers of a model would find room."""
-        need = reckon(size, dtype, peak)
-        room, total = self.room(), need * replicas
-        free = "" if room is None else f", {mebibytes(room)} are free"
-        said = f"{replicas} x about {mebibytes(need)}{free}"
-        verdict = Verdict.FITS
-        evicts: tuple[str, ...] = ()
-        if self._limit is not None and total > self._limit:
-            verdict = Verdict.NEVER
-            message = f"It can't fit: {said}, and models may take {mebibytes(self._limit)} here."
-        elif room is None or total <= room:
-            message = f"It fits: {said}."
-        else:
-            # As for somebody who has waited long enough.
-            asking = Waiting("", total, self._clock() - self._rules.max_wait, 1, LOAD_SECONDS)
-            chosen = decide(
-                [asking], self._residents(), room=room, now=self._clock(), rules=self._rules
-            )
-            if chosen.load is None:
-                verdict = Verdict.WAITS
-                message = f"It would wait for memory: {said}, and what is loaded stays."
-            else:
-                verdict, evicts = Verdict.EVICTS, chosen.evict
-                message = f"It fits if {', '.join(evicts)} is unloaded: {said}."
-        return Fit(verdict, message, need, peak is not None, replicas, room, self._limit, evicts)
+    def kind(self, device: str) -> str:
+        """Where a worker will compute that is asked for on ``device``."""
+        if device not in ANY:
+            return kind(device)
+        if self._gpus() and not self._blind:
+            return "cuda"
+        return "mps" if sys.platform == "darwin" else "cpu"
 
-    def room(self) -> int | None:
-        """What loads may still take; ``None`` if nothing is known of this machine's memory."""
-        free: list[int] = []
-        if self._limit is not None:
-            free.append(self._limit - sum(self.need(member) for member, _ in self._workers()))
+    def needs(self, order: LoadOrder, device: str | None = None) -> Footprint:
+        """What a worker needs that is told this, on ``device`` if that is known."""
+        found = self._footprints.of(order, self.kind(device or order.device))
+        return found if self._reckons(device or order.device) else replace(found, gpu=0)
+
+    def of(self, member: Member) -> Footprint | None:
+        """What its next worker needs; ``None`` as long as its files aren't known."""
+        order = self._orders(member)
+        if order is None or self._is_unread(member, member.deployment.generation.number):
+            return None
+        needs = self.needs(order)
+        least = self.shortages.least(member.deployment.name, member.deployment.generation.number)
+        return replace(needs, host=max(needs.host, least))
+
+    def device(self, member: Member) -> str:
+        """Where its present generation was asked to compute."""
+        return member.deployment.generation.request.device
+
+    def measures(self, order: LoadOrder, device: str) -> None:
+        """A worker has been loaded on ``device``."""
+        self._blind = order.device in ANY and device == "cpu" and bool(self._gpus())
+
+    def seen(self) -> list[Seen]:
+        """All workers as the plan sees them."""
+        free, now, found = self.free(), self._clock(), []
+        queued: dict[Key, float] = {}
+        for member in self._members.values():
+            for seen in member.seen(0):
+                worker, device = member.workers[seen.key], member.placed.get(seen.key)
+                if seen.phase is not Phase.QUEUED:
+                    needs = self.needs(worker.order, device)
+                    device = device or worker.order.device
+                    found.append(replace(seen, gpu=needs.gpu, device=device))
+                    continue
+                # Before anything is reckoned with them.
+                unread = self._is_unread(member, seen.key.generation)
+                needs = self._next(worker)
+                queued[seen.key] = since = self._queued.get(seen.key, now)
+                found.append(
+                    replace(
+                        seen,
+                        memory=needs.host,
+                        gpu=_alone(needs),
+                        device=worker.order.device,
+                        waited=now - since,
+                        held=unread
+                        or self.shortages.holds(
+                            seen.key.deployment, seen.key.generation, needs, free
+                        ),
+                    )
+                )
+        self._queued = queued
+        return found
+
+    # -- what is free --------------------------------------------------------------
+
+    def free(self, but: str | None = None) -> Free:
+        """What loads may still take, once the worker life ``but`` has gone too."""
+        there = [each for each in self.there() if but is None or each.worker.uuid != but]
+        host: list[int] = []
+        if self.limit is not None:
+            host.append(self.limit - sum(each.host for each in there))
         available = self._available()
         if available is not None:
-            # What is loading has not taken all of it yet.
-            coming = sum(
-                max(0, self.need(member) - (worker.status().rss or 0))
-                for member, worker in self._workers()
-                if worker.phase in _LOADING
+            # What is there has not taken all that it needs yet.
+            growth = sum(
+                max(0, each.host - (each.worker.status().rss or 0)) for each in there if each.loads
             )
-            free.append(available - self._settings.reserve_bytes - coming)
-        return max(0, min(free)) if free else None
+            host.append(available - self._settings.reserve_bytes - growth)
+        return Free(
+            max(0, min(host)) if host else None,
+            {gpu.device: self._free(gpu, there) for gpu in self._gpus()},
+            self._suspects(),
+        )
 
-    def explain(self, member: Member, room: int | None) -> str | None:
+    def _free(self, gpu: Gpu, there: Collection[There]) -> int:
+        growth = 0
+        for each in there:
+            devices = self.devices(each)
+            if gpu.device in devices:
+                used = self._used(gpu, each.worker)
+                growth += max(0, each.needs.gpu // len(devices) - used)
+        return max(0, gpu.free - self._settings.reserve_bytes - growth)
+
+    def _used(self, gpu: Gpu, worker: Worker) -> int:
+        """What a worker has of a GPU, by the driver or by what it has said itself."""
+        told = gpu.processes.get(worker.status().pid or -1, 0)
+        said = worker.loaded.gpus.get(gpu.device) if worker.loaded else None
+        if told or said is None:
+            return told
+        return (said.settled or 0) + CONTEXT
+
+    # -- who waits -----------------------------------------------------------------
+
+    def explain(self, member: Member, free: Free) -> str | None:
         """Why a worker that is queued isn't loaded, if memory is the reason."""
-        need = self.need(member)
-        if room is None or need <= room:
+        needs = self.of(member)
+        if needs is None or not self.is_queued(member):
             return None
-        if self._limit is not None and need > self._limit:
+        never = self.impossible(needs, self.device(member))
+        if never is not None:
+            return never
+        generation = member.deployment.generation
+        if free.host is not None and needs.host > free.host:
             return (
-                f"It needs about {mebibytes(need)}, more than the {mebibytes(self._limit)} that "
-                "models may take here; deploy it with a smaller dtype, or another model."
+                f"It waits for memory: it needs about {mebibytes(needs.host)}, "
+                f"{mebibytes(free.host)} are free."
             )
-        return f"It waits for memory: it needs about {mebibytes(need)}, {mebibytes(room)} are free."
+        device = self.device(member)
+        if self.place(needs, device, free.gpus) is None:
+            named = "a GPU" if device in ANY else device
+            return (
+                f"It waits for memory of {named}: it needs about {mebibytes(needs.gpu)}, "
+                f"{_listed(free.gpus)}."
+            )
+        if self._holds(member, needs, free):
+            return self.shortages.sentence(member.deployment.name, generation.number)
+        return None
+
+    def impossible(self, needs: Footprint, device: str) -> str | None:
+        """Why a worker can't ever be loaded here, if it can't."""
+        if self.limit is not None and needs.host > self.limit:
+            return (
+                f"It needs about {mebibytes(needs.host)}, more than the {mebibytes(self.limit)} "
+                "that models may take here; deploy it with a smaller dtype, or another model."
+            )
+        if needs.gpu and self.place(needs, device, self._totals()) is None:
+            return (
+                f"It needs about {mebibytes(needs.gpu)} of GPU memory, more than the GPUs here "
+                "have; deploy it with a smaller dtype, on the processor (--device cpu), or "
+                "another model."
+            )
+        return None
 
     def never(self, member: Member) -> bool:
         """Whether one of its workers needs more than all of them may have together."""
-        return self._limit is not None and self.need(member) > self._limit
+        needs = self.of(member)
+        return needs is not None and self.impossible(needs, self.device(member)) is not None
 
-    def takes_turns(self, member: Member, room: int | None) -> bool:
+    def fits_beside(self, member: Member) -> bool:
+        """Whether a worker of its present generation finds room beside what is there now."""
+        needs = self.of(member)
+        return needs is None or self._fits(member, needs, self.free())
+
+    def need(self, member: Member) -> int:
+        """Host memory that its next worker needs; 0 as long as nothing is known of it."""
+        needs = self.of(member)
+        return needs.host if needs is not None else 0
+
+    def room(self) -> int | None:
+        """Host memory that loads may still take."""
+        return self.free().host
+
+    def takes_turns(self, member: Member, free: Free) -> bool:
         """Whether its new generation finds room only once the workers of the old one are gone."""
-        need, number = self.need(member), member.deployment.generation.number
-        if room is None or need <= room:
+        needs, number = self.of(member), member.deployment.generation.number
+        if needs is None or self._fits(member, needs, free):
             return False
-        old = [each for each in member.workers.values() if each.generation != number]
-        return need <= room + sum(need for each in old if _there(each))
-
-    def in_turn(self, fit: Fit, member: Member) -> Fit:
-        """The same, unless it is the member's own workers that take the room."""
-        name = member.deployment.name
-        held = fit.verdict is Verdict.WAITS or name in fit.evicts
-        own = self.need(member) * sum(_there(each) for each in member.workers.values())
-        needed = (fit.memory or 0) * fit.replicas
-        if not held or fit.free is None or needed > fit.free + own:
-            return fit
-        message = (
-            f"It fits only in the place of what {name} serves now, which goes first: requests "
-            f"wait until it is loaded, and if it can't be, what was before is loaded again. "
-            f"{fit.replicas} x about {mebibytes(fit.memory or 0)}, {mebibytes(fit.free)} are free."
+        old = [each for each in self.there() if each.member is member]
+        return self._fits(
+            member,
+            needs,
+            self.without(free, [each for each in old if each.key.generation != number]),
         )
-        return replace(fit, verdict=Verdict.IN_PLACE, message=message, evicts=())
 
-    def idle(self) -> list[tuple[Member, str]]:
-        """What is loaded on demand and has not been used for long enough, with the reason."""
-        now, found = self._clock(), []
-        for member in self._awake():
-            deadline = self.deadline(member)
-            if deadline is not None and deadline <= now and not member.busy:
-                seconds = self._keep_alive(member)
-                said = f"nobody has used it for {seconds:g} s" if seconds else "nobody uses it"
-                found.append((member, said))
+    def without(self, free: Free, gone: Collection[There]) -> Free:
+        """What would be free if these had gone."""
+        gpus = dict(free.gpus)
+        for each in gone:
+            devices = self.devices(each)
+            for device in devices:
+                gpus[device] += each.needs.gpu // len(devices)
+        back = sum(each.host for each in gone)
+        return Free(None if free.host is None else free.host + back, gpus, free.suspects)
+
+    def _fits(self, member: Member, needs: Footprint, free: Free) -> bool:
+        if free.host is not None and needs.host > free.host:
+            return False
+        return self.place(needs, self.device(member), free.gpus) is not None
+
+    def ran_out(self, member: Member, dossier: Dossier) -> None:
+        """A load has ended for want of memory."""
+        needs, free = self.of(member), self.free(but=dossier.worker)
+        # What it may not have, no change of the machine's memory gives it.
+        if needs is None or member.deployment.generation.request.limits.memory is not None:
+            return
+        self.shortages.add(
+            member.deployment.name,
+            dossier.generation,
+            needs,
+            free,
+            fits=self.place(needs, self.device(member), free.gpus) is not None,
+            killed_at=dossier.peak_rss if dossier.signal is not None else None,
+        )
+
+    def short(self, member: Member) -> bool:
+        """Whether its last load ran out of memory."""
+        generation = member.deployment.generation
+        return self.shortages.of(member.deployment.name, generation.number) is not None
+
+    def relieved(self, free: Free) -> list[Worker]:
+        """Workers that wait for their next try for want of memory, of which there is more now."""
+        found = []
+        for member in self._members.values():
+            name, number = member.deployment.name, member.deployment.generation.number
+            if self.shortages.of(name, number) is None:
+                continue
+            for worker in member.serving():
+                if worker.phase is Phase.BACKOFF and worker.generation == number:
+                    needs = self._next(worker)
+                    fits = free.host is None or needs.host <= free.host
+                    if fits and self.shortages.relieved(name, number, needs, free):
+                        found.append(worker)
         return found
 
-    def deadline(self, member: Member) -> float | None:
-        """When it will be unloaded if it isn't used, on the monotonic clock."""
-        seconds = self._keep_alive(member)
-        if member.deployment.schedule.load is not Load.ON_DEMAND or not member.awake or seconds < 0:
-            return None
-        # What has failed takes no memory, and coming back it would forget its failures.
-        if member.loaded_at is None or not any(
-            worker.phase in _SERVES for worker in member.workers.values()
-        ):
-            return None
-        return max(member.used_at, member.loaded_at) + seconds
+    # -- what is there -------------------------------------------------------------
 
-    def evictions(self, room: int | None) -> list[tuple[Member, str]]:
-        """What makes room, of which there is ``room``, for a model that is waited for; and why."""
-        if room is None:
+    def there(self) -> Iterator[There]:
+        """Every worker that has memory, or is about to have some."""
+        for member in self._members.values():
+            for key, worker in member.workers.items():
+                if worker.phase in _THERE or worker.phase in LOADING:
+                    needs = self.needs(worker.order, member.placed.get(key))
+                    yield There(member, key, worker, needs)
+
+    def devices(self, there: There) -> list[str]:
+        """The GPUs that it has memory of."""
+        if not there.needs.gpu:
             return []
-        waiting = self._waiting(room)
-        chosen = decide(waiting, self._residents(), room=room, now=self._clock(), rules=self._rules)
-        if chosen.load is None:
-            return []
-        need = self.need(self._members[chosen.load])
-        reason = f"{chosen.load} needs about {mebibytes(need)} of memory"
-        return [(self._members[name], reason) for name in chosen.evict]
+        device = there.member.placed.get(there.key) or there.worker.order.device
+        if device in ANY and there.worker.loaded is not None:
+            device = there.worker.loaded.device
+        # What is left to the worker becomes the first.
+        names = ["cuda:0"] if device in ANY else device.split(",")
+        here = {gpu.device for gpu in self._gpus()}
+        return [name for name in names if name in here]
 
-    def next_look(self) -> float | None:
-        """Seconds until time alone may change anything; ``None`` if it can't."""
-        now = self._clock()
-        ahead = [
-            max(deadline - now, 0.0)
-            for member in self._awake()
-            if not member.busy and (deadline := self.deadline(member)) is not None
-        ]
-        room = self.room()
-        if room is not None:
-            waiting = self._waiting(room)
-            turn = next_change(waiting, self._residents(), now, self._rules)
-            if turn is not None:
-                ahead.append(turn)
-            if waiting:
-                # What others on this machine do with its memory tells nobody.
-                ahead.append(1.0)
-        return min(ahead, default=None)
+    def place(self, needs: Footprint, device: str, gpus: Mapping[str, int]) -> str | None:
+        """Where it would be loaded if so much were free; ``None``: nowhere."""
+        return place(Candidate("", needs.host, _alone(needs), device), gpus)
 
-    def turn(self, member: Member) -> tuple[float, list[str]] | None:
-        """Seconds until it may have room, and what goes before it; ``None`` if nobody knows."""
-        room = self.room()
-        if room is None:
-            return 0.0, []
-        waiting = order(self._waiting(room), self._clock(), self._rules)
-        names = [each.name for each in waiting]
-        if member.deployment.name not in names:
-            return 0.0, []
-        place = names.index(member.deployment.name)
-        seconds = room_in(
-            waiting[place], self._residents(), room=room, now=self._clock(), rules=self._rules
-        )
-        return None if seconds is None else (seconds, names[:place])
+    def is_queued(self, member: Member) -> bool:
+        """Whether any of its workers waits for its turn."""
+        return any(worker.phase is Phase.QUEUED for worker in member.serving())
 
     # -- inside --------------------------------------------------------------------
 
-    def _waiting(self, room: int) -> list[Waiting]:
-        """Members whose workers wait for nothing but memory."""
-        return [
-            Waiting(
-                member.deployment.name,
-                self.need(member),
-                member.queue.oldest or self._since(member),
-                max(1, member.queue.waiting),
-                member.load_seconds or LOAD_SECONDS,
-            )
-            for member in self._members.values()
-            if member.waited_for
-            and self.need(member) > room
-            and any(worker.phase is Phase.QUEUED for worker in member.serving())
-        ]
+    def _next(self, worker: Worker) -> Footprint:
+        """What a worker needs that isn't there yet."""
+        needs = self.needs(worker.order)
+        least = self.shortages.least(worker.deployment, worker.generation)
+        return replace(needs, host=max(needs.host, least))
 
-    def _residents(self) -> list[Resident]:
-        now = self._clock()
-        return [
-            Resident(
-                member.deployment.name,
-                self.need(member) * len(workers),
-                member.loaded_at if member.loaded_at is not None else now,
-                member.uses.value(now),
-                member.load_seconds or LOAD_SECONDS,
-                held=self._held(member, workers),
-            )
-            for member in self._members.values()
-            if (workers := [worker for worker in member.workers.values() if _there(worker)])
-        ]
+    def _is_unread(self, member: Member, number: int) -> bool:
+        """Whether its files have still to be looked at."""
+        generation = member.generation(number)
+        if generation is None or generation.resolution is None:
+            return False
+        return not self._footprints.known(generation.resolution)
 
-    def _held(self, member: Member, workers: Collection[Worker]) -> bool:
-        return (
-            member.deployment.schedule.load is not Load.ON_DEMAND
-            or not member.awake
-            or member.busy
-            or member.pinned
-            # It isn't what makes room for its own next generation.
-            or any(worker.phase is Phase.QUEUED for worker in member.serving())
-            or any(worker.phase in _LOADING for worker in workers)
-        )
+    def _holds(self, member: Member, needs: Footprint, free: Free) -> bool:
+        deployment = member.deployment
+        return self.shortages.holds(deployment.name, deployment.generation.number, needs, free)
 
-    def _since(self, member: Member) -> float:
-        return member.woken_at if member.woken_at is not None else self._clock()
+    def _reckons(self, device: str) -> bool:
+        """Whether the memory of the GPUs that are asked for is known."""
+        here = {gpu.device for gpu in self._gpus()}
+        return bool(here) if device in ANY else set(device.split(",")) <= here
 
-    def _keep_alive(self, member: Member) -> float:
-        return member.stays(self._settings.keep_alive_seconds)
-
-    def _awake(self) -> Iterable[Member]:
-        return [member for member in self._members.values() if member.awake and not member.leaving]
-
-    def _workers(self) -> Iterable[tuple[Member, Worker]]:
-        return [
-            (member, worker)
-            for member in self._members.values()
-            for worker in member.workers.values()
-            if _there(worker)
-        ]
+    def _totals(self) -> dict[str, int]:
+        return {
+            gpu.device: max(0, gpu.total - self._settings.reserve_bytes) for gpu in self._gpus()
+        }
 
 
-def reckon(size: int, dtype: str, peak: int | None) -> int:
-    """Bytes that a worker needs for a model of ``size`` bytes; ``peak`` is what one has needed."""
-    if peak is not None:
-        return max(peak, size)
-    factor = _ACTIVATIONS if dtype == "auto" else _CONVERSION
-    return _OVERHEAD + int(size * factor)
+def _alone(needs: Footprint) -> int:
+    """What one GPU would need for what several share."""
+    return max(0, needs.gpu - (gpus(needs.device) - 1) * CONTEXT)
 
 
-def _there(worker: Worker) -> bool:
-    return worker.phase in _THERE or worker.phase in _LOADING
+def _listed(free: Mapping[str, int]) -> str:
+    told = [f"{device} has {mebibytes(size)} free" for device, size in sorted(free.items())]
+    return ", ".join(told[:4]) or "there is none"
 
 
 def available() -> int | None:

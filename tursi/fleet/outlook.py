@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from tursi.fleet.governor import Governor
 from tursi.fleet.member import Member
-from tursi.fleet.memory import LOAD_SECONDS, Memory
+from tursi.fleet.residence import LOAD_SECONDS, Residence
 from tursi.loading import Loading
 from tursi.model import Phase, Progress
 from tursi.plan import LOAD_SLOTS, LOADING
@@ -26,13 +26,13 @@ class Outlook:
         self,
         *,
         members: Mapping[str, Member],
-        memory: Memory,
+        residence: Residence,
         governor: Governor,
         clock: Callable[[], float],
         now: Callable[[], float],
     ) -> None:
         self._members = members
-        self._memory = memory
+        self._residence = residence
         self._governor = governor
         self._clock = clock
         self._now = now
@@ -65,7 +65,7 @@ class Outlook:
             done = share(status.progress)
             return _loading(phase.value, done, self._left(member, done), 0.0)
         if phase is Phase.QUEUED and member.waits is not None:
-            turn = self._memory.turn(member)
+            turn = self._residence.turn(member)
             if turn is None:
                 return _loading("memory", None, None, expected)
             seconds, before = turn

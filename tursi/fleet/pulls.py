@@ -109,6 +109,14 @@ class Pulls:
             going.halt()
         self._going.clear()
 
+    def progress(self, model: str) -> list[Progress]:
+        """How far the downloads of that model are."""
+        return [
+            going.progress
+            for going in self._going.values()
+            if going.pull.model == model and going.progress is not None
+        ]
+
     def using(self, repository: str) -> bool:
         """Whether a pull of this repository has not ended."""
         return any(

@@ -16,7 +16,8 @@ from twisted.python.failure import Failure
 
 from tursi import config
 from tursi.errors import FetchInterrupted, ShuttingDown
-from tursi.hub import disk
+from tursi.footprint import Blueprint
+from tursi.hub import blueprint, disk
 from tursi.hub.fetch import Fetch, Running, Spawn
 from tursi.model import CatalogueEntry, Progress, Reference, Resolution, Trust
 
@@ -107,6 +108,10 @@ class Hub:
     def lacks(self, resolution: Resolution) -> Deferred[bool]:
         """Whether files that were found are no longer there."""
         return self._in_thread(partial(disk.lacks, names=resolution.files), Path(resolution.folder))
+
+    def blueprint(self, folder: str) -> Deferred[Blueprint]:
+        """What the files in a folder tell of the model's size."""
+        return self._in_thread(blueprint.read, Path(folder))
 
     def touch(self, folder: str) -> Deferred[None]:
         """Note that the model in ``folder`` is used now, if it is in the cache."""

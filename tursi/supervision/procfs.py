@@ -35,6 +35,15 @@ def usage(pid: int, proc: Path = PROC) -> Usage | None:
         return None
 
 
+def highest(pid: int, proc: Path = PROC) -> int | None:
+    """The most bytes that the process has had in memory; ``None`` if it is gone."""
+    try:
+        _, found, rest = _read(f"{proc}/{pid}/status").partition(b"\nVmHWM:")
+        return int(rest.split(maxsplit=1)[0]) * 1024 if found else None
+    except (OSError, IndexError, ValueError):
+        return None
+
+
 def descendants(pid: int, proc: Path = PROC) -> list[int]:
     """All processes below that one, or some more than ``MOST`` of them."""
     found: list[int] = []

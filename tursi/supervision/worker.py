@@ -190,6 +190,11 @@ class Worker:
         return self._order.threads
 
     @property
+    def order(self) -> LoadOrder:
+        """What it is told to load, as it was asked for."""
+        return self._order
+
+    @property
     def folder(self) -> str:
         """Of the model's files."""
         return self._order.folder
@@ -235,6 +240,10 @@ class Worker:
     def hurry(self) -> None:
         """If it drains, don't wait for that any more."""
         self._feed(self._machine.drained, "nobody waits for it any more")
+
+    def hasten(self) -> None:
+        """If it waits for its next try, try now."""
+        self._feed(self._machine.retry, "there is memory again")
 
     def restart(self) -> None:
         """Drain, end, and come back."""
