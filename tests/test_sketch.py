@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 
 import pytest
 from hypothesis import given
@@ -29,7 +30,7 @@ def merged(*sketches: Sketch) -> Sketch:
 
 @given(st.lists(st.floats(LEAST, MOST), min_size=1, max_size=200), shares)
 def test_a_quantile_is_right_within_the_bound(values: list[float], share: float) -> None:
-    right = sorted(values)[int(share * (len(values) - 1))]
+    right = sorted(values)[max(ceil(share * len(values)), 1) - 1]
     (found,) = sketch(values).quantiles(share)
     assert found == pytest.approx(right, rel=ACCURACY * 1.0001)
 

@@ -8,9 +8,10 @@ many sketches of however many machines were added up before it is asked for.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
-from math import exp, log
+from math import ceil, exp, log
 
 ACCURACY = 0.01
 """The relative error of a quantile."""
@@ -50,15 +51,14 @@ class Sketch(dict[int, int]):
         return sum(self.values())
 
     def quantiles(self, *shares: float) -> list[float]:
-        """The values below which these shares (0 to 1) of all are; 0.0 where there is none."""
+        """The least values that these shares (0 to 1) of all don't exceed; 0.0 if it is empty."""
         numbers = sorted(self)
         sums = list(accumulate(self[number] for number in numbers))
         found = []
         for share in shares:
             # The same one that sorting all values and taking one of them would give.
-            rank = int(share * (sums[-1] - 1)) if sums else 0
-            place = next((i for i, total in enumerate(sums) if total > rank), None)
-            found.append(0.0 if place is None else _value(numbers[place]))
+            rank = max(ceil(share * sums[-1]), 1) if sums else 0
+            found.append(_value(numbers[bisect_left(sums, rank)]) if sums else 0.0)
         return found
 
     def encode(self) -> bytes:

@@ -119,34 +119,34 @@ def _daemon(activity: Mapping[str, Any]) -> Text:
     daemon = activity["daemon"]
     at, began = _at(activity), datetime.fromisoformat(daemon["started_at"])
     cpu = "" if daemon["cpu"] is None else f"   cpu {daemon['cpu']:.1f} %"
-    busy = sum(row["in_flight"] for row in activity["deployments"])
-    rate = sum(row["requests_per_second"] for row in activity["deployments"])
     return Text.assemble(
         (f"tursi {safe(daemon['version'])}", "bold"),
-        f"   up {duration((at - began).total_seconds())}{cpu}   memory {size(daemon['rss'])}",
-        f"   {_rate(rate, '0')} req/s, {busy} in flight   {at.astimezone():%H:%M:%S}",
+        f"   {at.astimezone():%H:%M:%S}   up {duration(round((at - began).total_seconds()))}"
+        f"{cpu}   memory {size(daemon['rss'])}",
     )
 
 
 def _rooms(activity: Mapping[str, Any]) -> Text:
     from rich.text import Text
 
-    said = []
+    rows = activity["deployments"]
+    rate = sum(row["requests_per_second"] for row in rows)
+    busy = sum(row["in_flight"] for row in rows)
+    said = [f"{_rate(rate, '0')} req/s, {busy} in flight"]
     for room in activity["rooms"]:
         total = f" of {size(room['total'])}" if room["total"] is not None else ""
         if room["free"] is not None:
-            said.append(f"{safe(room['device'])}: {size(room['free'])}{total} free")
-    return Text("for models   " + "   ".join(said) if said else "")
+            said.append(f"{safe(room['device'])} {size(room['free'])}{total} free")
+    return Text("   ".join(said))
 
 
 def _keys(sort: str) -> Text:
     from rich.text import Text
 
-    said = Text("sort by ", "dim")
+    said = Text.assemble(("q quit   sort by:", "dim"))
     for key, (name, _) in SORTS.items():
-        said.append(f"{name} ({key})", "bold" if key == sort else "dim")
-        said.append("  ")
-    return said.append("  quit (q)", "dim")
+        said.append("  ").append(f"{key} {name}", "bold" if key == sort else "dim")
+    return said
 
 
 def _table(rows: Sequence[Row], width: int, room: int, *, dim: bool) -> list[Text]:

@@ -55,13 +55,21 @@ def stats(
     if not rows:
         line(f"{name or 'Nothing'} has had no requests since {local_time(answer['since'])}.")
         return
+    lines = [
+        *((_name(row, by), *_figures(row)) for row in rows),
+        ("total", *_figures(answer["total"])),
+    ]
+    headers = (_TITLES.get(by, "WHEN"), *_HEADERS)
+    # What nobody has isn't worth its room.
+    shown = [
+        number
+        for number, name in enumerate(headers)
+        if name not in _OPTIONAL or any(each[number] for each in lines)
+    ]
     table(
-        (_TITLES.get(by, "WHEN"), *_HEADERS),
-        [
-            *((_name(row, by), *_figures(row)) for row in rows),
-            ("total", *_figures(answer["total"])),
-        ],
-        spare=("BATCH", "P50", "MEMORY", "TOKENS IN", "P99", "1ST BYTE", "QUEUED", "TOKENS OUT"),
+        [headers[number] for number in shown],
+        [[each[number] for number in shown] for each in lines],
+        spare=_SPARE,
     )
 
 
@@ -69,6 +77,12 @@ _TITLES = {"deployment": "NAME", "key": "KEY"}
 _HEADERS = (
     "REQUESTS", "P50", "P95", "P99", "1ST BYTE", "QUEUED", "TOKENS IN", "TOKENS OUT", "BATCH",
     "MEMORY", "ERRORS",
+)  # fmt: skip
+
+
+_OPTIONAL = frozenset({"1ST BYTE", "TOKENS IN", "TOKENS OUT", "BATCH", "MEMORY"})
+_SPARE = (
+    "BATCH", "MEMORY", "1ST BYTE", "P99", "TOKENS IN", "TOKENS OUT", "QUEUED", "P50",
 )  # fmt: skip
 
 
@@ -100,7 +114,7 @@ def _figures(row: Mapping[str, Any]) -> Sequence[object]:
     return (
         row["requests"],
         *(duration(latency.get(name)) for name in ("p50", "p95", "p99")),
-        duration(first.get("p95")),
+        duration(first["p95"]) if first else None,
         duration(queue.get("p95")),
         row["prompt_tokens"],
         row["completion_tokens"],

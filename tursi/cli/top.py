@@ -38,7 +38,7 @@ def top(connection: Connection, *, once: bool, json: bool) -> None:
     if json:
         dump(first)
         return
-    if once or not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if once or not _is_terminal():
         if not once:
             note("tursi top: this is no terminal, so here is one look.")
         time.sleep(REFRESH_SECONDS)
@@ -48,6 +48,12 @@ def top(connection: Connection, *, once: bool, json: bool) -> None:
         Top(lambda: connection.call("GET", "/activity", seconds=ANSWER_SECONDS).body, screen).run(
             first
         )
+
+
+def _is_terminal() -> bool:
+    """Whether there is one that can be drawn on."""
+    is_dumb = os.environ.get("TERM", "dumb") in {"dumb", "unknown"}
+    return sys.stdin.isatty() and sys.stdout.isatty() and not is_dumb
 
 
 def _print(activity: Mapping[str, Any]) -> None:
