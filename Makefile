@@ -41,7 +41,8 @@ chaos: $(VENV)/.installed-test
 
 # Tests of which make test has only some cases.
 faults: $(VENV)/.installed-test
-	TURSI_TEST_MATRIX=all $(BIN)/python -m pytest tests/integration/test_pull_faults.py
+	TURSI_TEST_MATRIX=all $(BIN)/python -m pytest tests/integration/test_pull_faults.py \
+		tests/integration/test_load_faults.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

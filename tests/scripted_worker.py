@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--protocol", type=int, default=wire.PROTOCOL_VERSION)
     one.add_argument("--hello-after", type=float, default=0.0, help="seconds until it says hello")
     one.add_argument("--load-seconds", type=float, default=0.0, help="with progress all the while")
+    one.add_argument("--warm-seconds", type=float, default=0.0, help="of the first answer")
     one.add_argument("--stall", action="store_true", help="load for ever, without progress")
     one.add_argument("--fail", metavar="CODE:MESSAGE", help="say so instead of READY, and exit")
     one.add_argument("--at", type=int, default=0, help="when what follows happens: request, 0=load")
@@ -203,7 +204,8 @@ class ScriptedWorker:
                 versions={"scripted": "1"},
             )
             ready = wire.encode(Kind.READY, 0, msgspec.msgpack.encode(loaded))
-            self.send(wire.encode(Kind.PROGRESS, 0, warm) + ready)
+            self.send(wire.encode(Kind.PROGRESS, 0, warm))
+            self.later(self.options.warm_seconds, lambda: self.send(ready))
 
     def fail(self, code: str, message: str) -> None:
         words = wire.LastWords(code, message, "Traceback: as scripted")

@@ -17,10 +17,12 @@ from twisted.internet.defer import Deferred
 from twisted.internet.error import ProcessExitedAlready
 from twisted.internet.interfaces import IDelayedCall, IProcessTransport
 from twisted.internet.protocol import ProcessProtocol
+from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tursi import mark
+from tursi.removal import remove_tree
 from tursi.supervision import leftovers, procfs
 from tursi.supervision.logs import LifeLog
 
@@ -274,6 +276,7 @@ class KeeperProtocol(ProcessProtocol):
             return
         clearing = self._keepers.clear_orphans(self._launch.uuid)
         clearing.addErrback(self._not_cleared)
+        clearing.addCallback(self._tidied)
         clearing.addCallback(self._finish, "killed {} after the keeper had died")
 
     def processEnded(self, reason: Failure) -> None:  # noqa: N802, ARG002 - Twisted's
@@ -299,6 +302,15 @@ class KeeperProtocol(ProcessProtocol):
     def _not_cleared(self, failure: Failure) -> int:
         log.failure("Orphans could not be cleared", failure=failure)
         return 0
+
+    def _tidied(self, killed: int) -> int:
+        """Have the private folder removed, which the keeper would have done; nobody waits."""
+        temporary, reactor = self._launch.confinement.temporary, self._keepers.reactor
+        if temporary:
+            removing = deferToThreadPool(reactor, reactor.getThreadPool(), remove_tree, temporary)
+            # The next daemon tries again.
+            removing.addErrback(lambda failure: failure.trap(OSError))
+        return killed
 
     def _finish(self, killed: int, sentence: str) -> None:
         for fd in _STREAMS:
