@@ -64,6 +64,8 @@ log = Logger()
 
 _UPGRADE_SECONDS = 600.0
 _SAVE_SECONDS = 30.0
+_RELOAD_SECONDS = 1.0
+"""Between two reloads by SIGHUP: each is audited."""
 _SOFTWARE = 70
 
 
@@ -122,6 +124,9 @@ class Daemon(Service):
         self._front: api.Front
         self._info: api.Info
         self._reloading = DeferredLock()
+        self._hangup: Any = None
+        """The timer of the next reload by SIGHUP, while it waits."""
+        self._hung_up_at = -_RELOAD_SECONDS
         self._group: int | None = None
         """Of the control socket."""
         self._notifier = Notifier(reactor, environment)
@@ -389,6 +394,13 @@ class Daemon(Service):
     # -- reload ---------------------------------------------------------------------------
 
     def _hang_up(self) -> None:
+        """Read the configuration again; many at once count as one."""
+        if self._hangup is None:
+            wait = max(0.0, self._hung_up_at + _RELOAD_SECONDS - time.monotonic())
+            self._hangup = self._reactor.callLater(wait, self._hung_up)
+
+    def _hung_up(self) -> None:
+        self._hangup, self._hung_up_at = None, time.monotonic()
         ensureDeferred(self._reload()).addErrback(_not_reloaded).addBoth(self._audit_reload)
 
     def _audit_reload(self, error: TursiError | Reloaded | None) -> None:

@@ -63,6 +63,8 @@ class FakeKeys:
         )
 
     def revoke_key(self, name: str, *, at: float) -> Deferred[ApiKey]:
+        if self.locked:
+            return fail(DatabaseBusy("It is locked.", retry_after=1))
         for index, (one, secret) in enumerate(self.held):
             if name in {one.name, str(one.id)}:
                 revoked = replace(one, revoked_at=at)

@@ -441,6 +441,27 @@ def test_an_unknown_key_is_not_revoked(name: str) -> None:
     assert (reply.status, reply.error["code"]) == (404, "key_not_found")
 
 
+def test_a_key_is_refused_at_once_also_where_that_cannot_be_stored() -> None:
+    house = House()
+    theirs = {"Authorization": f"Bearer {READ}"}
+    assert house.ask("GET", "/deployments", headers=theirs).status == 200
+    house.store.locked = True
+    reply = house.ask("DELETE", "/keys/read")
+    assert (reply.status, reply.error["code"]) == (503, "database_busy")
+    assert "is refused from now on, but that isn't on the disk yet" in reply.error["message"]
+    assert house.ask("GET", "/deployments", headers=theirs).status == 401
+    assert house.ask("GET", "/keys").json()["keys"][1]["revoked_at"] is not None
+    assert house.store.held[1][0].revoked_at is None
+    # One that there isn't.
+    assert house.ask("DELETE", "/keys/nobody").status == 503
+    house.store.locked = False
+    saving = house.keys.stop()
+    with pytest.raises(StopIteration):
+        saving.send(None)
+    assert house.store.held[1][0].revoked_at == 1_700_000_100.0
+    assert house.ask("DELETE", "/keys/read").status == 200
+
+
 def test_last_uses_are_stored_now_and_then() -> None:
     house = House()
     starting = house.keys.start()

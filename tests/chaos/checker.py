@@ -14,6 +14,7 @@ class Role(Enum):
     CALM = "never hit"
     HIT = "hit"
     CHURN = "changed all the time"
+    LAZY = "loaded on demand"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,8 @@ class Ask:
     """Whether an answer of 200 was the one to this very request, and whole."""
     stream: bool = False
     """Whether it came in pieces: what has begun can't be sent again."""
+    again: bool = False
+    """Whether a refusal said when to ask again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +84,24 @@ class Change:
 
     deployment: str
     action: str
-    """put, scale, stop, start or delete; ``read`` changes nothing."""
+    """put, rollback, scale, stop, start or delete; ``read`` changes nothing."""
     outcome: Outcome
     model: str = ""
     replicas: int = 0
     seen: Wanted | None = None
     """What ``read`` has seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One operation on a pull; those of one pull follow each other."""
+
+    pull: int
+    action: str
+    """start, pause, resume or cancel; ``read`` changes nothing."""
+    outcome: Outcome
+    state: str = ""
+    """What the answer said of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +124,7 @@ class History:
     asks: list[Ask] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
     windows: list[Window] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
@@ -123,6 +139,7 @@ def apply(state: Wanted | None, change: Change) -> tuple[Wanted | None, Outcome]
         return None, Outcome.NOT_FOUND
     made: dict[str, Wanted | None] = {
         "scale": state._replace(replicas=change.replicas),
+        "rollback": state._replace(model=change.model),
         "stop": state._replace(running=False),
         "start": state._replace(running=True),
         "delete": None,
@@ -158,6 +175,36 @@ def lost_changes(changes: Iterable[Change]) -> list[str]:
     return found
 
 
+_TURNS = {
+    ("pause", "running"): "paused",
+    ("resume", "paused"): "running",
+    ("cancel", "running"): "cancelled",
+    ("cancel", "paused"): "cancelled",
+}
+
+
+def lost_turns(turns: Iterable[Turn]) -> list[str]:
+    """What pulls are said to be that they can't be after what was acknowledged."""
+    possible: dict[int, set[str]] = {}
+    found = []
+    for turn in turns:
+        before = {"running"} if turn.action == "start" else possible.get(turn.pull, set())
+        # A download ends by itself.
+        before = before | ({"done"} if "running" in before else set())
+        after = {_TURNS.get((turn.action, state), state) for state in before}
+        if turn.outcome is Outcome.UNKNOWN:
+            possible[turn.pull] = before | after
+            continue
+        after |= {"done"} if "running" in after else set()
+        if turn.state not in after:
+            expected = " or ".join(sorted(after))
+            found.append(
+                f"pull {turn.pull}: {turn.action} found {turn.state}, where {expected} was expected"
+            )
+        possible[turn.pull] = {turn.state}
+    return found
+
+
 class Judgement(Enum):
     """What a request's fate means."""
 
@@ -175,6 +222,9 @@ def judge(ask: Ask, role: Role, faults: Sequence[Fault], windows: Sequence[Windo
         return Judgement.LOST
     if any(window.meets(ask) for window in windows):
         return Judgement.EXCUSED
+    if role is Role.LAZY and ask.status in {429, 503} and ask.again:
+        # There was no room for it in time, and it may ask again.
+        return Judgement.EXCUSED
     if role is Role.CHURN:
         # Who stops, changes or removes a deployment means it: only a defect is none.
         told = ask.status in {404, 429, 502, 503} and ask.note != "internal_error"
@@ -184,7 +234,7 @@ def judge(ask: Ask, role: Role, faults: Sequence[Fault], windows: Sequence[Windo
     )
     # A request is sent once more after the first death, unless the answer has begun.
     needed = 1 if ask.stream else 2
-    if role is Role.HIT and deaths >= needed and ask.status == 502:
+    if role in {Role.HIT, Role.LAZY} and deaths >= needed and ask.status == 502:
         return Judgement.EXCUSED
     return Judgement.LOST
 
@@ -270,7 +320,8 @@ def violations(history: History) -> list[str]:
                 f" {ask.ended - ask.began:.2f} s got {ask.status} {what}"
                 f" [{near(ask, history)}]"
             )
-    return found + lost_changes(history.changes) + flat(history.samples)[2]
+    found += lost_changes(history.changes) + lost_turns(history.turns)
+    return found + flat(history.samples)[2]
 
 
 def judged(history: History) -> list[tuple[Ask, Judgement]]:
@@ -320,6 +371,12 @@ def table(history: History) -> list[str]:
     reads = sum(change.action == "read" for change in history.changes)
     lost = len(lost_changes(history.changes))
     lines.append(f"changes: {outcomes}; {reads} reads; {lost} lost")
+    outcomes = ", ".join(
+        f"{sum(turn.action == action for turn in history.turns)} x {action}"
+        for action in ("start", "pause", "resume", "cancel", "read")
+    )
+    pulls = len({turn.pull for turn in history.turns})
+    lines.append(f"{pulls} pulls: {outcomes}; {len(lost_turns(history.turns))} lost")
     dead = sum(window.end - window.begin for window in history.windows)
     lines.append(f"daemon dead: {len(history.windows)} times, {dead:.1f} s in all")
     descriptors, rss, _ = flat(history.samples)

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import httpx
-from checker import Ask, Change, Outcome, Wanted
+from checker import Ask, Change, Outcome, Turn, Wanted
 
 ASK_SECONDS = 50.0
 """After which a client gives up; no answer takes as long."""
@@ -37,6 +37,7 @@ class Client(threading.Thread):
         self._tell = tell
         self._ending = threading.Event()
         self._connection: http.client.HTTPConnection | None = None
+        self._again = False
 
     def end(self) -> None:
         """Ask no more after the present request."""
@@ -47,13 +48,16 @@ class Client(threading.Thread):
         while not self._ending.wait(PAUSE_SECONDS):
             serial += 1
             began = time.monotonic()
+            self._again = False
             status, note, right = self._ask(f"{self._deployment} {self._number} {serial}")
             self._tell(
                 Ask(
                     self._deployment, began, time.monotonic(), status, note, right,
-                    stream=self.stream,
+                    stream=self.stream, again=self._again,
                 )
             )  # fmt: skip
+            if self._again:
+                self._ending.wait(0.5)
         self._close()
 
     def _ask(self, text: str) -> tuple[int, str, bool]:
@@ -79,6 +83,7 @@ class Client(threading.Thread):
             return 0, type(error).__name__, True
         if answer.status == 200:
             return self._judge(body, data)
+        self._again = answer.getheader("retry-after") is not None
         with suppress(ValueError, KeyError, TypeError):
             return answer.status, str(json.loads(data)["error"]["code"]), True
         return answer.status, repr(data[:100]), True
@@ -171,11 +176,26 @@ class Changer(threading.Thread):
         wanted = Wanted(found["model"], found["replicas"], found["desired"] == "running")
         return Change(name, "read", Outcome.ACKNOWLEDGED, seen=wanted)
 
+    def _generations(self, name: str) -> list[tuple[int, str]]:
+        """Those there are, with what they serve."""
+        try:
+            answer = self._control.get(f"/deployments/{name}/generations")
+        except httpx.HTTPError:
+            return []
+        found = answer.json()["generations"] if answer.status_code == 200 else []
+        return [(each["number"], each["request"]["model"]) for each in found]
+
     def _change(self, name: str) -> None:
-        action = self._chance.choices(("put", "scale", "stop", "start", "delete"), (6, 3, 2, 3, 1))[
-            0
-        ]
+        (action,) = self._chance.choices(
+            ("put", "scale", "stop", "start", "delete", "rollback"), (6, 3, 2, 3, 1, 3)
+        )
         model = self._chance.choice(self._choice.models) if action == "put" else ""
+        number = 0
+        if action == "rollback":
+            earlier = self._generations(name)
+            if not earlier:
+                return
+            number, model = self._chance.choice(earlier)
         replicas = self._chance.choice(self._choice.replicas) if action in {"put", "scale"} else 0
         path = f"/deployments/{name}"
         try:
@@ -183,6 +203,8 @@ class Changer(threading.Thread):
                 answer = self._control.put(path, json={"model": model, "replicas": replicas})
             elif action == "delete":
                 answer = self._control.delete(path)
+            elif action == "rollback":
+                answer = self._control.post(f"{path}/rollback", json={"generation": number})
             elif action == "scale":
                 answer = self._control.post(f"{path}/scale", json={"replicas": replicas})
             else:
@@ -198,3 +220,103 @@ class Changer(threading.Thread):
             outcome is Outcome.ACKNOWLEDGED and action != "delete" and self._chance.random() < 0.5
         ):
             self._doubtful.add(name)
+
+
+class Loader(threading.Thread):
+    """Loads and unloads what is loaded on demand, as if nobody used it."""
+
+    def __init__(
+        self,
+        control: httpx.Client,
+        deployments: tuple[str, ...],
+        chance: random.Random,
+        pause: float,
+    ) -> None:
+        super().__init__(name="loader", daemon=True)
+        self._control = control
+        self._deployments = deployments
+        self._chance = chance
+        self._pause = pause
+        self._ending = threading.Event()
+
+    def end(self) -> None:
+        """Leave them alone."""
+        self._ending.set()
+
+    def run(self) -> None:
+        while not self._ending.wait(self._pause * (0.5 + self._chance.random())):
+            name = self._chance.choice(self._deployments)
+            action = self._chance.choice(("load", "unload", "unload"))
+            with suppress(httpx.HTTPError):
+                self._control.post(f"/deployments/{name}/{action}")
+
+
+class Puller(threading.Thread):
+    """Downloads models and thinks better of it; ``look`` is called now and then."""
+
+    def __init__(
+        self,
+        control: httpx.Client,
+        models: tuple[str, ...],
+        chance: random.Random,
+        tell: Callable[[Turn], None],
+        look: Callable[[], None],
+        pause: float,
+    ) -> None:
+        super().__init__(name="puller", daemon=True)
+        self._control = control
+        self._models = models
+        self._chance = chance
+        self._tell = tell
+        self._look = look
+        self._pause = pause
+        self._ending = threading.Event()
+        self.pulls: list[int] = []
+
+    def end(self) -> None:
+        """Pull nothing any more."""
+        self._ending.set()
+
+    def run(self) -> None:
+        while not self._ending.wait(self._pause * (0.5 + self._chance.random())):
+            with suppress(httpx.HTTPError):
+                (action,) = self._chance.choices(
+                    ("start", "pause", "resume", "cancel", "read", "remove"), (5, 3, 3, 1, 3, 2)
+                )
+                if action == "remove":
+                    model = self._chance.choice(self._models)
+                    self._control.delete(f"/catalogue/{model}")
+                elif action == "start" or not self.pulls:
+                    self._start()
+                else:
+                    self.turn(self._chance.choice(self.pulls[-6:]), action)
+            self._look()
+
+    def _start(self) -> None:
+        # One that isn't acknowledged may be there, and nobody knows its number.
+        body = {"model": self._chance.choice(self._models)}
+        answer = self._control.post("/pulls", json=body)
+        if answer.status_code == 202:
+            found = answer.json()
+            self._tell(Turn(found["id"], "start", Outcome.ACKNOWLEDGED, found["state"]))
+            self.pulls.append(found["id"])
+
+    def turn(self, number: int, action: str) -> str:
+        """Do that to a pull; what it is then."""
+        path = f"/pulls/{number}"
+        try:
+            if action == "read":
+                answer = self._control.get(path)
+            elif action == "cancel":
+                answer = self._control.delete(path)
+            else:
+                answer = self._control.post(f"{path}/{action}")
+        except httpx.HTTPError:
+            self._tell(Turn(number, action, Outcome.UNKNOWN))
+            return ""
+        if answer.status_code not in {200, 202}:
+            self._tell(Turn(number, action, Outcome.UNKNOWN))
+            return ""
+        state = str(answer.json()["state"])
+        self._tell(Turn(number, action, Outcome.ACKNOWLEDGED, state))
+        return state

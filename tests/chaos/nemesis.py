@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from checker import Fault, Window
 from clock_daemon import set_clock
 from daemon import Daemon
 from scripted_worker import OBEYED
+from stand_in_hub import Fault as StandInFault
+from stand_in_hub import StandInHub
 
 DEATHS_PER_MINUTE = 18
 """At 21 the daemon rightly stops starting anything for a minute."""
@@ -76,6 +78,20 @@ DAEMON_KINDS = (
     ("all workers at once", 1),
     ("clock", 2),
 )
+DOWNLOAD_KINDS = (
+    "kill -9 of a fetcher", "kill -9 of a fetcher", "kill -9 of its keeper", "fetcher stopped",
+    "hub in trouble", "hub in trouble",
+)  # fmt: skip
+HUB_FAULTS = (
+    StandInFault("/content/", "truncate", method="GET", times=1),
+    StandInFault("/content/", "slow", method="GET", times=2, seconds=0.2),
+    StandInFault("/content/", "corrupt", method="GET", times=1),
+    StandInFault("/content/", "whole", method="GET", times=2),
+    StandInFault("/content/", "stall", method="GET", times=1),
+    StandInFault("/api/", status=503, times=1),
+    StandInFault("/api/", status=429, headers={"Retry-After": "1"}, times=1),
+    StandInFault("/api/", "garbage", times=1),
+)
 JUMPS = (-3600.0, 3600.0, 0.0, -7.0, 86400.0)
 
 
@@ -89,6 +105,8 @@ class Nemesis(threading.Thread):
         changed: tuple[str, ...],
         clock: Path,
         chance: random.Random,
+        environment: dict[str, str],
+        hub: StandInHub,
         *,
         pause: float,
         kill_daemon_at: float,
@@ -107,6 +125,8 @@ class Nemesis(threading.Thread):
         self._changed = changed
         self._clock = clock
         self._chance = chance
+        self._environment = environment
+        self._hub = hub
         self._pause = pause
         self._kill_at = time.monotonic() + kill_daemon_at
         self._spare_after = time.monotonic() + spare_daemon_after
@@ -138,6 +158,8 @@ class Nemesis(threading.Thread):
                     self._replace_daemon()
                 elif self._chance.random() < 0.25:
                     self._hit_daemon()
+                elif self._chance.random() < 0.25:
+                    self._hit_download()
                 else:
                     self._hit_worker()
             except (httpx.HTTPError, psutil.Error, AssertionError) as error:
@@ -152,6 +174,24 @@ class Nemesis(threading.Thread):
         workers = self._workers(name)
         if workers:
             self._harm(kind, name, self._chance.choice(workers))
+
+    def _hit_download(self) -> None:
+        """Harm to a fetcher or its keeper, or by the hub."""
+        kind = self._chance.choice(DOWNLOAD_KINDS)
+        now = time.monotonic()
+        if kind.startswith("hub"):
+            fault = self._chance.choice(HUB_FAULTS)
+            self._hub.faults[:] = [each for each in self._hub.faults if each.times > 0]
+            self._hub.faults.insert(0, replace(fault))
+        else:
+            victims = [each for each in self._running.tree() if is_fetcher(each)]
+            victims = [each for each in victims if is_keeper(each) is ("keeper" in kind)]
+            if not victims:
+                return
+            number = signal.SIGSTOP if "stopped" in kind else signal.SIGKILL
+            with suppress(psutil.NoSuchProcess):
+                self._chance.choice(victims).send_signal(number)
+        self._tell_fault(Fault(kind, "", now, time.monotonic(), deadly=False))
 
     def _kill_all(self) -> None:
         """Every worker that may be hit, at once."""
@@ -272,12 +312,21 @@ class Nemesis(threading.Thread):
         return self._running.process.pid
 
     def environment(self) -> dict[str, str]:
-        """What the daemon needs to have a clock that can be set."""
-        return {"TURSI_TEST_CLOCK": str(self._clock)}
+        """What the daemon needs to have a clock that can be set, and to find the hub."""
+        return {"TURSI_TEST_CLOCK": str(self._clock), **self._environment}
 
     def heal(self) -> None:
         """Undo whatever doesn't pass by itself."""
         set_clock(self._clock, 0.0)
+        self._hub.faults.clear()
+
+
+def is_fetcher(process: psutil.Process) -> bool:
+    """Whether it downloads, or is the keeper of one that does."""
+    try:
+        return any("tursi.fetcher" in word for word in process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def is_keeper(process: psutil.Process) -> bool:

@@ -36,11 +36,21 @@ from checker import (  # noqa: E402 - after the path
     table,
     violations,
 )
-from clients import PIECES, Changer, Choice, Client, StreamClient  # noqa: E402 - the same
+from clients import (  # noqa: E402 - the same
+    PIECES,
+    Changer,
+    Choice,
+    Client,
+    Loader,
+    Puller,
+    StreamClient,
+)
 from clock_daemon import set_clock  # noqa: E402 - the same
 from daemon import Daemon  # noqa: E402 - the same
 from nemesis import Nemesis, lives  # noqa: E402 - the same
 from patience import until  # noqa: E402 - the same
+from stand_in_hub import Fault as StandInFault  # noqa: E402 - the same
+from stand_in_hub import StandInHub  # noqa: E402 - the same
 
 SETTINGS = """
 [workers]
@@ -58,7 +68,22 @@ stop_seconds = 1.0
 kill_seconds = 2.0
 [requests]
 load_wait_seconds = 40.0
+[memory]
+limit_bytes = {limit}
+reserve_bytes = 0
+min_residency_seconds = 0.5
+max_wait_seconds = 3.0
+[hub]
+stall_seconds = 3.0
+endpoint = "{endpoint}"
 """
+GIB = 2**30
+LAZY = {"lazy-a": 1, "lazy-b": 1, "lazy-c": 1}
+LAZY_BYTES = 4 * GIB
+LIMIT = 11 * GIB + GIB // 2
+"""Room for two of them, and for everybody else."""
+PULLED = 4
+PULLED_BYTES = 2 * 2**20
 CALM = {"calm": 1, "calm-pair": 2}
 HIT = {"solo-a": 1, "solo-b": 1, "pair-a": 2, "pair-b": 2}
 STREAMS = {"streams": 2}
@@ -86,19 +111,27 @@ class Run:
                 **dict.fromkeys(CALM, Role.CALM),
                 **dict.fromkeys(HIT | STREAMS, Role.HIT),
                 **dict.fromkeys(CHURN, Role.CHURN),
+                **dict.fromkeys(LAZY, Role.LAZY),
             },
-            CALM | HIT | STREAMS,
+            CALM | HIT | STREAMS | LAZY,
         )
+        self.hub = StandInHub()
+        # So that a download lasts long enough to be hit.
+        self.hub.faults.append(StandInFault("/content/", "slow", method="GET", seconds=0.1))
+        self.models = tuple(self.publish(folder, number) for number in range(PULLED))
         self.clock = folder / "clock"
         set_clock(self.clock, 0.0)
         program = TESTS / "integration" / "clock_daemon.py"
-        self.running = Daemon(folder, scripted=True, settings=SETTINGS, program=program)
+        settings = SETTINGS.format(limit=LIMIT, endpoint=self.hub.endpoint)
+        self.running = Daemon(folder, scripted=True, settings=settings, program=program)
         self.nemesis = Nemesis(
             self.running,
             (*HIT, *STREAMS),
-            CHURN,
+            (*CHURN, *LAZY),
             self.clock,
             random.Random(self.chance.random()),
+            {**self.hub.environment(folder / "home"), "HF_HUB_OFFLINE": "0"},
+            self.hub,
             pause=pause,
             kill_daemon_at=seconds * 0.3,
             # The last one has to live long enough to be measured.
@@ -109,8 +142,23 @@ class Run:
         )
         self.figures: list[str] = []
 
+    def publish(self, folder: Path, number: int) -> str:
+        """Put a model on the hub; its name."""
+        model = folder / f"hub-{number}"
+        model.mkdir()
+        (model / "config.json").write_text("{}")
+        content = self.chance.randbytes(PULLED_BYTES)
+        (model / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}" + content)
+        self.hub.add(f"someone/m{number}", model)
+        return f"someone/m{number}"
+
     def go(self) -> None:
         """All of it."""
+        with self.hub:
+            self.go_on()
+
+    def go_on(self) -> None:
+        """The same, while the hub serves."""
         self.running.start(self.nemesis.environment())
         try:
             before = self.deploy()
@@ -139,6 +187,11 @@ class Run:
         for name, replicas in STREAMS.items():
             model = self.running.script(name, stream=PIECES, interval=0.02, obey=True)
             self.running.deploy(name, model, replicas=replicas)
+        for name in LAZY:
+            folder = self.running.script(name, echo=True, delay=0.05, load_seconds=0.3)
+            with (folder / "model.safetensors").open("r+b") as file:
+                file.truncate(LAZY_BYTES)
+            self.running.deploy(name, folder, load="on_demand", keep_alive=2.0)
         for name in (*CALM, *HIT, *STREAMS):
             self.running.wait(name)
         return self.used()
@@ -163,7 +216,24 @@ class Run:
             self.history.changes.append,
             self.pause / 4,
         )
-        actors: list[Client | Changer | Nemesis] = [*clients, changer, self.nemesis]
+        self.puller = Puller(
+            self.running.control,
+            self.models,
+            random.Random(self.chance.random()),
+            self.history.turns.append,
+            self.look_at_cache,
+            self.pause / 3,
+        )
+        loader = Loader(
+            self.running.control, tuple(LAZY), random.Random(self.chance.random()), self.pause
+        )
+        actors: list[Client | Changer | Loader | Puller | Nemesis] = [
+            *clients,
+            changer,
+            loader,
+            self.puller,
+            self.nemesis,
+        ]
         for actor in actors:
             actor.start()
         time.sleep(self.seconds)
@@ -200,12 +270,15 @@ class Run:
         healed = time.monotonic() - began
         for name in CHURN:
             self.expect(lambda name=name: self.settle(name))
+        self.finish_pulls()
+        for name in LAZY:
+            self.expect(lambda name=name: until(lambda: self.asked(name) == 200, name, 60))
         for name in CALM:
             crashes = self.running.control.get(f"/deployments/{name}/crashes").json()["crashes"]
             if crashes:
                 self.history.violations.append(f"{name} was never hit and has {crashes}")
         self.expect(self.owned)
-        for name in CHURN:
+        for name in (*CHURN, *LAZY):
             self.running.control.delete(f"/deployments/{name}")
         self.expect(
             lambda: until(lambda: self.at_rest(before), f"as little is used as before: {before}")
@@ -221,10 +294,62 @@ class Run:
             f" RSS {before[1] >> 20} -> {rss >> 20} MiB"
         )
 
+    def look_at_cache(self) -> None:
+        """See that what is listed is a model, whole and right."""
+        try:
+            answer = self.running.control.get("/catalogue")
+        except httpx.HTTPError:
+            return
+        for entry in answer.json()["models"] if answer.status_code == 200 else []:
+            folder = Path(entry["folder"])
+            if entry["name"] not in self.models:
+                continue
+            snapshot = self.hub.repositories[entry["name"]]["main"]
+            for name in snapshot.names():
+                try:
+                    right = (folder / name).read_bytes() == snapshot.data(name)
+                except FileNotFoundError:
+                    # Removed since it was listed, unless the folder is still there.
+                    right = not folder.exists()
+                if not right:
+                    self.history.violations.append(f"{entry['name']} is listed with a wrong {name}")
+
+    def finish_pulls(self) -> None:
+        """Every pull comes to its end."""
+        for number in self.puller.pulls:
+            if self.puller.turn(number, "read") == "paused":
+                self.puller.turn(number, "resume")
+        for number in self.puller.pulls:
+            self.expect(
+                lambda number=number: until(
+                    lambda: (
+                        self.running.control.get(f"/pulls/{number}").json()["state"]
+                        in {"done", "cancelled"}
+                    ),
+                    f"pull {number} ends: {self.running.control.get(f'/pulls/{number}').text}",
+                    HEAL_SECONDS,
+                )
+            )
+            self.puller.turn(number, "read")
+        self.look_at_cache()
+        cache = self.running.state / "cache" / "hub"
+        unfinished = [
+            *cache.glob("models--*/blobs/*.incomplete"), *cache.glob(".locks/*/*.unfinished"),
+            *cache.glob(".locks/*/reference.*"),
+        ]  # fmt: skip
+        cancelled = {turn.pull for turn in self.history.turns if turn.state == "cancelled"}
+        if unfinished and not cancelled:
+            self.history.violations.append(f"left in the cache: {unfinished}")
+
     def at_rest(self, before: tuple[int, int]) -> bool:
         """Whether about as little is used as at the beginning."""
         descriptors, rss = self.used()
         return descriptors <= before[0] + MAX_DESCRIPTORS and rss <= before[1] + MAX_RSS
+
+    def asked(self, name: str) -> int:
+        """How a request for it is answered."""
+        body = {"model": name, "input": "hello"}
+        return self.running.client.post("/v1/embeddings", json=body).status_code
 
     def expect(self, look: Any) -> None:
         """Do that, and note it if it fails."""

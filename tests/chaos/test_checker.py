@@ -12,11 +12,13 @@ from checker import (
     Outcome,
     Role,
     Sample,
+    Turn,
     Wanted,
     Window,
     flat,
     judge,
     lost_changes,
+    lost_turns,
     slope,
     slowest,
     table,
@@ -34,6 +36,10 @@ def scale(replicas: int, outcome: Outcome = OK) -> Change:
     return Change("one", "scale", outcome, replicas=replicas)
 
 
+def back(model: str) -> Change:
+    return Change("one", "rollback", OK, model)
+
+
 def other(action: str, outcome: Outcome = OK) -> Change:
     return Change("one", action, outcome)
 
@@ -47,6 +53,8 @@ def read(seen: Wanted | None) -> Change:
     [
         ([put("a"), read(Wanted("a", 1, running=True))], 0),
         ([put("a"), read(None)], 1),
+        ([put("a"), put("b"), back("a"), read(Wanted("a", 1, running=True))], 0),
+        ([put("a"), put("b"), back("a"), read(Wanted("b", 1, running=True))], 1),
         ([put("a"), scale(2), other("stop"), read(Wanted("a", 2, running=False))], 0),
         ([put("a"), scale(2), other("stop"), read(Wanted("a", 2, running=True))], 1),
         ([put("a"), other("delete"), read(Wanted("a", 1, running=True))], 1),
@@ -67,6 +75,30 @@ def read(seen: Wanted | None) -> Change:
 )  # fmt: skip
 def test_changes_that_were_acknowledged_are_there(changes: list[Change], lost: int) -> None:
     assert len(lost_changes(changes)) == lost
+
+
+def turn(action: str, state: str, outcome: Outcome = OK) -> Turn:
+    return Turn(1, action, outcome, state)
+
+
+@pytest.mark.parametrize(
+    ("turns", "lost"),
+    [
+        ([("start", "running"), ("read", "running"), ("read", "done")], 0),
+        ([("start", "running"), ("read", "failed")], 1),
+        ([("start", "running"), ("pause", "paused"), ("read", "running")], 1),
+        ([("start", "running"), ("pause", "done"), ("resume", "done")], 0),
+        ([("start", "running"), ("pause", "paused"), ("resume", "running"), ("read", "done")], 0),
+        ([("start", "running"), ("cancel", "cancelled"), ("resume", "cancelled")], 0),
+        ([("start", "running"), ("cancel", "cancelled"), ("read", "done")], 1),
+        ([("start", "running"), ("pause", ""), ("read", "paused")], 0),
+        ([("start", "running"), ("pause", ""), ("read", "running")], 0),
+        ([("start", "running"), ("pause", ""), ("read", "cancelled")], 1),
+    ],
+)
+def test_pulls_are_what_was_made_of_them(turns: list[tuple[str, str]], lost: int) -> None:
+    made = [turn(action, state, OK if state else UNKNOWN) for action, state in turns]
+    assert len(lost_turns(made)) == lost
 
 
 KILL = Fault("kill", "one", at=10.0, until=11.0)
@@ -101,6 +133,10 @@ ANSWERED, EXCUSED, LOST = Judgement.ANSWERED, Judgement.EXCUSED, Judgement.LOST
             EXCUSED,
         ),
         (Ask("one", 9, 13, 200, right=False), Role.CALM, [], [Window(10, 11)], LOST),
+        (Ask("one", 9, 10, 503, "model_loading", again=True), Role.LAZY, [], [], EXCUSED),
+        (Ask("one", 9, 10, 503, "model_loading"), Role.LAZY, [], [], LOST),
+        (Ask("one", 9, 13, 502, again=True), Role.LAZY, [KILL], [], LOST),
+        (Ask("one", 9, 13, 502), Role.LAZY, [KILL, AGAIN], [], EXCUSED),
         (Ask("one", 9, 10, 404), Role.CHURN, [], [], EXCUSED),
         (Ask("one", 9, 10, 503, "internal_error"), Role.CHURN, [], [], LOST),
         (Ask("one", 9, 10, 500), Role.CHURN, [], [], LOST),

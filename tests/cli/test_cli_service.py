@@ -88,7 +88,8 @@ def test_the_story_of_a_service(place: Place) -> None:
     elsewhere = place.with_a_url("status")
     assert elsewhere.exit_code == UNKNOWN
     assert elsewhere.stderr.startswith("tursi: No daemon answers at http://127.0.0.1:1 ")
-    assert json.loads(place.tursi("status", "--json").stdout)["pid"] == first
+    told = json.loads(place.tursi("status", "--json").stdout)
+    assert (told["running"], told["pid"]) == (True, first)
     socket_option = ["--socket", str(place.runtime / "control.sock"), "status"]
     assert CliRunner().invoke(main, socket_option).exit_code == RUNS
 

@@ -62,6 +62,15 @@ def test_new_loads_go_elsewhere_where_there_is_another_device() -> None:
     assert world.devices.place("auto") == "auto"
 
 
+def test_what_was_lost_before_the_daemon_began_counts_as_long_as_anything_else() -> None:
+    world = World("cuda:0", "cuda:1")
+    for ago in (WINDOW_SECONDS + 1, WINDOW_SECONDS - 60, 30.0, 20.0):
+        world.devices.lost("cuda", ago)
+    assert world.devices.place("auto") == "cuda:1"
+    world.now += 61
+    assert world.devices.suspects == {}
+
+
 def test_the_only_device_is_tried_again() -> None:
     world = World("cuda:0")
     world.lose("cuda:0", MAX_LOST)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -203,3 +204,13 @@ def test_a_sighup_is_audited_also_one_that_changes_nothing(running: Daemon) -> N
     running.process.send_signal(signal.SIGHUP)
     until(lambda: len(audited()) == 2, "the refused one too")
     assert audited()[1] == ("SIGHUP", "reload", "configuration_error")
+    for _ in range(200):
+        running.process.send_signal(signal.SIGHUP)
+        time.sleep(0.005)
+    running.configuration.write_text("[http\nlast = true\n")
+    running.process.send_signal(signal.SIGHUP)
+    # A storm is read as one a second; what was written last is.
+    until(lambda: len(audited()) > 2, "it is read")
+    sent = time.monotonic()
+    until(lambda: len(audited()) > 3 or time.monotonic() - sent > 2, "and again")
+    assert len(audited()) < 10

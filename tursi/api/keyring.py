@@ -110,6 +110,13 @@ class Keyring:
         if self._held is not None:
             self._held[key.id] = Held(key, digest, self._seconds())
 
+    def named(self, name: str) -> int | None:
+        """The id of the valid key with this name or id."""
+        for number, held in (self._held or {}).items():
+            if name in {held.key.name, str(number)}:
+                return number
+        return None
+
     def drop(self, number: int) -> None:
         """The key isn't valid any more."""
         if self._held is not None:

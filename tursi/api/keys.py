@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from twisted.internet.defer import Deferred
@@ -13,7 +14,7 @@ from twisted.logger import Logger
 from tursi.api.endpoint import endpoint, identity
 from tursi.api.keyring import Keyring, new_secret, written
 from tursi.api.messages import KeyBody, KeyList, NewKey
-from tursi.errors import InvalidRequest, KeyNotFound, TursiError
+from tursi.errors import DatabaseBusy, DatabaseFull, InvalidRequest, KeyNotFound, TursiError
 from tursi.model import ApiKey, Role, Scope, deployment_name, key_name
 
 log = Logger()
@@ -60,6 +61,8 @@ class Keys:
     def __init__(self, store: KeyStore, reactor: Any, now: Callable[[], float] = time.time) -> None:
         self._store = store
         self._now = now
+        self._revoking: dict[int, float] = {}
+        """When keys were revoked of which the store doesn't know yet, by their ids."""
         self._saving = LoopingCall(self._save)
         self._saving.clock = reactor
         self.ring = Keyring(reactor.seconds, now)
@@ -77,6 +80,7 @@ class Keys:
         await self._save()
 
     async def _save(self) -> None:
+        await self._revoke()
         used = self.ring.take_used()
         if used:
             try:
@@ -92,7 +96,10 @@ class Keys:
     @endpoint("GET", "/keys", reply=KeyList, **_ADMIN)
     async def list(self) -> KeyList:
         """List the API keys, without their secrets."""
-        return KeyList([self.ring.up_to_date(key) for key, _ in await self._store.keys()])
+        found = [self.ring.up_to_date(key) for key, _ in await self._store.keys()]
+        return KeyList(
+            [replace(key, revoked_at=key.revoked_at or self._revoking.get(key.id)) for key in found]
+        )
 
     @endpoint("POST", "/keys", body=KeyBody, reply=NewKey, statuses=(201,), **_ADMIN)
     async def create(
@@ -129,6 +136,34 @@ class Keys:
         """Revoke an API key, by its name or id; it is invalid at once and for ever."""
         if name.isdigit() and identity(name) is None:
             raise KeyNotFound
-        key = await self._store.revoke_key(name, at=self._now())
+        at = self._now()
+        # First of all: nobody who has it shall gain from a database that takes nothing.
+        dropped = self.ring.named(name)
+        if dropped is not None:
+            self.ring.drop(dropped)
+        try:
+            key = await self._store.revoke_key(name, at=at)
+        except (DatabaseBusy, DatabaseFull) as error:
+            if dropped is None:
+                raise
+            self._revoking[dropped] = at
+            raise type(error)(
+                f"The key is refused from now on, but that isn't on the disk yet: {error.message} "
+                "It is written as soon as that can be; until then a restart would forget it.",
+                retry_after=error.retry_after,
+            ) from error
+        self._revoking.pop(key.id, None)
         self.ring.drop(key.id)
         return self.ring.up_to_date(key)
+
+    async def _revoke(self) -> None:
+        """Write down which keys are refused, as far as it couldn't be done at once."""
+        for number, at in list(self._revoking.items()):
+            try:
+                await self._store.revoke_key(str(number), at=at)
+            except (DatabaseBusy, DatabaseFull) as error:
+                log.warn("revoked keys wait: {message}", message=error.message)
+                return
+            except KeyNotFound:
+                log.warn("a key that was revoked isn't there any more")
+            self._revoking.pop(number, None)

@@ -132,7 +132,7 @@ def status(context: click.Context, /, *, json: bool, **chosen: Path | None) -> N
             note(f"tursi: {message}")
         context.exit(code)
     if json:
-        dump(found)
+        dump({"running": True, **found})
         return
     if "containment" in found:
         found["containment"] = str(Containment(**found["containment"]))

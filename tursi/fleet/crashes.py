@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from tursi.fleet.journal import Journal
-from tursi.model import Crash, Dossier
+from tursi.model import Crash, Deployment, Dossier, FailureClass
 from tursi.store import Store
 
 CRASHED = "worker.crashed"
@@ -46,6 +47,20 @@ class Crashes:
             cause=numbered.reason,
         )
         return numbered
+
+    async def lost_contexts(self, deployments: Iterable[Deployment]) -> list[tuple[float, str]]:
+        """When a worker lost its GPU context, and on which device; oldest first."""
+        found = []
+        for deployment in deployments:
+            resolution = deployment.generation.resolution
+            for crash in await self._store.crashes(deployment.name, self._keep):
+                if crash.failure is FailureClass.GPU_CONTEXT:
+                    order = (await self._store.crash(deployment.name, crash.id)).order
+                    # It says what it took itself only when it is ready.
+                    chosen = order.device in {"auto", "cuda"} and resolution is not None
+                    device = resolution.device if chosen and resolution else None
+                    found.append((crash.at, device or order.device))
+        return sorted(found)
 
     async def newest(self, deployment: str, limit: int) -> list[Crash]:
         """The last ``limit`` crashes, newest first."""

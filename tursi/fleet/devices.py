@@ -22,11 +22,14 @@ class Devices:
         self._present = tuple(present)
         self._lost: dict[str, list[float]] = {}
 
-    def lost(self, device: str) -> bool:
-        """A worker on ``device`` has lost its context; whether that makes the device suspect."""
+    def lost(self, device: str, ago: float = 0.0) -> bool:
+        """A worker on ``device`` has lost its context; whether that makes the device suspect.
+
+        That was ``ago`` seconds before now; the earlier ones are told of first.
+        """
         name = _name(device)
         before = self._count(name)
-        self._lost.setdefault(name, []).append(self._clock())
+        self._lost.setdefault(name, []).append(self._clock() - ago)
         del self._lost[name][:-MAX_LOST]
         return before < MAX_LOST <= self._count(name)
 

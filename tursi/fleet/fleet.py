@@ -218,6 +218,9 @@ class Fleet:
         for deployment in await self._store.deployments():
             self._members[deployment.name] = self._made(deployment)
             await self._remember(deployment.name)
+        held = [member.deployment for member in self._members.values()]
+        for at, device in await self._crashes.lost_contexts(held):
+            self._convergence.devices.lost(device, max(0.0, self._now() - at))
         self._flushing.start(STATISTICS_SECONDS, now=False)
         self._sampling.start(SAMPLE_SECONDS, now=False)
         self._pruning.start(PRUNE_SECONDS, now=True)
