@@ -137,9 +137,11 @@ def apply(state: Wanted | None, change: Change) -> tuple[Wanted | None, Outcome]
         return Wanted(change.model, change.replicas, running=True), Outcome.ACKNOWLEDGED
     if state is None:
         return None, Outcome.NOT_FOUND
+    # To be what it is already changes nothing, else it runs.
+    back = state._replace(model=change.model, running=True)
     made: dict[str, Wanted | None] = {
         "scale": state._replace(replicas=change.replicas),
-        "rollback": state._replace(model=change.model),
+        "rollback": back if change.model != state.model else state,
         "stop": state._replace(running=False),
         "start": state._replace(running=True),
         "delete": None,
