@@ -60,7 +60,11 @@ def _operation(
             yield _field(parameter["name"], parameter["schema"], required=parameter["required"])
     body = operation.get("requestBody")
     if body is not None:
-        schema = body["content"]["application/json"]["schema"]
+        ((media, content),) = body["content"].items()
+        schema = content["schema"]
+        if media != "application/json":
+            yield ""
+            yield f"Body: ``{media}``."
         for name in _names(schema):
             yield ""
             yield f"Body, ``{name}``:"

@@ -25,7 +25,7 @@ class Floor(NamedTuple):
 WORDS = ("loading", "errors", "model", "tasks", "folder", "duration")
 PURE = (
     *WORDS, "heartbeat", "config", "wire", "claims", "lifecycle", "footprint", "admission", "plan",
-    "residency", "canary", "scaling", "schema", "faces", "sketch", "rollup",
+    "residency", "canary", "scaling", "schema", "faces", "archive", "selection", "sketch", "rollup",
 )  # fmt: skip
 MACHINE = ("mark", "mounts", "textfile")
 STATE = ("store", "supervision", "hub", "lock")
@@ -61,6 +61,8 @@ FLOORS = {
     "canary": Floor(),
     "scaling": Floor(),
     "schema": Floor(WORDS, SANS_IO),
+    "selection": Floor(WORDS, SANS_IO),
+    "archive": Floor((*WORDS, "selection"), SANS_IO),
     "lifecycle": Floor((*WORDS, "heartbeat", "config", "wire"), SANS_IO),
     "faces": Floor((*WORDS, "config", "wire", "schema"), SANS_IO),
     # 2: input and output, one kind each
@@ -110,7 +112,9 @@ FLOORS = {
         (*WORDS, "heartbeat", "wire", "faces"),
         ("msgspec", "torch", "transformers", "safetensors", "tokenizers", "numpy", "jinja2"),
     ),
-    "fetcher": Floor(("errors", "model", "wire"), ("msgspec", "huggingface_hub", "httpx")),
+    "fetcher": Floor(
+        ("errors", "model", "wire", "selection"), ("msgspec", "huggingface_hub", "httpx")
+    ),
     # the user
     "doctor": Floor((*WORDS, *MACHINE, "config", "lock", "sandbox"), ("msgspec", "psutil")),
     "cli": Floor(

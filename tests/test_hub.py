@@ -102,6 +102,7 @@ class Bench:
         self.progress: list[Progress] = []
         self.hub = Hub(
             cache=cache,
+            imported=cache.parent / "imported",
             settings=settings,
             environment={"PATH": "/bin", "HF_TOKEN": "hf_secret"},
             spawn=self.fetchers,

@@ -219,6 +219,30 @@ class NoCanary(TursiError):
     code = "no_canary"
 
 
+class FilesUnavailable(TursiError):
+    """The model's files aren't all on this machine's disk; `tursi ps` says how far they are."""
+
+    code = "files_unavailable"
+
+
+class ArchiveInvalid(TursiError):
+    """The archive is damaged, or no archive that `tursi export` has made."""
+
+    code = "archive_invalid"
+
+
+class ArchiveNewer(TursiError):
+    """The archive was made by a newer Tursi; import it with that."""
+
+    code = "archive_newer"
+
+
+class ArchiveRefused(TursiError):
+    """The archive has what is only taken from somebody who is trusted, or contradicts the disk."""
+
+    code = "archive_refused"
+
+
 class GenerationNotFound(TursiError):
     """The deployment has no such generation; `tursi history NAME` lists those it has."""
 

@@ -99,6 +99,7 @@ class Daemon(Service):
         self._gpus = Gpus(reactor, environment)
         self._hub = Hub(
             cache=folders.cache / "hub",
+            imported=folders.state / "models",
             settings=configuration.hub,
             environment=self._children.fetcher_environment,
             spawn=self._children.spawn_fetcher,

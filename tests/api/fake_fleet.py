@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from twisted.internet.defer import Deferred
 
-from tursi.api.fleet import Sink
+from tursi.api.fleet import Sink, Upload
 from tursi.errors import (
     CrashNotFound,
     DatabaseBusy,
     DeploymentNotFound,
+    FilesUnavailable,
     ModelInUse,
     ModelNotFound,
     NoCanary,
     PullNotFound,
+    RequestCancelled,
+    TursiError,
 )
 from tursi.fleet import Part, Work
 from tursi.model import (
@@ -35,6 +38,7 @@ from tursi.model import (
     Fit,
     Footprint,
     Generation,
+    ImportPlan,
     LoadOrder,
     Peaks,
     Phase,
@@ -47,6 +51,7 @@ from tursi.model import (
     Schedule,
     StorageStatus,
     Story,
+    Trust,
     Usage,
     Verdict,
     WorkerLife,
@@ -194,6 +199,52 @@ class FakePulls:
 
 
 @dataclass
+class FakeExport:
+    name: str
+    size: int
+    pieces: Iterator[bytes]
+
+
+class FakeArchives:
+    """Answers exports with ``exported``, and keeps what is imported; ``refuse`` is raised."""
+
+    def __init__(self) -> None:
+        self.exported: list[bytes] | None = None
+        self.size = len(b"an archive")
+        self.taken: list[bytes] = []
+        self.calls: list[tuple[Any, ...]] = []
+        self.refuse: TursiError | None = None
+        self.left = 0
+        """Imports whose sender has gone."""
+        self.wait: Deferred[None] | None = None
+        """What each piece waits for."""
+
+    async def export(self, name: str, by: str) -> FakeExport:
+        self.calls.append(("export", name, by))
+        if self.exported is None:
+            raise FilesUnavailable
+        return FakeExport(name, self.size, iter(self.exported))
+
+    async def take(
+        self, upload: Upload, *, name: str | None, trust: Trust, dry_run: bool, by: str
+    ) -> tuple[DeploymentStatus, str] | ImportPlan:
+        self.calls.append(("import", name, trust, dry_run, by))
+        try:
+            while data := await upload.read():
+                self.taken.append(data)
+                if self.refuse is not None:
+                    raise self.refuse
+                if self.wait is not None:
+                    await self.wait
+        except RequestCancelled:
+            self.left += 1
+            raise
+        if dry_run:
+            return ImportPlan("small", "org/small", "created", None, 1, 2, 0, 9, 0.0, "me", "1")
+        return status(name or "small"), "created"
+
+
+@dataclass
 class FakeFleet:
     """Keeps what it is told; ``refuse`` is raised by the next ``submit``."""
 
@@ -218,6 +269,7 @@ class FakeFleet:
     """Most replicas and the canary's weight, of each wish."""
     catalogue: FakeCatalogue = field(default_factory=FakeCatalogue)
     pulls: FakePulls = field(default_factory=FakePulls)
+    archives: FakeArchives = field(default_factory=FakeArchives)
     meanwhile: Callable[[], None] = lambda: None
 
     def submit(self, model: str, work: Work, sink: Sink) -> Passage:

@@ -65,6 +65,8 @@ RULES = {
     "GET /pulls": READING,
     "GET /pulls/<number>": READING,
     "POST /pulls": CHANGING,
+    "POST /deployments/<name>/export": CHANGING,
+    "POST /imports": CHANGING,
     "POST /pulls/<number>/pause": CHANGING,
     "POST /pulls/<number>/resume": CHANGING,
     "DELETE /pulls/<number>": CHANGING,

@@ -132,6 +132,11 @@ def served() -> Iterator[str]:
         pytest_twisted.blockon(deferLater(reactor, 0.01))
 
 
+@schemathesis.serializer("application/x-tar")
+def _as_it_is(context: Any, value: Any) -> bytes:
+    return str(value).encode("utf-8", "replace")
+
+
 def explore(url: str) -> list[str]:
     """Ask for everything that the document at ``url`` has; the operations."""
     import requests

@@ -190,6 +190,13 @@ class FakeHub:
         found = self.blueprints.get(folder)
         return fail(ModelFilesMissing("gone")) if found is None else succeed(found)
 
+    def is_imported(self, folder: str) -> bool:
+        return folder.startswith("/imported/")
+
+    def discard(self, folder: str) -> Deferred[None]:
+        self.entries = [entry for entry in self.entries if entry.folder != folder]
+        return succeed(None)
+
     def touch(self, folder: str) -> Deferred[None]:
         self.touched.append(folder)
         return succeed(None)

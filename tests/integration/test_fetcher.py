@@ -631,6 +631,7 @@ class Daemon:
         self._one_shot = OneShot(reactor)
         self.hub = Hub(
             cache=fetch.cache,
+            imported=folder / "imported",
             settings=config.Hub(stall_seconds=stall_seconds),
             environment=fetch.environment,
             spawn=self._spawn,

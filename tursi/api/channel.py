@@ -14,6 +14,7 @@ from twisted.python.failure import Failure
 from twisted.web import http
 
 from tursi.api.access import Visitor
+from tursi.api.upload import STALL_SECONDS
 from tursi.errors import HostRefused, InvalidRequest, RequestTimeout, TursiError
 from tursi.faces.openai import errors
 
@@ -109,6 +110,23 @@ class Channel(http.HTTPChannel):
     def abort(self) -> None:
         """Close at once, whatever is still to be sent."""
         self.transport.abortConnection()
+
+    def take_no_more(self) -> None:
+        """Let the client wait with the rest of its body."""
+        self.deadline = _NEVER
+        self._networkProducer.pauseProducing()
+
+    def take_more(self) -> None:
+        """Let the client go on with its body."""
+        if self._stage == "closing":
+            return
+        if self._stage == "body":
+            self.expect_more(STALL_SECONDS)
+        self._networkProducer.resumeProducing()
+
+    def expect_more(self, seconds: float) -> None:
+        """Give up unless more of the body arrives in time."""
+        self._wait("body", seconds)
 
     @property
     def request_line(self) -> tuple[bytes, bytes]:

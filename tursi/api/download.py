@@ -1,11 +1,10 @@
-"""A file as an answer: read bit by bit in a thread, as fast as the client takes it."""
+"""Many bytes as an answer: made bit by bit in a thread, as fast as the client takes them."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -13,18 +12,47 @@ from twisted.internet.threads import deferToThreadPool
 
 from tursi.api.request import Request
 
-_PIECE = 256 * 1024
 _STALL_SECONDS = 60.0
 """How long a client may take for a piece."""
 
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """The file at ``path``, which is gone when it has been sent."""
+    """What ``open`` gives: how many bytes there are, and all of them, piece by piece.
 
-    path: Path
+    It is called in a thread, and so is each step of the iterator, whose pieces may be
+    empty while there is something else to do.
+    """
+
+    open: Callable[[], tuple[int, Iterator[bytes]]]
     name: str
     """What the client may call it."""
+    media: str
+
+
+class _Steps:
+    """Opens, takes and closes one after the other, whatever thread each is called in."""
+
+    def __init__(self, download: Download) -> None:
+        self._open = download.open
+        self._pieces: Iterator[bytes] | None = None
+        self._lock = Lock()
+        self._closed = False
+
+    def open(self) -> int:
+        with self._lock:
+            size, self._pieces = self._open()
+            return size
+
+    def take(self) -> bytes | None:
+        with self._lock:
+            return None if self._closed or self._pieces is None else next(self._pieces, None)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            if isinstance(self._pieces, Generator):
+                self._pieces.close()
 
 
 class FileStream:
@@ -37,25 +65,28 @@ class FileStream:
 
     async def run(self, download: Download) -> None:
         """Send it; ends by cancellation when the client leaves."""
-        request = self._request
-        file = await self._in_thread(lambda: os.open(download.path, os.O_RDONLY | os.O_CLOEXEC))
+        request, steps = self._request, _Steps(download)
         try:
-            await self._in_thread(download.path.unlink)
+            size = await self._in_thread(steps.open)
             headers = request.responseHeaders
-            headers.setRawHeaders(b"Content-Type", [b"application/vnd.sqlite3"])
-            headers.setRawHeaders(b"Content-Length", [b"%d" % os.fstat(file).st_size])
+            headers.setRawHeaders(b"Content-Type", [download.media.encode("ascii")])
+            headers.setRawHeaders(b"Content-Length", [b"%d" % size])
             headers.setRawHeaders(
                 b"Content-Disposition", [f'attachment; filename="{download.name}"'.encode()]
             )
             request.on_overdue = request.abort
             request.registerProducer(self, True)
-            while piece := await self._in_thread(lambda: os.read(file, _PIECE)):
+            # The headers go out now: the first piece may take a while.
+            request.write(b"")
+            while (piece := await self._in_thread(steps.take)) is not None:
                 request.channel.answer_within(_STALL_SECONDS)
-                request.write(piece)
+                if piece:
+                    request.write(piece)
                 if self._room is not None:
                     await self._room
         finally:
-            os.close(file)
+            # A step may still be under way, and is waited for there.
+            self._in_thread(steps.close)
             if request.producer is self:
                 request.unregisterProducer()
 

@@ -18,6 +18,7 @@ from klein import Klein
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from twisted.internet.defer import CancelledError, Deferred
+from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tursi import errors
@@ -32,6 +33,7 @@ from tursi.faces.route import Answer, decoded
 from tursi.model import Role, Scope
 
 T = TypeVar("T")
+log = Logger()
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 _CONTRACT = "__contract__"
@@ -55,6 +57,8 @@ class Contract:
     follow: Any = None
     """Type of the events that ``follow=1`` streams."""
     media: str = "application/json"
+    upload: str | None = None
+    """Content type of a body that the handler gets as ``upload``, while it arrives."""
     scope: Scope | None = None
     """What a key needs for it; by default what ``access.needed`` says of its role."""
 
@@ -95,7 +99,7 @@ def endpoint(method: str, path: str, **contract: Any) -> Callable[[Handler], Han
     """Declare a handler's ``Contract``; fields of query and body become its arguments by name.
 
     Besides those and the parts of the path it may take ``caller``, ``by`` (the caller in
-    words) and ``accept`` (the header).
+    words), ``accept`` (the header) and ``upload``.
     """
 
     def declare(handler: Handler) -> Handler:
@@ -172,9 +176,23 @@ class _Service:
             raise
         except TursiError as error:
             shown = error if request.caller.trusted else error.discreet()
-            return request.prepare(error_answer(shown))
         except Exception:  # noqa: BLE001 - whatever it is, the client gets an answer
-            return request.prepare(error_answer(request.incident(Failure())))
+            shown = request.incident(Failure())
+        if request.startedWriting:
+            # The client finds out by the length, the operator here.
+            log.warn(
+                "the answer to {method} {path} was broken off: {message}",
+                method=self._contract.method,
+                path=self._contract.path,
+                message=shown.message,
+            )
+            request.abort()
+        elif request.upload is None or request.upload.complete:
+            return request.prepare(error_answer(shown))
+        else:
+            request.channel.refuse(shown)
+        # Until the connection is gone, which cancels this.
+        return await Deferred[bytes]()
 
     async def _audited(self, request: Request, parts: dict[str, str]) -> Any:
         audit, arguments = request.site.audit, dict[str, Any](parts)
@@ -188,14 +206,22 @@ class _Service:
         except Exception as error:
             audit.failed(request, self._contract, arguments, error)
             raise
-        status = value.status if isinstance(value, Status) else self._contract.statuses[0]
-        await audit.done(request, self._contract, arguments, status)
+        if arguments.get("dry_run") is not True:
+            status = value.status if isinstance(value, Status) else self._contract.statuses[0]
+            if self._contract.upload is not None:
+                arguments["name"] = _about(value)
+            await audit.done(request, self._contract, arguments, status)
         return value
 
     def _read(self, request: Request, arguments: dict[str, Any]) -> None:
         """Add to ``arguments`` what the request has for the handler."""
         body = request.body
-        if body or self._body is not None:
+        if self._contract.upload is not None:
+            _require(self._contract.upload, request.content_types or [b""])
+            if request.upload is None:
+                raise AssertionError("an upload is taken before it is here")
+            arguments["upload"] = request.upload
+        elif body or self._body is not None:
             _require_json(request.requestHeaders.getRawHeaders(b"content-type") or [b""])
         if self._query is not None:
             arguments.update(_fields(_decode_query(self._query, request.args)))
@@ -230,7 +256,10 @@ class _Service:
         Deferred.fromCoroutine(work).addBoth(done)
         if not waiting.called:
             request.on_overdue = overdue
-            request.channel.answer_within(seconds)
+            if request.upload is None:
+                request.channel.answer_within(seconds)
+            else:
+                request.upload.at_end(lambda: request.channel.answer_within(seconds))
         return await waiting
 
     def _answer(self, value: Any) -> Answer:
@@ -254,6 +283,12 @@ class _Service:
         await FileStream(request).run(download)
 
 
+def _about(value: Any) -> str | None:
+    """The name of the deployment that an answer tells of."""
+    found = value.value if isinstance(value, Status) else value
+    return getattr(getattr(found, "deployment", None), "name", None)
+
+
 def _fields(value: msgspec.Struct) -> dict[str, Any]:
     return msgspec.structs.asdict(value)
 
@@ -264,6 +299,11 @@ def _decode_query(decoder: msgspec.json.Decoder[Any], given: dict[bytes, list[by
     except UnicodeDecodeError:
         raise InvalidRequest("The query isn't valid UTF-8.") from None
     return decoded(decoder, msgspec.json.encode(values))
+
+
+def _require(wanted: str, types: Sequence[bytes]) -> None:
+    if len(types) > 1 or types[0].partition(b";")[0].strip().lower() != wanted.encode("ascii"):
+        raise UnsupportedMediaType(f"The body must be sent with 'Content-Type: {wanted}'.")
 
 
 def _require_json(types: Sequence[bytes]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -19,12 +19,14 @@ from tursi.model import (
     Event,
     Fit,
     Generation,
+    ImportPlan,
     PullStatus,
     Request,
     Room,
     Schedule,
     StorageStatus,
     Story,
+    Trust,
     Usage,
     WorkerLife,
 )
@@ -111,6 +113,47 @@ class Catalogue(Protocol):
 
     async def remove(self, model: str, by: str) -> Sequence[CatalogueEntry]:
         """Delete files; ``CatalogueEntryNotFound``, ``ModelInUse``."""
+        ...
+
+
+class Export(Protocol):
+    """An archive that is to be sent."""
+
+    @property
+    def name(self) -> str:
+        """Of its deployment."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        ...
+
+    @property
+    def pieces(self) -> Iterator[bytes]:
+        """All of it, to be taken in a thread."""
+        ...
+
+
+class Upload(Protocol):
+    """A body that arrives."""
+
+    async def read(self) -> bytes:
+        """The next bytes, none at the end."""
+        ...
+
+
+class Archives(Protocol):
+    """Deployments with their files."""
+
+    async def export(self, name: str, by: str) -> Export:
+        """The deployment as it is now; ``FilesUnavailable``."""
+        ...
+
+    async def take(
+        self, upload: Upload, *, name: str | None, trust: Trust, dry_run: bool, by: str
+    ) -> tuple[DeploymentStatus, str] | ImportPlan:
+        """Import what arrives, or tell what that would do."""
         ...
 
 
@@ -302,6 +345,11 @@ class Fleet(Protocol):
     @property
     def catalogue(self) -> Catalogue:
         """The models on this machine's disk."""
+        ...
+
+    @property
+    def archives(self) -> Archives:
+        """Deployments with their files."""
         ...
 
     @property

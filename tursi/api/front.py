@@ -14,6 +14,7 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 
 from tursi.api.access import Access
+from tursi.api.archives import ArchiveControl
 from tursi.api.audit import Audit
 from tursi.api.daemon import Daemon, Look, Reload, nothing_to_reload
 from tursi.api.database import Database
@@ -74,6 +75,7 @@ class Front:
             Database(fleet),
             Models(fleet, info),
             PullControl(fleet),
+            ArchiveControl(fleet),
             keys,
             StatisticsControl(fleet, info, keys.names),
             Daemon(fleet, metrics, info, description, look or _of(fleet), reload),
@@ -81,6 +83,11 @@ class Front:
         self.handlers = [each for owner in owners for each in endpoints(owner)]
         description.update(document(info.version, self.handlers, TABLE))
         self.klein = router(lambda: self._configuration.requests.deadline_seconds, *owners)
+        self._uploads = frozenset(
+            (each.method.encode("ascii"), each.path.encode("ascii"))
+            for each, _ in self.handlers
+            if each.upload is not None
+        )
         self._audit.watch(self.klein.url_map, self.handlers)
         self._inference = Inference(fleet, metrics, configuration, keys.ring)
         self._root = Root(self._inference, self.klein.resource())
@@ -130,6 +137,7 @@ class Front:
             self._access(roles, is_open=is_open, is_proxied=is_proxied),
             http,
             self._audit,
+            uploads=self._uploads,
             new_id=self._new_id,
             reactor=self._reactor,
         )

@@ -256,6 +256,19 @@ class PullQuery(_Body):
     """Go on with how it goes, as server-sent events, until it has ended."""
 
 
+class ImportQuery(_Body):
+    """How to take an archive."""
+
+    name: str | None = None
+    """Of the deployment; absent: the one that it had."""
+    allow_pickle: bool = False
+    """Take pickle files, if its deployment loads them."""
+    trust_remote_code: bool = False
+    """Take Python code, if its deployment runs that."""
+    dry_run: bool = False
+    """Only tell what it would do; no more than the archive's manifest has to be sent."""
+
+
 class PullList(msgspec.Struct, frozen=True):
     """Those that have not ended, and the latest others; newest first."""
 

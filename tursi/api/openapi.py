@@ -115,6 +115,9 @@ def _endpoint(
         ]
     if parameters:
         operation["parameters"] = parameters
+    if contract.upload is not None:
+        schema = {"schema": {"type": "string"}}
+        operation["requestBody"] = {"required": True, "content": {contract.upload: schema}}
     if contract.body is not None:
         operation["requestBody"] = _json(schemas.of(contract.body), required=True)
     return operation

@@ -10,6 +10,7 @@ from twisted.python.failure import Failure
 from twisted.web import http, server
 
 from tursi.api.access import single
+from tursi.api.upload import STALL_SECONDS, Upload
 from tursi.errors import InternalError, PayloadTooLarge, TursiError
 from tursi.faces import TABLE
 from tursi.faces.openai import errors
@@ -39,6 +40,8 @@ class Request(server.Request):
     """Who sent it; nobody until the headers are here."""
     on_overdue: Callable[[], None] | None = None
     """Called when the answer takes longer than ``channel.answer_within`` was told."""
+    upload: Upload | None = None
+    """The body, where it is handed on while it arrives."""
     on_lost: Callable[[], None] | None = None
     """Called when the connection is lost before the answer is finished."""
     _received: BytesIO
@@ -69,12 +72,28 @@ class Request(server.Request):
         if refusal is not None:
             site.audit.refused(self, command, target, refusal)
             channel.refuse(refusal)
+        elif (command, target.partition(b"?")[0]) in site.uploads:
+            self._begin_upload(command, target)
         elif length != 0:
             settings = site.settings
             self._limit = settings.max_inference_body if is_inference else settings.max_control_body
             self._chunks = _MAX_CHUNKS if length is None else None
             if length is not None and length > self._limit:
                 channel.refuse(self._too_large())
+
+    def _begin_upload(self, command: bytes, target: bytes) -> None:
+        """Have the request answered while its body arrives, and not only after it."""
+        self.upload = Upload(self)
+        self.on_lost = self.upload.lose
+        self.channel.expect_more(STALL_SECONDS)
+        super().requestReceived(command, target, b"HTTP/1.1")
+
+    def requestReceived(self, command: bytes, path: bytes, version: bytes) -> None:  # noqa: N802 - Twisted's name
+        """All of the request is here."""
+        if self.upload is None:
+            super().requestReceived(command, path, version)
+        else:
+            self.upload.end()
 
     def _refusal(self, target: bytes, *, is_inference: bool) -> TursiError | None:
         """Why the request is refused by its headers alone, if it is."""
@@ -96,6 +115,10 @@ class Request(server.Request):
 
     def handleContentChunk(self, data: bytes) -> None:  # noqa: N802 - Twisted's name
         """A piece of the body."""
+        if self.upload is not None:
+            self.channel.expect_more(STALL_SECONDS)
+            self.upload.feed(data)
+            return
         if self._received.tell() + len(data) > self._limit:
             self.channel.refuse(self._too_large())
             return

@@ -33,7 +33,8 @@ class Site(server.Site):
     """The factory of a listener's connections.
 
     ``resource`` answers requests, ``inference`` those that are recognised before
-    ``twisted.web`` has looked at them. ``new_id`` makes ids of requests and
+    ``twisted.web`` has looked at them. ``uploads`` are methods and paths whose bodies are
+    handed on while they arrive. ``new_id`` makes ids of requests and
     incidents, unique in this daemon.
     """
 
@@ -47,6 +48,7 @@ class Site(server.Site):
         settings: Http,
         audit: Audit,
         *,
+        uploads: frozenset[tuple[bytes, bytes]] = frozenset(),
         new_id: Callable[[], bytes],
         reactor: Any,
     ) -> None:
@@ -57,6 +59,7 @@ class Site(server.Site):
         )
         self.inference = inference
         self.audit = audit
+        self.uploads = uploads
         self.new_id = new_id
         self.channels: set[Channel] = set()
         """Open connections."""

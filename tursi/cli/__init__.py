@@ -10,6 +10,7 @@ import click
 
 from tursi.cli import (
     apply,
+    archives,
     chat,
     daemon,
     database,
@@ -92,6 +93,8 @@ for _command in (
     models.pulls,
     models.models,
     models.rm,
+    archives.export,
+    archives.import_,
     history.logs,
     statistics.stats,
     top.top,

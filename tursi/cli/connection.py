@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
 from functools import cached_property
@@ -95,6 +95,8 @@ class Connection:
         self.socket = socket
         self.url = url
         self._key = key
+        self._network: Any = None
+        """The connection that uploads use."""
 
     @property
     def place(self) -> str:
@@ -145,8 +147,53 @@ class Connection:
             finally:
                 response.close()
 
-    def download(self, method: str, path: str, file: IO[bytes], *, seconds: float) -> None:
-        """Write the whole answer to ``file``; ``seconds`` bounds the silence in it."""
+    def upload(
+        self,
+        path: str,
+        pieces: Iterator[bytes],
+        content_type: str,
+        *,
+        parameters: Mapping[str, object],
+        seconds: float,
+    ) -> Any:
+        """Send a body of any length; the body of the answer.
+
+        No more is sent once there is an answer: who is refused in the middle would
+        otherwise send all the rest, and never read why. Over TLS that can be told only on
+        a connection that has been used before.
+        """
+        with self._explained(seconds):
+            request = self._request("POST", path, None, parameters, seconds, pieces=pieces)
+            request.headers["content-type"] = content_type
+            request.extensions["trace"] = self._remember
+            response = self._client.send(request)
+        _check(response)
+        return _decoded(response)
+
+    def _remember(self, event: str, information: Mapping[str, Any]) -> None:
+        if event.startswith("connection.") and event.endswith(".complete"):
+            # Of a connection by TLS the encrypted one, which comes last.
+            self._network = information["return_value"]
+
+    def _unless_answered(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        for piece in pieces:
+            if self._network is not None and self._network.get_extra_info("is_readable"):
+                return
+            yield piece
+
+    def download(
+        self,
+        method: str,
+        path: str,
+        file: IO[bytes],
+        *,
+        seconds: float,
+        advanced: Callable[[int, int | None], None] | None = None,
+    ) -> None:
+        """Write the whole answer to ``file``; ``seconds`` bounds the silence in it.
+
+        ``advanced`` is told how many bytes have come, of how many.
+        """
         with self._explained(seconds):
             response = self._client.send(
                 self._request(method, path, None, None, seconds), stream=True
@@ -155,8 +202,13 @@ class Connection:
                 if response.is_error:
                     response.read()
                 _check(response)
+                length = response.headers.get("content-length", "")
+                total, done = int(length) if length.isdecimal() else None, 0
                 for piece in response.iter_raw():
                     file.write(piece)
+                    done += len(piece)
+                    if advanced is not None:
+                        advanced(done, total)
             finally:
                 response.close()
 
@@ -208,6 +260,8 @@ class Connection:
         body: object,
         parameters: Mapping[str, object] | None,
         seconds: float | None,
+        *,
+        pieces: Iterator[bytes] | None = None,
     ) -> httpx.Request:
         import httpx
 
@@ -219,6 +273,7 @@ class Connection:
                 method,
                 path,
                 json=body,
+                content=None if pieces is None else self._unless_answered(pieces),
                 params=given or None,
                 timeout=httpx.Timeout(seconds, connect=_CONNECT_SECONDS),
             )

@@ -14,6 +14,7 @@ import click
 
 from tursi.cli.connection import Connection, Exit, Failure, failure
 from tursi.cli.options import as_json
+from tursi.cli.target import new_file
 from tursi.cli.terminal import dump, line, size
 from tursi.model import folders
 
@@ -41,8 +42,6 @@ def backup(connection: Connection, *, file: Path | None, state: Path | None, jso
     """Write a consistent copy to FILE, while the daemon goes on."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     chosen = (file or Path(f"tursi-{stamp}.sqlite")).absolute()
-    if chosen.exists():
-        raise Failure(f"{chosen} exists already; name another file.", Exit.USAGE)
     answer = None if state else _fetched(connection, chosen)
     if answer is None:
         answer = _offline(connection, state, "backup", chosen)
@@ -97,24 +96,13 @@ def restore(connection: Connection, *, file: Path, state: Path | None, json: boo
 
 def _fetched(connection: Connection, file: Path) -> dict[str, Any] | None:
     """The daemon's copy, written to ``file``; ``None`` where no daemon answers."""
-    part = file.with_name(f"{file.name}.part")
-    part.unlink(missing_ok=True)
     try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        with os.fdopen(os.open(part, flags, 0o600), "wb") as target:
+        with new_file(file) as target:
             connection.download("POST", "/database/backup", target, seconds=_SECONDS)
-            target.flush()
-            os.fsync(target.fileno())
             length = target.tell()
-        # Never over a file that has come meanwhile.
-        os.link(part, file)
-    except OSError as error:
-        raise Failure(f"{file} can't be written: {error.strerror}.") from None
     except Failure as error:
         _unless_nobody(error)
         return None
-    finally:
-        part.unlink(missing_ok=True)
     return {"file": str(file), "size": length}
 
 

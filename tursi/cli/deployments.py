@@ -132,7 +132,7 @@ def up(
         beside = status.get("stable") is not None and status.get("canary") is None
         if answer["outcome"] == "replaced" and beside:
             _tell_of_place(connection, status["name"], asked)
-        for warning in _risks(status):
+        for warning in risks(status):
             note(warning)
     await_ready(context, answer, no_wait=no_wait, timeout=timeout, json=json)
 
@@ -252,7 +252,7 @@ def ps(connection: Connection, *, json: bool) -> None:
             line(f"{status['name']}: {status['reason']}")
         if status.get("canary"):
             line(_canary(status))
-        for warning in _risks(status):
+        for warning in risks(status):
             line(warning)
 
 
@@ -279,7 +279,7 @@ def _place(name: str) -> str:
         raise click.BadParameter(error.message, param_hint="--name") from None
 
 
-def _risks(status: dict[str, Any]) -> list[str]:
+def risks(status: dict[str, Any]) -> list[str]:
     """What whoever allowed it should know."""
     name, found = status["name"], []
     if status.get("allow_pickle"):

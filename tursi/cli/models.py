@@ -11,7 +11,7 @@ import click
 from tursi.cli.connection import Connection, Exit, Failure, path
 from tursi.cli.options import as_json
 from tursi.cli.progress import Look, Verdict, display
-from tursi.cli.terminal import dump, line, local_time, note, size, table
+from tursi.cli.terminal import dump, duration, line, local_time, note, size, table
 from tursi.errors import InvalidRequest
 from tursi.model import PullState, Reference
 
@@ -113,7 +113,7 @@ def models(connection: Connection, *, json: bool) -> None:
             (
                 entry["name"],
                 (entry["commit"] or "-")[:12],
-                size(entry["size"]) if entry["commit"] else "-",
+                size(entry["size"] or None),
                 local_time(entry["used_at"]),
                 ", ".join(entry["used_by"]) or "-",
                 entry["folder"],
@@ -129,14 +129,17 @@ def models(connection: Connection, *, json: bool) -> None:
 @as_json
 @click.pass_obj
 def rm(connection: Connection, *, model: str, json: bool) -> None:
-    """Delete the downloaded files of MODEL, org/name[@commit], from the disk."""
-    reference = _reference(model)
-    answer = connection.call("DELETE", path("catalogue", str(reference))).body
+    """Delete the files of MODEL, org/name[@commit], from the disk.
+
+    One that was imported and isn't of the hub is named as `tursi models` has it.
+    """
+    answer = connection.call("DELETE", path("catalogue", str(_reference(model)))).body
     if json:
         dump(answer)
         return
     for entry in answer["models"]:
-        line(f"{entry['name']} {entry['commit'][:12]} is removed ({size(entry['size'])}).")
+        name = " ".join(filter(None, (entry["name"], (entry["commit"] or "")[:12])))
+        line(f"{name} is removed ({size(entry['size'])}).")
 
 
 def _reference(text: str) -> Reference:
@@ -145,7 +148,9 @@ def _reference(text: str) -> Reference:
     except InvalidRequest as error:
         raise click.BadParameter(error.message, param_hint="MODEL") from None
     if found.folder is not None:
-        raise click.BadParameter("It is a hub's name, org/name[@revision].", param_hint="MODEL")
+        raise click.BadParameter(
+            "It is a name, org/name[@revision], and no folder.", param_hint="MODEL"
+        )
     return found
 
 
@@ -189,7 +194,7 @@ def _look(status: Mapping[str, Any]) -> Look:
     if status["rate"]:
         stage += f" at {size(status['rate'])}/s"
     if status["remaining_seconds"] is not None and status["remaining_seconds"] >= 1:
-        stage += f", {_duration(status['remaining_seconds'])} left"
+        stage += f", {duration(status['remaining_seconds'])} left"
     return Look(
         Verdict.COMING, stage, progress["done"], progress["total"], progress["unit"] or "bytes"
     )
@@ -202,14 +207,6 @@ def _progress(status: Mapping[str, Any]) -> str:
     if status["next_try_at"] is not None:
         return f"next try at {local_time(status['next_try_at'])}"
     return str(_look(status))
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _told(status: Mapping[str, Any]) -> str:

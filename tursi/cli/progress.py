@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Self, TypeAlias
 
 from tursi.cli.connection import Connection, Exit, Failure, path
-from tursi.cli.terminal import local_time, note, safe, size
+from tursi.cli.terminal import duration, local_time, note, safe, size
 from tursi.model import Desired, Load, Phase
 
 POLL_SECONDS = 0.25
+_WINDOW_SECONDS = 10.0
+"""What a rate is taken over."""
 LINE_SECONDS = 5.0
 """Between two plain lines about the same stage."""
 
@@ -144,6 +147,30 @@ def _reason(status: Mapping[str, Any]) -> str:
         if worker.get("reason") and worker["generation"] == status["generation"]
     ]
     return str(status.get("reason") or (reasons[0] if reasons else f"It is {status['phase']}."))
+
+
+class Transfer:
+    """How fast bytes go by, and how long the rest of them will take."""
+
+    def __init__(self, stage: str, monotonic: Callable[[], float]) -> None:
+        self._stage = stage
+        self._monotonic = monotonic
+        self._points: deque[tuple[float, int]] = deque()
+
+    def look(self, done: int, total: int | None) -> Look:
+        """What to show when so many are through."""
+        now, points = self._monotonic(), self._points
+        points.append((now, done))
+        while len(points) > 2 and now - points[1][0] >= _WINDOW_SECONDS:
+            points.popleft()
+        stage = self._stage
+        (first, before), (last, after) = points[0], points[-1]
+        if last - first >= 1 and after > before:
+            rate = (after - before) / (last - first)
+            stage += f" at {size(rate)}/s"
+            if total is not None and (total - done) / rate >= 1:
+                stage += f", {duration((total - done) / rate)} left"
+        return Look(Verdict.COMING, stage, float(done), total and float(total), "bytes")
 
 
 class Lines:

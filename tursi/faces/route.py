@@ -38,6 +38,10 @@ STATUS: Mapping[str, int] = {
     errors.PullNotFound.code: 404,
     errors.CatalogueEntryNotFound.code: 404,
     errors.ModelInUse.code: 409,
+    errors.FilesUnavailable.code: 409,
+    errors.ArchiveInvalid.code: 400,
+    errors.ArchiveNewer.code: 400,
+    errors.ArchiveRefused.code: 409,
     errors.KeyNotFound.code: 404,
     errors.AddressInUse.code: 409,
     errors.MethodNotAllowed.code: 405,
@@ -58,6 +62,7 @@ STATUS: Mapping[str, int] = {
     errors.DatabaseBusy.code: 503,
     errors.DeadlineExceeded.code: 504,
     errors.DatabaseFull.code: 507,
+    errors.DiskFull.code: 507,
 }
 """HTTP status by error code, for the daemon and the worker alike; 500 for what isn't here."""
 

@@ -18,9 +18,9 @@ from tursi.errors import DiskFull, FetchError, HubUnreachable, TokenRefused
 from tursi.fetcher.failures import explain, offline, temporary
 from tursi.fetcher.meter import Meter, bar
 from tursi.fetcher.partial import resuming
-from tursi.fetcher.selection import select
 from tursi.fetcher.snapshot import Listed, Shelf, is_commit
 from tursi.model import Progress, Resolution, Trust
+from tursi.selection import select
 
 _ASK_SECONDS = 30.0
 _FILES_AT_ONCE = 4

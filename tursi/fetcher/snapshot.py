@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from tursi.errors import FetchError, SafetensorsMissing
 from tursi.fetcher.partial import SUFFIX, largest
-from tursi.fetcher.selection import select
 from tursi.model import Resolution, Trust
+from tursi.selection import select
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAX_NAMES = 10_000

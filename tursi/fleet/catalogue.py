@@ -9,6 +9,7 @@ from pathlib import Path
 from twisted.logger import Logger
 
 from tursi.errors import CatalogueEntryNotFound, InvalidRequest, ModelInUse, TursiError
+from tursi.fleet.archives import Archives
 from tursi.fleet.journal import Journal
 from tursi.fleet.member import Member
 from tursi.fleet.pulls import Pulls
@@ -27,12 +28,14 @@ class Catalogue:
         members: Mapping[str, Member],
         hub: Hub,
         pulls: Pulls,
+        archives: Archives,
         journal: Journal,
         limit: int,
     ) -> None:
         self._members = members
         self._hub = hub
         self._pulls = pulls
+        self._archives = archives
         self._journal = journal
         self._limit = limit
 
@@ -58,24 +61,29 @@ class Catalogue:
     async def remove(self, model: str, by: str) -> Sequence[CatalogueEntry]:
         """Delete the files of ``org/name``, or of its one revision after an ``@``.
 
+        An import that isn't of the hub has the name of its folder.
         Raises ``CatalogueEntryNotFound``, or ``ModelInUse`` with who uses it.
         """
         reference = Reference.parse(model)
         if reference.repository is None:
             raise InvalidRequest(
-                "Tursi only removes what it has downloaded, not a folder of yours.", param="model"
+                "Tursi only removes what it has downloaded or imported, not a folder of yours.",
+                param="model",
             )
         entries = [
             entry
             for entry in await self.entries()
-            if entry.name == reference.repository
-            and entry.commit is not None
-            and (reference.revision is None or entry.commit.startswith(reference.revision))
+            if (
+                entry.name == reference.repository
+                and entry.commit is not None
+                and (reference.revision is None or entry.commit.startswith(reference.revision))
+            )
+            or (entry.name == str(reference) and self._hub.is_imported(entry.folder))
         ]
         commits = [entry.commit for entry in entries if entry.commit]
         if reference.revision is None:
             commits += await self._hub.unfinished(reference.repository)
-        if not commits:
+        if not (commits or entries):
             raise CatalogueEntryNotFound(
                 f"There is no {model[:200]} on the disk; `tursi models` lists what there is."
             )
@@ -84,11 +92,17 @@ class Catalogue:
             raise ModelInUse(
                 f"{model} is used by {', '.join(users)}; `tursi down` or change that first."
             )
+        if self._archives.using(reference.repository):
+            raise ModelInUse(f"{model} is being imported; remove it when that has ended.")
         if self._pulls.using(reference.repository):
             raise ModelInUse(f"{model} is being pulled; cancel that first.")
         if self._fetching(reference.repository):
             raise ModelInUse(f"{model} is being looked for by a deployment; `tursi ps` shows it.")
-        await self._hub.remove(reference.repository, commits)
+        if commits:
+            await self._hub.remove(reference.repository, commits)
+        for entry in entries:
+            if entry.commit is None:
+                await self._hub.discard(entry.folder)
         self._journal.note("model.removed", f"{by} removes {model} from the disk", cause=by)
         return entries
 
@@ -126,6 +140,7 @@ class Catalogue:
     def _in_use(self, entry: CatalogueEntry) -> bool:
         return (
             self._pulls.using(entry.name)
+            or self._archives.using(entry.name)
             or self._fetching(entry.name)
             or entry.folder in self._users()
         )

@@ -21,6 +21,7 @@ from tursi.errors import (
     StartingUp,
     TursiError,
 )
+from tursi.fleet.archives import Archives
 from tursi.fleet.autoscale import TICK_SECONDS, Autoscale
 from tursi.fleet.catalogue import Catalogue
 from tursi.fleet.convergence import RESET, Convergence, MakeWorker
@@ -138,10 +139,19 @@ class Fleet:
         self._crashes = Crashes(store, self._journal, configuration.storage.crashes)
         self._logs = Logs(logs, configuration.workers.log_lives)
         self.pulls = Pulls(store=store, hub=hub, journal=self._journal, reactor=reactor, now=now)
+        self.archives = Archives(
+            members=self._members,
+            hub=hub,
+            journal=self._journal,
+            deploy=self.deploy,
+            host=host,
+            now=now,
+        )
         self.catalogue = Catalogue(
             members=self._members,
             hub=hub,
             pulls=self.pulls,
+            archives=self.archives,
             journal=self._journal,
             limit=configuration.hub.cache_bytes,
         )
@@ -242,6 +252,7 @@ class Fleet:
         """Refuse new requests, drain and stop every worker, and store what is counted."""
         self._closed = shutting_down()
         self.pulls.close()
+        self.archives.close()
         for member in self._members.values():
             member.queue.close(shutting_down())
         await DeferredList(self._convergence.close(), consumeErrors=True)
@@ -389,12 +400,14 @@ class Fleet:
         schedule: Schedule | None = None,
         max_replicas: int | None = None,
         canary: int | None = None,
+        imported: Resolution | None = None,
     ) -> tuple[DeploymentStatus, str]:
         """Create the deployment, or change it to ``request``; says which it was.
 
         Without ``replicas`` an existing deployment keeps its number, and without
         ``schedule`` when it is loaded. A new one is loaded at once, to see whether it can be.
         With ``canary`` what is new gets so many percent of the requests, and no more.
+        ``imported`` is what the request means where its files came in an archive.
         """
         self._check_open()
         checked = request.checked(self._host)
@@ -416,6 +429,7 @@ class Fleet:
             schedule=schedule,
             max_replicas=max_replicas,
             canary=canary,
+            imported=imported,
         )
         return self._changed(deployment, outcome)
 

@@ -1,13 +1,13 @@
-"""Where models come from: folders on disk, and the hub by way of the fetcher process."""
+"""Where models come from: folders on disk, archives, and the hub by way of the fetcher process."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from twisted.internet import defer
 from twisted.internet.defer import Deferred, DeferredSemaphore, fail, gatherResults, succeed
@@ -15,25 +15,33 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.python.failure import Failure
 
 from tursi import config
+from tursi.archive import File, Manifest
 from tursi.errors import FetchInterrupted, ShuttingDown
 from tursi.footprint import Blueprint
-from tursi.hub import blueprint, disk
+from tursi.hub import blueprint, disk, exports, imports
+from tursi.hub.exports import Found
 from tursi.hub.fetch import Fetch, Running, Spawn
+from tursi.hub.imports import Place, Room, Staging
 from tursi.model import CatalogueEntry, Progress, Reference, Resolution, Trust
 
-__all__ = ["Hub", "Running", "Spawn"]
+__all__ = ["Found", "Hub", "Room", "Running", "Spawn", "Staging"]
 
 _COMMAND = (sys.executable, "-I", "-m", "tursi.fetcher")
 _MAX_FETCHES = 4
 """Fetcher processes at a time; more of them wait."""
 _DISK_SECONDS = 30.0
 """A look at the disk that takes longer is given up (a network disk that hangs)."""
+_STEP_SECONDS = 300.0
+"""A step of an import or export that takes longer is given up."""
+
+T = TypeVar("T")
 
 
 class Hub:
-    """Finds and downloads models.
+    """Finds, downloads, imports and exports models.
 
-    ``cache`` is a huggingface cache of our own. ``environment`` is what a
+    ``cache`` is a huggingface cache of our own, ``imported`` the folder for models that
+    were imported and aren't of the hub. ``environment`` is what a
     fetcher gets besides what ``settings`` say; ``spawn`` starts one under a
     keeper: name, argv, environment, and who receives its frames.
     """
@@ -42,12 +50,14 @@ class Hub:
         self,
         *,
         cache: Path,
+        imported: Path,
         settings: config.Hub,
         environment: Mapping[str, str],
         spawn: Spawn,
         reactor: Any,
     ) -> None:
         self._cache = cache
+        self._imported = imported
         self._given = environment
         self.configure(settings)
         self._spawn = spawn
@@ -90,8 +100,18 @@ class Hub:
         return waiting
 
     def catalogue(self) -> Deferred[list[CatalogueEntry]]:
-        """The models in the cache, sorted by name."""
-        return self._in_thread(disk.catalogue, self._cache)
+        """The models in the cache, sorted by name, then those that were imported."""
+        return self._in_thread(
+            lambda cache: [*disk.catalogue(cache), *disk.imported(self._imported)], self._cache
+        )
+
+    def is_imported(self, folder: str) -> bool:
+        """Whether a folder is that of an import, which may be deleted."""
+        return Path(folder).parent == self._imported
+
+    def discard(self, folder: str) -> Deferred[None]:
+        """Remove the folder of an import."""
+        return self._in_thread(partial(disk.discard, name=Path(folder).name), self._imported)
 
     def remove(self, repository: str, commits: Collection[str]) -> Deferred[None]:
         """Remove these snapshots from the cache; fails with ``ModelInUse`` while it is fetched."""
@@ -102,8 +122,14 @@ class Hub:
         return self._in_thread(partial(_unfinished, repository), self._cache)
 
     def sweep(self, now: float) -> Deferred[None]:
-        """Remove from the cache what broken off downloads and removals have left long ago."""
-        return self._in_thread(partial(disk.sweep, now=now), self._cache)
+        """Remove what broken off downloads and removals have left long ago, and killed imports."""
+
+        def clear(cache: Path) -> None:
+            for root in (cache, self._imported):
+                imports.sweep(root)
+            disk.sweep(cache, now)
+
+        return self._in_thread(clear, self._cache)
 
     def lacks(self, resolution: Resolution) -> Deferred[bool]:
         """Whether files that were found are no longer there."""
@@ -115,9 +141,38 @@ class Hub:
 
     def touch(self, folder: str) -> Deferred[None]:
         """Note that the model in ``folder`` is used now, if it is in the cache."""
-        if not Path(folder).is_relative_to(self._cache):
+        if not (Path(folder).is_relative_to(self._cache) or self.is_imported(folder)):
             return succeed(None)
         return self._in_thread(disk.touch, Path(folder))
+
+    # -- archives ------------------------------------------------------------------
+
+    def exportable(self, model: str, folder: str, trust: Trust) -> Deferred[list[Found]]:
+        """The files that ``model`` needs of ``folder``; ``FilesUnavailable``."""
+        return self.step(exports.find, model, Path(folder), trust)
+
+    def archive(
+        self, found: Sequence[Found], describe: Callable[[Sequence[File]], Manifest]
+    ) -> Iterator[bytes]:
+        """The archive of these files, piece by piece, each to be taken in a thread."""
+        return exports.pieces(found, describe)
+
+    def room(self, manifest: Manifest) -> Deferred[Room]:
+        """What importing that would take of the disk; ``DiskFull``."""
+        return self.step(self._place(manifest).room)
+
+    def stage(self, manifest: Manifest) -> Deferred[Staging]:
+        """Where the files of an import go until all are there; its methods block."""
+        return self.step(Staging, self._place(manifest))
+
+    def step(self, function: Callable[..., T], *arguments: Any) -> Deferred[T]:
+        """What that gives, from a thread."""
+        pool = self._reactor.getThreadPool()
+        done: Deferred[T] = deferToThreadPool(self._reactor, pool, function, *arguments)
+        return done.addTimeout(_STEP_SECONDS, self._reactor).addErrback(_slow)
+
+    def _place(self, manifest: Manifest) -> Place:
+        return Place(manifest, self._cache, self._imported)
 
     def describe(self) -> list[str]:
         """What is being downloaded, in lines."""
@@ -170,6 +225,13 @@ class Hub:
 
         fetch.at_end(ended)
         return fetch
+
+
+def _slow(failure: Failure) -> Failure:
+    failure.trap(defer.TimeoutError)
+    return Failure(
+        FetchInterrupted(f"The disk has not answered within {_STEP_SECONDS:.0f} s; try again.")
+    )
 
 
 def _removed(repository: str, commits: Collection[str], cache: Path) -> None:

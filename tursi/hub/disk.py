@@ -106,6 +106,29 @@ def catalogue(cache: Path) -> list[CatalogueEntry]:
     return sorted(entries, key=lambda entry: (entry.name, entry.commit or ""))
 
 
+def imported(root: Path) -> list[CatalogueEntry]:
+    """Every model in ``root``, where imports have a folder each, sorted by name."""
+    entries = []
+    for folder in islice(root.glob("[!.]*"), _MAX_SNAPSHOTS):
+        try:
+            size = sum(dict(files(folder, depth=4)).values())
+            used_at = folder.stat().st_mtime
+        except (OSError, ModelRefused):
+            continue
+        entries.append(CatalogueEntry(folder.name, str(folder), size, used_at=used_at))
+    return sorted(entries, key=lambda entry: entry.name)
+
+
+def discard(root: Path, name: str) -> None:
+    """Remove the folder of an import."""
+    gone = root / f".{name}.removed"
+    shutil.rmtree(gone, ignore_errors=True)
+    # First out of sight, so that nobody takes a half removed one for whole.
+    with contextlib.suppress(FileNotFoundError):
+        (root / name).rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
 def lacks(snapshot: Path, names: Collection[str]) -> bool:
     """Whether one of the files ``names`` of ``snapshot`` is missing."""
     return not snapshot.is_dir() or not all((snapshot / name).exists() for name in names)
@@ -123,7 +146,7 @@ def remove(cache: Path, repository: str, commits: Collection[str]) -> None:
     Raises ``ModelInUse`` while it is being downloaded.
     """
     name = "models--" + repository.replace("/", "--")
-    with _alone(cache, name) as alone:
+    with alone(cache, name) as alone:
         if not alone:
             raise ModelInUse(f"{repository} is being downloaded.")
         folder = cache / name
@@ -140,6 +163,11 @@ def unfinished(cache: Path, repository: str) -> list[str]:
     return [commit for commit in _begun(folder) if _is_unfinished(_snapshot(folder, commit))]
 
 
+def finish(cache: Path, repository: str, commit: str) -> None:
+    """Note that all of a commit is there and right, whoever began with it."""
+    _marker(cache / ("models--" + repository.replace("/", "--")), commit).unlink(missing_ok=True)
+
+
 def sweep(cache: Path, now: float) -> None:
     """Finish removals that were broken off, and remove what downloads have left long ago.
 
@@ -147,7 +175,7 @@ def sweep(cache: Path, now: float) -> None:
     """
     oldest = now - _KEEP_SECONDS
     for folder in cache.glob("models--*"):
-        with contextlib.suppress(OSError), _alone(cache, folder.name) as alone:
+        with contextlib.suppress(OSError), alone(cache, folder.name) as alone:
             if not alone:
                 continue
             _clear(folder, older_than=oldest)
@@ -160,7 +188,7 @@ def sweep(cache: Path, now: float) -> None:
 
 
 @contextlib.contextmanager
-def _alone(cache: Path, name: str) -> Iterator[bool]:
+def alone(cache: Path, name: str) -> Iterator[bool]:
     """Hold the repository as a fetcher does; whether no fetcher does."""
     locks = _locks(cache / name)
     locks.mkdir(parents=True, exist_ok=True)

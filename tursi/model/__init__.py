@@ -6,6 +6,7 @@ Times are UTC epoch seconds (``float``), sizes are bytes, durations are seconds.
 from __future__ import annotations
 
 from tursi.model.access import ALL_SCOPES, DEFAULT_PORT, ApiKey, Caller, Role, Scope
+from tursi.model.archive import ImportPlan
 from tursi.model.audit import AuditEntry, AuditQuery
 from tursi.model.crash import Crash, Dossier, last_line
 from tursi.model.deployment import (
@@ -97,6 +98,7 @@ __all__ = [
     "Generation",
     "Gpu",
     "Host",
+    "ImportPlan",
     "Limits",
     "Load",
     "LoadOrder",

@@ -89,14 +89,17 @@ def save(
     schedule: Schedule | None = None,
     max_replicas: int | None = None,
     canary: int | None = None,
+    imported: Resolution | None = None,
 ) -> tuple[Deployment, Outcome, Event | None]:
     """Create or replace; whichever it is, the deployment is to run from now on.
 
     Without ``schedule`` an existing one keeps its own. With ``canary`` what is new gets
-    so many percent of the requests, and what serves goes on with the rest.
+    so many percent of the requests, and what serves goes on with the rest. ``imported``
+    is what the request means where that has come with it.
     """
     before = _find(txn, name)
     shown = _shown(request, replicas, max_replicas)
+    author = by if imported is None else f"{by} (imported)"
     if before is None:
         outcome, kind, message = Outcome.CREATED, "create", f"{by} deploys {name}: {shown}"
         txn.execute(
@@ -109,10 +112,10 @@ def save(
         )
         _schedule(txn, name, schedule or Schedule())
         _range(txn, name, max_replicas)
-        _append(txn, name, request, by=by, at=at)
+        _append(txn, name, request, by=author, at=at)
     else:
         outcome, kind, message = _difference(
-            before, request, (replicas, max_replicas), schedule, canary
+            before, request, (replicas, max_replicas), schedule, canary, imported
         )
         message = message.format(by=by, name=name, shown=shown)
         if before.generation.request == request and before.failed:
@@ -124,12 +127,15 @@ def save(
         _range(txn, name, max_replicas)
         _update(txn, name, Desired.RUNNING, replicas, at)
         if outcome is Outcome.REPLACED:
-            _append(txn, name, request, by=by, at=at)
+            _append(txn, name, request, by=author, at=at)
             _supersede(txn, before, canary, by=by, at=at)
         elif outcome is Outcome.BACK:
             _give_up(txn, before, by=by, at=at)
         elif before.canary is not None and canary is not None:
             _weigh(txn, name, canary)
+    if imported is not None and outcome in {Outcome.CREATED, Outcome.REPLACED}:
+        kind, message = "import", f"{by} imports {name}: {shown}"
+        _mean(txn, name, _load(txn, name).generation.number, imported, at=at)
     return _load(txn, name), outcome, record(txn, at, kind, message, deployment=name, cause=by)
 
 
@@ -139,12 +145,15 @@ def _difference(
     replicas: tuple[int, int | None],
     schedule: Schedule | None,
     canary: int | None,
+    imported: Resolution | None,
 ) -> tuple[Outcome, str, str]:
     """What saving that would mean, the kind of its event, and its message to be filled in."""
-    if before.stable is not None and before.stable.request == request != before.generation.request:
-        number = before.stable.number
-        return Outcome.BACK, "rollback", f"{{by}} leaves {{name}} at generation {number}: {{shown}}"
-    if before.generation.request != request:
+    stays = before.generation.request == request and _means(before.generation, imported)
+    back = before.stable
+    if back is not None and back.request == request and _means(back, imported) and not stays:
+        message = f"{{by}} leaves {{name}} at generation {back.number}: {{shown}}"
+        return Outcome.BACK, "rollback", message
+    if not stays:
         as_canary = f", as a canary with {canary} %" if canary is not None else ""
         return Outcome.REPLACED, "replace", f"{{by}} changes {{name}}: {{shown}}{as_canary}"
     if before.desired is Desired.STOPPED:
@@ -352,6 +361,14 @@ def _turns(txn: Any, name: str) -> dict[int, tuple[Turn, ...]]:
     for number, fate, at, reason in txn.fetchall():
         found[number] = (*found.get(number, ()), Turn(Fate(fate), at, reason))
     return found
+
+
+def _means(generation: Generation, imported: Resolution | None) -> bool:
+    """Whether its files are those that were imported, if any were."""
+    found = generation.resolution
+    return imported is None or (
+        found is not None and (found.folder, found.commit) == (imported.folder, imported.commit)
+    )
 
 
 def _same(one: Generation, other: Generation) -> bool:

@@ -138,11 +138,13 @@ class Store:
         schedule: Schedule | None = None,
         max_replicas: int | None = None,
         canary: int | None = None,
+        imported: Resolution | None = None,
     ) -> Deferred[tuple[Deployment, Outcome]]:
         """Create or replace a deployment, which is to run from now on.
 
         Without ``schedule`` an existing one keeps its own. With ``canary`` what is new
-        gets so many percent of the requests, beside what serves.
+        gets so many percent of the requests, beside what serves. ``imported`` is what
+        the request means where that has come with it.
         """
         saved = self._write(
             deployments.save,
@@ -154,6 +156,7 @@ class Store:
             schedule=schedule,
             max_replicas=max_replicas,
             canary=canary,
+            imported=imported,
         )
         return saved.addCallback(self._announced_last)
 

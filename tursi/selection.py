@@ -17,7 +17,7 @@ _PICKLED = "pytorch_model.bin"
 _PICKLED_INDEX = "pytorch_model.bin.index.json"
 
 # A name is a path of ours as soon as it is downloaded: plain segments only.
-_SAFE_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*/){0,3}[A-Za-z0-9_][A-Za-z0-9_.-]*")
+SAFE_NAME = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*/){0,3}[A-Za-z0-9_][A-Za-z0-9_.-]*")
 # sentence-transformers keeps a folder per module, numbered in order.
 _CODE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\.py")
 _MODULE = re.compile(r"[0-9]+_[A-Za-z][A-Za-z0-9_]*")
@@ -98,7 +98,7 @@ def select(
     better. Raises ``SafetensorsMissing``, ``RepositoryRefused`` or ``FetchError`` with
     a sentence that says what the repository lacks.
     """
-    names = {name for name in names if _SAFE_NAME.fullmatch(name)}
+    names = {name for name in names if SAFE_NAME.fullmatch(name)}
     first: list[str] = []
     main: tuple[str, ...] = ()
     for folder in ("", *_modules(names)):
