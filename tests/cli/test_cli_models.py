@@ -54,7 +54,7 @@ def test_pull_shows_how_it_goes_until_it_is_there(api: Api) -> None:
     assert result.stdout == "org/mini is on the disk (4 MiB, commit aaaaaaaaaaaa).\n"
     assert result.stderr.splitlines() == [
         "org/mini: waiting for its turn",
-        "org/mini: fetching at 512 KiB/s, 1 min 11 s left: 1 MiB of 4 MiB (25 %)",
+        "org/mini: fetching at 512 KiB/s, 71 s left: 1 MiB of 4 MiB (25 %)",
     ]
     assert api.asked[0].body == {"model": "org/mini"}
     assert json.loads(api.tursi("pull", "org/mini", "--json").stdout)["state"] == "done"

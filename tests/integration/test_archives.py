@@ -19,8 +19,8 @@ from daemon import Daemon, daemon, free_port
 from minilm import minilm_folder
 from patience import gone, until
 from self_signed import certificate
+from small_disk import SmallDisk, may_mount
 from stand_in_hub import StandInHub
-from test_database_trouble import SmallDisk, may_mount
 
 TURSI = str(Path(sys.executable).with_name("tursi"))
 TAR = {"Content-Type": "application/x-tar"}

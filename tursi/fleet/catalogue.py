@@ -92,12 +92,7 @@ class Catalogue:
             raise ModelInUse(
                 f"{model} is used by {', '.join(users)}; `tursi down` or change that first."
             )
-        if self._archives.using(reference.repository):
-            raise ModelInUse(f"{model} is being imported; remove it when that has ended.")
-        if self._pulls.using(reference.repository):
-            raise ModelInUse(f"{model} is being pulled; cancel that first.")
-        if self._fetching(reference.repository):
-            raise ModelInUse(f"{model} is being looked for by a deployment; `tursi ps` shows it.")
+        self._check_unused(model, reference.repository)
         if commits:
             await self._hub.remove(reference.repository, commits)
         for entry in entries:
@@ -105,6 +100,14 @@ class Catalogue:
                 await self._hub.discard(entry.folder)
         self._journal.note("model.removed", f"{by} removes {model} from the disk", cause=by)
         return entries
+
+    def _check_unused(self, model: str, repository: str) -> None:
+        if self._archives.using(repository):
+            raise ModelInUse(f"{model} is being imported; remove it when that has ended.")
+        if self._pulls.using(repository):
+            raise ModelInUse(f"{model} is being pulled; cancel that first.")
+        if self._fetching(repository):
+            raise ModelInUse(f"{model} is being looked for by a deployment; `tursi ps` shows it.")
 
     async def collect(self, now: float) -> None:
         """Bring the cache to its limit: what was used longest ago goes first.

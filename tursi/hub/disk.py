@@ -146,8 +146,8 @@ def remove(cache: Path, repository: str, commits: Collection[str]) -> None:
     Raises ``ModelInUse`` while it is being downloaded.
     """
     name = "models--" + repository.replace("/", "--")
-    with alone(cache, name) as alone:
-        if not alone:
+    with alone(cache, name) as held:
+        if not held:
             raise ModelInUse(f"{repository} is being downloaded.")
         folder = cache / name
         _clear(folder, older_than=None)
@@ -175,8 +175,8 @@ def sweep(cache: Path, now: float) -> None:
     """
     oldest = now - _KEEP_SECONDS
     for folder in cache.glob("models--*"):
-        with contextlib.suppress(OSError), alone(cache, folder.name) as alone:
-            if not alone:
+        with contextlib.suppress(OSError), alone(cache, folder.name) as held:
+            if not held:
                 continue
             _clear(folder, older_than=oldest)
             for commit in _begun(folder):
