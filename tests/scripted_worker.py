@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--attempt", action="store_true", help="do what a request's body says")
     one.add_argument("--delay", type=float, default=0.0, help="seconds before each answer")
     one.add_argument("--stream", type=int, default=0, help="answer with that many events")
+    one.add_argument("--stream-asked", type=int, default=0, help="so only who asks for a stream")
     one.add_argument("--interval", type=float, default=0.02, help="seconds between two of them")
     one.add_argument("--smoke", choices=("fail", "hang", "die"), help="at the daemon's request")
     one.add_argument("--status", type=int, default=200, help="of each answer")
@@ -226,9 +227,10 @@ class ScriptedWorker:
             return b""
         if self.hung:
             return b""
-        if self.options.stream:
+        events = self.events(ask)
+        if events:
             self.open.add(id_)
-            self.later(0, lambda: self.event(id_, 0))
+            self.later(0, lambda: self.event(id_, 0, events))
             return head(id_, "text/event-stream")
         body = ask.body if self.options.echo else self.account(ask)
         if self.options.attempt:
@@ -245,6 +247,11 @@ class ScriptedWorker:
         self.open.add(id_)
         self.later(wait, lambda: self.finish(id_, answer))
         return b""
+
+    def events(self, ask: wire.Ask) -> int:
+        """How many the answer is to have; 0 if it is no stream."""
+        asked = b'"stream":true' in ask.body.replace(b" ", b"")
+        return self.options.stream or (self.options.stream_asked if asked else 0)
 
     def smoke(self, id_: int) -> bytes:
         """Answer the daemon's own first request, as told."""
@@ -269,17 +276,17 @@ class ScriptedWorker:
             self.open.discard(id_)
             self.send(answer)
 
-    def event(self, id_: int, number: int) -> None:
+    def event(self, id_: int, number: int, events: int) -> None:
         if id_ not in self.open:
             return
         self.page.begin(Operation.DECODE)
-        if number == self.options.stream:
+        if number == events:
             self.page.begin(Operation.IDLE)
             self.finish(id_, end(id_, number))
             return
         piece = b"data: %d\n\n" % number
         self.send(wire.encode(Kind.TOKENS, 0, wire.encode_tokens([(id_, piece)])))
-        self.later(self.options.interval, lambda: self.event(id_, number + 1))
+        self.later(self.options.interval, lambda: self.event(id_, number + 1, events))
 
     # -- misbehaviour
 

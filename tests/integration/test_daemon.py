@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
@@ -238,48 +237,6 @@ def test_a_changed_deployment_is_a_new_generation_and_no_request_is_lost(running
 
     until(switched, "only the second generation is there")
     assert seen == {200}
-
-
-def test_under_load_no_rollback_and_no_change_of_scale_loses_a_request(running: Daemon) -> None:
-    first = running.script("first", echo=True, delay=0.02)
-    second = running.script("second", echo=True, delay=0.02, load_seconds=0.3)
-    running.deploy("echo", first)
-    running.wait("echo")
-    seen: list[int] = []
-    over = threading.Event()
-
-    def ask() -> None:
-        with httpx.Client(base_url=running.url, timeout=60) as client:
-            while not over.is_set():
-                seen.append(client.post("/v1/embeddings", json=BODY).status_code)
-
-    clients = [threading.Thread(target=ask) for _ in range(4)]
-    for client in clients:
-        client.start()
-    try:
-        for change in (
-            lambda: running.deploy("echo", second),
-            lambda: running.control.post("/deployments/echo/rollback", json={}),
-            lambda: running.control.post("/deployments/echo/scale", json={"replicas": 3}),
-            lambda: running.control.post("/deployments/echo/rollback", json={"generation": 2}),
-            lambda: running.control.post("/deployments/echo/scale", json={"replicas": 1}),
-        ):
-            change()
-            until(lambda: settled(running.status("echo")), "what was asked for is there")
-    finally:
-        over.set()
-        for client in clients:
-            client.join()
-    assert set(seen) == {200}
-    status = running.status("echo")
-    assert (status["generation"], status["model"]) == (4, str(second))
-
-
-def settled(status: dict[str, Any]) -> bool:
-    """Only workers of the present generation are there, and all of them serve."""
-    generations = [each["generation"] for each in status["workers"]]
-    wanted = [status["generation"]] * status["replicas"]
-    return generations == wanted and status["ready"] == status["replicas"]
 
 
 def test_a_new_generation_that_fails_leaves_the_old_one_serving(running: Daemon) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import pytest
 from daemon import Daemon, daemon
 from patience import until
@@ -65,15 +67,21 @@ def serving(running: Daemon, generation: int, **more: Any) -> None:
     until(look, f"generation {generation} serves: {running.status('search')}")
 
 
-class Load:
-    """Asks all the while, and remembers what came of it."""
+EVENTS = 20
 
-    def __init__(self, running: Daemon, threads: int = 2) -> None:
+
+class Load:
+    """Asks all the while, also for streams, and remembers what came of it."""
+
+    def __init__(self, running: Daemon, threads: int = 2, streams: int = 0) -> None:
         self.running = running
         self.stopped = threading.Event()
         self.statuses: Counter[int | str] = Counter()
         self.generations: Counter[str | None] = Counter()
-        self.threads = [threading.Thread(target=self.run) for _ in range(threads)]
+        self.slowest = 0.0
+        self.threads: list[threading.Thread] = []
+        for ask, count in ((self.whole, threads), (self.stream, streams)):
+            self.threads += [threading.Thread(target=self.run, args=(ask,)) for _ in range(count)]
 
     def __enter__(self) -> Load:
         for thread in self.threads:
@@ -85,11 +93,26 @@ class Load:
         for thread in self.threads:
             thread.join()
 
-    def run(self) -> None:
-        while not self.stopped.is_set():
-            answer = ask(self.running)
-            self.statuses[answer.status_code] += 1
-            self.generations[answer.headers.get("x-tursi-generation")] += 1
+    def run(self, ask: Callable[[httpx.Client], int | str]) -> None:
+        with httpx.Client(base_url=self.running.url, timeout=60) as client:
+            while not self.stopped.is_set():
+                began = time.monotonic()
+                self.statuses[ask(client)] += 1
+                self.slowest = max(self.slowest, time.monotonic() - began)
+
+    def whole(self, client: httpx.Client) -> int:
+        answer = client.post("/v1/embeddings", json={"model": "search", "input": "hello"})
+        self.generations[answer.headers.get("x-tursi-generation")] += 1
+        return answer.status_code
+
+    def stream(self, client: httpx.Client) -> int | str:
+        body = {"model": "search", "prompt": "hello", "stream": True}
+        with client.stream("POST", "/v1/completions", json=body) as answer:
+            if answer.status_code != 200:
+                return answer.status_code
+            found = [text for text in answer.iter_lines() if text]
+        whole = found == [f"data: {number}" for number in range(EVENTS)]
+        return "stream" if whole else f"broken after {found[-2:]}"
 
 
 def test_a_generation_that_answers_nothing_is_not_switched_to(running: Daemon) -> None:
@@ -201,3 +224,65 @@ def test_replicas_come_and_go_with_the_waiting(running: Daemon) -> None:
     assert "waited" in scaled["cause"]
     assert running.deploy("search", model, replicas=1)["replicas"] == 1
     serving(running, 1)
+
+
+def configure(running: Daemon, settings: str) -> None:
+    text = running.configuration.read_text().partition("[memory]")[0]
+    running.configuration.write_text(text + settings)
+    assert running.control.post("/reload").status_code == 200
+
+
+def test_no_change_of_any_kind_loses_a_request_or_breaks_a_stream(running: Daemon) -> None:
+    options = {"delay": 0.01, "stream_asked": EVENTS, "interval": 0.01}
+    first, second = script(running, "first", **options), script(running, "second", **options)
+    waiting = script(running, "waiting", queue_seconds=1.0, load_seconds=0.2, **options)
+    control, place = running.control, "/deployments/search"
+    up(running, model=first)
+    running.wait("search")
+
+    def canary_ready() -> bool:
+        canary = running.status("search")["canary"]
+        return bool(canary and canary["ready"])
+
+    def there(generation: int, replicas: int = 1) -> None:
+        def look() -> bool:
+            status = running.status("search")
+            numbers = [each["generation"] for each in status["workers"]]
+            return numbers == [generation] * replicas and status["ready"] == replicas
+
+        until(look, f"only generation {generation} is there", 60)
+
+    with Load(running, threads=3, streams=3) as load:
+        up(running, model=second)
+        there(2)
+        control.post(f"{place}/rollback", json={})
+        there(3)
+        up(running, model=second, canary=30)
+        until(canary_ready, "the canary is ready")
+        control.post(f"{place}/canary", json={"weight": 60})
+        until(lambda: load.generations["4"] > 20, "the canary is used")
+        control.post(f"{place}/promote")
+        there(4)
+        up(running, model=first, canary=50)
+        until(canary_ready, "the canary is ready")
+        control.post(f"{place}/rollback", json={})
+        there(4)
+        control.post(f"{place}/scale", json={"replicas": 3})
+        there(4, 3)
+        control.post(f"{place}/scale", json={"replicas": 1})
+        there(4)
+        configure(running, SETTINGS.replace("[requests]", "max_batch_tokens = 512\n[requests]"))
+        before = {each["pid"] for each in running.status("search")["workers"]}
+        until(
+            lambda: not before & {each["pid"] for each in running.status("search")["workers"]},
+            "others serve",
+        )
+        there(4)
+        up(running, model=waiting, replicas=1, max_replicas=2)
+        there(6, 2)
+        up(running, model=waiting, replicas=1)
+        there(6)
+    assert set(load.statuses) == {200, "stream"}, load.statuses
+    assert load.statuses["stream"] > 20
+    # Whoever asked was never kept waiting by a change.
+    assert load.slowest < 20
