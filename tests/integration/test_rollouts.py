@@ -86,6 +86,7 @@ class Load:
     def __enter__(self) -> Load:
         for thread in self.threads:
             thread.start()
+        until(lambda: self.statuses.total() > 1, "it is under way")
         return self
 
     def __exit__(self, *raised: object) -> None:
@@ -233,7 +234,7 @@ def configure(running: Daemon, settings: str) -> None:
 
 
 def test_no_change_of_any_kind_loses_a_request_or_breaks_a_stream(running: Daemon) -> None:
-    options = {"delay": 0.01, "stream_asked": EVENTS, "interval": 0.01}
+    options: dict[str, Any] = {"delay": 0.01, "stream_asked": EVENTS, "interval": 0.01}
     first, second = script(running, "first", **options), script(running, "second", **options)
     waiting = script(running, "waiting", queue_seconds=1.0, load_seconds=0.2, **options)
     control, place = running.control, "/deployments/search"

@@ -1,0 +1,309 @@
+"""New generations step by step: proven, switched to, given up, and all that remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_fleet import Bench, FakeWorker
+
+from tursi import wire
+from tursi.errors import NoCanary, QueueFull, WorkerLost
+from tursi.fleet import Work
+from tursi.model import Fate, Phase, Request, Usage
+from tursi.supervision.link import Sink
+
+END = wire.End(Usage(), "")
+
+
+class Answering(FakeWorker):
+    """One that keeps what it is asked."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.asked: list[tuple[wire.Ask, Sink]] = []
+        self.cancelled: list[int] = []
+        self.full = False
+
+    def submit(self, ask: Any, sink: Any) -> int:
+        if self.full:
+            raise QueueFull("It is full.")
+        self.asked.append((ask, sink))
+        return len(self.asked)
+
+    def cancel(self, id: int) -> None:  # noqa: A002 - the real one's name
+        self.cancelled.append(id)
+
+    def say(self, status: int = 200, body: bytes = b"{}", end: wire.End = END) -> None:
+        """Answer the last question."""
+        _, sink = self.asked[-1]
+        sink.head(wire.Head(status, "application/json", {}))
+        sink.body(body)
+        sink.end(end)
+
+
+class House(Bench):
+    def make(self, **fields: Any) -> FakeWorker:
+        worker = Answering(
+            fields["name"],
+            fields["key"],
+            fields["order"],
+            fields["limits"],
+            fields["observer"],
+            fields["place"],
+        )
+        self.workers.append(worker)
+        return worker
+
+    def worker(self, generation: int) -> Answering:
+        """The newest of that generation."""
+        found = [each for each in self.workers if each.generation == generation]
+        assert isinstance(found[-1], Answering)
+        return found[-1]
+
+    def up(self, model: str, **fields: Any) -> str:
+        request = {"model": model, **{key: fields.pop(key) for key in ("dtype",) if key in fields}}
+        coroutine = self.fleet.deploy("a", Request(**request), 1, "me", **fields)
+        _, outcome = self.do(coroutine)
+        if self.hub.asked:
+            self.found(folder=model)
+        return outcome
+
+    def become(self, generation: int, phase: Phase, reason: str | None = None) -> Answering:
+        worker = self.worker(generation)
+        worker.become(phase, reason)
+        self.turn()
+        return worker
+
+    def ready(self, generation: int) -> Answering:
+        worker = self.become(generation, Phase.READY)
+        if worker.asked:
+            worker.say()
+            self.turn()
+        return worker
+
+    def gone(self, generation: int) -> None:
+        self.worker(generation).stopped.callback(None)
+        self.turn()
+
+    def fates(self) -> list[list[Fate]]:
+        return [[turn.fate for turn in each.turns] for each in self.do(self.fleet.generations("a"))]
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    one = House(tmp_path)
+    one.open()
+    yield one
+    for call in one.reactor.getDelayedCalls():
+        call.cancel()
+    one.store.stop()
+
+
+def serving(house: House) -> None:
+    """Generation 1 serves."""
+    house.up("/models/a")
+    house.ready(1)
+    assert house.worker(1).asked == []
+
+
+def test_a_new_generation_takes_over_when_it_has_answered(house: House) -> None:
+    serving(house)
+    assert house.up("/models/b") == "replaced"
+    new = house.become(2, Phase.READY)
+    status = house.fleet.deployment("a")
+    assert (status.phase, status.stable, status.ready) == (Phase.WARMING, 1, 1)
+    [(ask, _)] = new.asked
+    assert (ask.route, ask.body) == ("huggingface", b'{"inputs": "One."}')
+    assert ask.request_id == "smoke-a-2-0"
+    house.turn()
+    assert len(new.asked) == 1
+    house.fleet.submit("a", Work("r", "i", "", b"{}", 9.0), None)  # type: ignore[arg-type] # never told
+    assert len(house.worker(1).asked) == 1
+    # What it can't make of these few words isn't its fault.
+    new.say(400)
+    house.turn()
+    assert house.worker(1).phase is Phase.DRAINING
+    status = house.fleet.deployment("a")
+    assert (status.phase, status.stable, status.generation) == (Phase.READY, None, 2)
+    assert house.fates() == [[Fate.SERVING, Fate.REPLACED], [Fate.SERVING]]
+
+
+@pytest.mark.parametrize("how", ["status", "midway", "lost", "late", "full"])
+def test_one_that_can_not_answer_does_not(house: House, how: str) -> None:
+    serving(house)
+    house.up("/models/b")
+    house.worker(2).full = how == "full"
+    new = house.become(2, Phase.READY)
+    match how:
+        case "status":
+            new.say(500, b'{"error": {"message": "It is broken."}}')
+        case "midway":
+            new.say(200, b"", wire.End(Usage(), "internal_error"))
+        case "lost":
+            new.asked[0][1].failed(WorkerLost("It ended."))
+        case "late":
+            house.reactor.advance(200)
+            assert new.cancelled == [1]
+    house.turn()
+    said = {
+        "status": "It is broken.",
+        "midway": "internal_error",
+        "lost": "It ended.",
+        "late": "within 120 s",
+        "full": "It is full.",
+    }
+    status = house.fleet.deployment("a")
+    assert status.phase is Phase.FAILED
+    assert said[how] in (status.reason or "")
+    assert "Generation 1 keeps serving." in (status.reason or "")
+    assert new.phase is Phase.DRAINING
+    assert house.worker(1).phase is Phase.READY
+    assert house.fates()[1] == [Fate.FAILED]
+
+
+def test_after_a_restart_what_had_served_does_and_what_failed_waits_to_be_asked_again(
+    house: House, tmp_path: Path
+) -> None:
+    serving(house)
+    house.up("/models/b")
+    house.become(2, Phase.FAILED, "The weights are damaged.")
+    assert house.fleet.deployment("a").phase is Phase.FAILED
+    # It tells why, and takes no room.
+    assert house.worker(2).phase is Phase.FAILED
+    for call in house.reactor.getDelayedCalls():
+        call.cancel()
+    after = House(tmp_path)
+    after.open()
+    assert [each.generation for each in after.workers] == [1]
+    after.ready(1)
+    status = after.fleet.deployment("a")
+    assert status.reason == "The weights are damaged. Generation 1 keeps serving."
+    assert after.up("/models/b") == "retried"
+    after.ready(2)
+    assert after.fleet.deployment("a").phase is Phase.READY
+    assert after.fates()[1] == [Fate.FAILED, Fate.RETRIED, Fate.SERVING]
+    for call in after.reactor.getDelayedCalls():
+        call.cancel()
+    after.store.stop()
+
+
+def test_where_nothing_else_serves_the_first_failure_is_enough(
+    house: House, tmp_path: Path
+) -> None:
+    serving(house)
+    house.up("/models/b")
+    for call in house.reactor.getDelayedCalls():
+        call.cancel()
+    # The daemon ended in the middle of it; only the new one is loaded.
+    after = House(tmp_path)
+    after.open()
+    assert [each.generation for each in after.workers] == [2]
+    waiting: list[object] = []
+
+    class Client:
+        def __getattr__(self, name: str) -> Any:
+            return waiting.append
+
+    after.fleet.submit("a", Work("r", "i", "", b"{}", 50.0), Client())
+    after.become(2, Phase.BACKOFF, "it was killed")
+    assert [each.generation for each in after.workers] == [2, 1]
+    assert waiting == []
+    after.ready(1)
+    # Who waited is served by what had served before.
+    assert len(after.worker(1).asked) == 1
+    assert after.fates()[1] == [Fate.FAILED]
+    for call in after.reactor.getDelayedCalls():
+        call.cancel()
+    after.store.stop()
+
+
+@pytest.mark.parametrize("phase", [Phase.FAILED, Phase.QUARANTINED])
+def test_a_canary_is_promoted_or_given_up(house: House, phase: Phase) -> None:
+    serving(house)
+    with pytest.raises(NoCanary):
+        house.do(house.fleet.promote("a", "me"))
+    assert house.up("/models/b", canary=10) == "replaced"
+    house.ready(2)
+    status = house.fleet.deployment("a")
+    assert (status.generation, status.model, status.ready) == (1, "/models/a", 1)
+    assert status.canary is not None
+    assert (status.canary.generation, status.canary.ready, status.canary.weight) == (2, 1, 10)
+    # One failure is no reason yet.
+    house.become(2, Phase.BACKOFF, "it was killed")
+    status = house.do(house.fleet.weigh("a", 50, "me"))
+    assert status.canary is not None
+    assert (status.canary.weight, status.canary.reason) == (50, "it was killed")
+    house.become(2, phase, "it was killed again")
+    status = house.fleet.deployment("a")
+    assert (status.canary, status.generation, status.stable) == (None, 1, None)
+    assert house.worker(2).phase is Phase.DRAINING
+    assert house.fates() == [[Fate.SERVING], [Fate.FAILED]]
+    house.gone(2)
+    house.up("/models/c", canary=10)
+    house.ready(3)
+    house.do(house.fleet.promote("a", "me"))
+    assert house.worker(1).phase is Phase.DRAINING
+    assert house.fleet.deployment("a").generation == 3
+    assert house.fates()[2] == [Fate.SERVING]
+
+
+def test_both_generations_follow_the_scale_and_a_canary_that_crashed_is_told_of(
+    house: House,
+) -> None:
+    serving(house)
+    house.up("/models/b", canary=10)
+    house.ready(2)
+    house.do(house.fleet.scale("a", 2, "me"))
+    assert sorted(each.generation for each in house.workers) == [1, 1, 2, 2]
+    [told] = [line for line in house.do(house.fleet.why("a")).sentences if "canary" in line]
+    assert "10 % of the requests" in told
+    for _ in range(30):
+        house.fleet.count("a", 1, 0, 200, "", 0.1, 0.0, None, Usage())
+        house.fleet.count("a", 2, 0, 500, "internal_error", 0.1, 0.0, None, Usage())
+        house.fleet.count("a", 2, 0, 499, "request_cancelled", 0.1, 0.0, None, Usage())
+    canary = house.fleet.deployment("a").canary
+    assert canary is not None
+    assert (canary.requests, canary.errors) == (60, 30)
+    assert canary.reason == "50 % of its requests fail, 0 % of the others."
+
+
+def test_the_number_of_replicas_follows_the_waiting(house: House) -> None:
+    house.up("/models/a", max_replicas=3)
+    house.ready(1)
+
+    def wait(seconds: int, waited: float) -> int:
+        for _ in range(seconds):
+            house.fleet.count("a", 1, 0, 200, "", 1.0, waited, None, Usage())
+            house.reactor.advance(1)
+            house.turn()
+        return house.fleet.deployment("a").replicas
+
+    assert wait(3, 0.1) == 1
+    assert wait(3, 2.0) == 2
+    # Until that one is there, nothing more.
+    assert wait(5, 2.0) == 2
+    house.ready(1)
+    assert wait(4, 2.0) == 3
+    house.ready(1)
+    assert wait(70, 0.0) == 2
+    told = [event.message for event in house.do(house.fleet.events("a", 0, 100))]
+    assert "a goes from 1 to 2 of 1-3 replicas" in told
+    assert house.do(house.fleet.scale("a", 1, "me")).replicas == 1
+
+
+def test_what_there_is_no_room_for_is_not_asked_for_all_the_time(house: House) -> None:
+    house.up("/models/a", max_replicas=8)
+    house.ready(1)
+    house.available = 2**20
+    for _ in range(30):
+        house.fleet.count("a", 1, 0, 200, "", 1.0, 2.0, None, Usage())
+        house.reactor.advance(1)
+    assert house.fleet.deployment("a").replicas == 1
+    held = [
+        event for event in house.do(house.fleet.events("a", 0, 100)) if event.kind.endswith("held")
+    ]
+    assert len(held) == 1
+    assert "of memory" in (held[0].cause or "")
