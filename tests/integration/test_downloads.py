@@ -121,3 +121,51 @@ def test_a_pull_and_a_deployment_share_a_download_and_what_serves_stays(
         "what nobody uses can be removed",
     )
     assert running.control.get("/catalogue").json()["models"] == []
+
+
+SECRET = "hf_a_secret_that_nobody_else_has"
+
+
+def test_the_token_is_the_fetchers_alone(
+    hub: StandInHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hub.token = SECRET
+    held = Fault(MAIN, "hold", method="GET", times=1)
+    hub.faults.append(held)
+    environment = {
+        **hub.environment(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": SECRET,
+        "HUGGING_FACE_HUB_TOKEN": SECRET,
+    }
+    with daemon(
+        scripted=True,
+        settings=f'[hub]\nendpoint = "{hub.endpoint}"\n',
+        environment=environment,
+    ) as running:
+        running.deploy("local", running.script("local", echo=True))
+        running.wait("local")
+        running.deploy("tiny", MODEL)
+        assert held.reached.wait(30)
+        fetching = [each for each in running.tree() if "tursi.fetcher" in each.cmdline()]
+        assert fetching
+        others = [each for each in running.tree() if each not in fetching]
+        assert others
+        assert not any(SECRET in word for each in running.tree() for word in each.cmdline())
+        assert not any(SECRET in value for each in others for value in each.environ().values())
+        held.released.set()
+        running.wait("tiny")
+        assert not any(
+            SECRET in value for each in running.tree() for value in each.environ().values()
+        )
+        hub.token = "hf_another"
+        refused = running.control.post("/pulls", json={"model": MODEL}).json()["id"]
+        until(lambda: status(running, refused)["state"] == "failed", "the hub refuses it")
+        assert "refuses the token" in status(running, refused)["error"]
+        assert running.stop() == 0
+        written = [path for path in running.folder.rglob("*") if path.is_file()]
+        assert running.log in written
+        assert not [path for path in written if SECRET.encode() in path.read_bytes()]
+    content = [seen for seen in hub.seen if seen.path.startswith("/content/")]
+    assert content
+    assert all(seen.token is None for seen in content)

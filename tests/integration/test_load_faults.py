@@ -222,9 +222,7 @@ EVERY = [
     for fault in FAULTS
 ]
 QUICK = [
-    Case("up", "spawning", "worker killed"),
     Case("rollout", "warming", "keeper killed"),
-    Case("rollout", "draining", "worker killed"),
     Case("rollback", "loading", "daemon killed"),
     Case("removal", "draining", "daemon killed"),
     Case("eviction", "loading", "worker killed"),

@@ -86,12 +86,10 @@ FAULTS: dict[str, Callable[[Daemon, str], None]] = {
 }
 environment_of: dict[Daemon, dict[str, str]] = {}
 QUICK = [
-    ("begun", "fetcher killed"),
     ("listing", "daemon killed"),
     ("first shard", "fetcher stopped"),
     ("between", "keeper killed"),
     ("verify", "fetcher killed"),
-    ("referred", "daemon killed"),
     ("said", "daemon killed"),
 ]
 WHOLE = os.environ.get("TURSI_TEST_MATRIX") == "all"

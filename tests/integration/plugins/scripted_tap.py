@@ -2,7 +2,8 @@
 
 ``TURSI_TEST_FAULT`` gives the daemon a defect at a certain moment, and
 ``TURSI_TEST_FETCHER`` is a program that its fetchers are instead, ``TURSI_TEST_HELLO``
-how many seconds its workers take to say hello.
+how many seconds its workers take to say hello, ``TURSI_TEST_MEMORY`` a file that says how
+many bytes of memory the machine has free.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ def makeService(options: Options) -> Daemon:  # noqa: N802 - Twisted's name
         options,
         worker_command=(sys.executable, "-I", "-u", str(WORKER.resolve()), "--hello-after", hello),
     )
+    memory = os.environ.get("TURSI_TEST_MEMORY")
+    if memory is not None:
+        daemon._fleet._memory._available = lambda: int(Path(memory).read_text())
     match os.environ.get("TURSI_TEST_FAULT"):
         case "hang before it listens":
             daemon._begin = lambda: time.sleep(600)  # type: ignore[method-assign] # a fault
