@@ -67,6 +67,13 @@ def test_times_that_nothing_can_be_added_to(seconds: float) -> None:
                 claims.progress(Progress("load", *amounts))
 
 
+@pytest.mark.parametrize("parts", [(-1, 2), (1, 10**30)])
+def test_files_that_can_not_be_counted(parts: tuple[int, int]) -> None:
+    assert claims.progress(Progress("load", part=1, parts=2)) == Progress("load", part=1, parts=2)
+    with pytest.raises(WireError):
+        claims.progress(Progress("load", 1.0, 2.0, "bytes", *parts))
+
+
 def test_an_error_that_nobody_knows_is_an_internal_one() -> None:
     assert claims.end(End(Usage(), "a_code_of_its_own")).error == "internal_error"
 

@@ -27,6 +27,7 @@ MAX_TRACEBACK = 64 * 1024
 _MAX_WORD = 100
 _MAX_VERSIONS = 32
 _MAX_CHOICES = 16
+_MAX_PARTS = 1_000_000
 _VISIBLE = re.compile(r"[\x20-\x7e]{1,255}")
 _WORD = re.compile(r"[A-Za-z0-9_.:,-]{1,255}")
 
@@ -81,6 +82,8 @@ def progress(said: Progress) -> Progress:
         _amount(said.done),
         _amount(said.total),
         _clause(said.unit, _MAX_WORD),
+        _count(said.part),
+        _count(said.parts),
     )
 
 
@@ -115,6 +118,12 @@ def last_words(said: LastWords) -> LastWords:
 
 def _clause(text: str, most: int) -> str:
     return harmless(text if len(text) <= most else f"{text[:most]} [cut]")
+
+
+def _count(number: int | None) -> int | None:
+    if number is not None and not 0 <= number <= _MAX_PARTS:
+        raise WireError(f"it is at file {number}")
+    return number
 
 
 def _amount(number: float | None) -> float | None:

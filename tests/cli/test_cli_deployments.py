@@ -31,9 +31,13 @@ def created(status: dict[str, object], outcome: str = "created") -> Reply:
 
 
 def progress(
-    stage: str, done: float | None = None, total: float | None = None, unit: str = "bytes"
+    stage: str,
+    done: float | None = None,
+    total: float | None = None,
+    unit: str = "bytes",
+    **files: int,
 ) -> dict[str, object]:
-    return {"stage": stage, "done": done, "total": total, "unit": unit}
+    return {"stage": stage, "done": done, "total": total, "unit": unit, **files}
 
 
 # -- up ---------------------------------------------------------------------------
@@ -47,6 +51,7 @@ def test_up_waits_with_a_line_per_stage_and_says_when_it_is_ready(api: Api) -> N
         "/deployments/mini",
         deployment("queued", workers=[], progress=progress("resolve")),
         deployment("queued", workers=[], progress=fetching),
+        deployment("loading", progress=progress("read", 2**20, 2**22, part=1, parts=2)),
         deployment("loading", progress=progress("load", 3, 12, "tensors")),
         deployment("warming", progress=progress("warm")),
         deployment(),
@@ -61,6 +66,7 @@ def test_up_waits_with_a_line_per_stage_and_says_when_it_is_ready(api: Api) -> N
         "mini: waiting for its turn",
         "mini: asking the hub",
         "mini: fetching: 1 MiB of 4 MiB (25 %)",
+        "mini: reading the weights: 1 MiB of 4 MiB (25 %), file 1 of 2",
         "mini: loading: 3 of 12 tensors (25 %)",
         "mini: warming up",
     ]

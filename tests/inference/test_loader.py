@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import minilm
 import models
 import pytest
 import torch
+from transformers import BertModel
 
 from tursi.errors import (
     ArchitectureUnsupported,
@@ -27,6 +29,7 @@ from tursi.inference import loader
 from tursi.inference.checkpoint import Checkpoint
 from tursi.inference.device import choose_device, explain_device
 from tursi.inference.outbox import Outbox
+from tursi.inference.readahead import Readahead
 from tursi.model import Loaded, LoadOrder, Progress, Task
 
 SECONDS = 7.0
@@ -256,16 +259,72 @@ def test_running_out_of_memory_has_its_sentence(
         load(models.bare(tmp_path))
 
 
-def test_progress_counts_tensors_up_to_all_of_them() -> None:
+def progress_of(folder: Path, **order: Any) -> list[Progress]:
     seen: list[Progress] = []
     outbox = Outbox(lambda data: None, lambda job: None)
-    order = LoadOrder("test", str(minilm.minilm_folder()))
-    loader.load(order, outbox, page(), seen.append, lambda: SECONDS)
+    load_order = LoadOrder("test", str(folder), **order)
+    loader.load(load_order, outbox, page(), seen.append, lambda: SECONDS)
+    return seen
+
+
+def test_progress_counts_bytes_up_to_all_of_them() -> None:
+    folder = minilm.minilm_folder()
+    seen = progress_of(folder)
     assert [progress.stage for progress in seen] == ["load"] * (len(seen) - 1) + ["warm"]
     done = [progress.done for progress in seen if progress.done is not None]
     assert done == sorted(done)
-    assert (seen[-2].done, seen[-2].unit) == (seen[-2].total, "tensors")
-    assert len(done) > 50
+    assert (seen[-2].done, seen[-2].unit) == (seen[-2].total, "bytes")
+    # The file has a header too.
+    size = (folder / "model.safetensors").stat().st_size
+    assert size - 20_000 < done[-1] < size
+    assert (seen[-2].part, seen[-2].parts) == (1, 1)
+    assert len(done) > 20
+
+
+def test_progress_tells_which_of_several_files(tmp_path: Path) -> None:
+    model = BertModel.from_pretrained(models.bare(tmp_path / "whole"))
+    model.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    models.word_piece_tokenizer().save_pretrained(tmp_path / "parts")
+    count = len([*(tmp_path / "parts").glob("*.safetensors")])
+    assert count > 2
+    seen = [each for each in progress_of(tmp_path / "parts") if each.done is not None]
+    assert {each.parts for each in seen} == {count}
+    assert {each.part for each in seen} == {*range(1, count + 1)}
+    assert seen[-1].done == seen[-1].total
+
+
+def test_a_load_waits_for_its_files_and_tells_how_far_they_are(tmp_path: Path) -> None:
+    folder = models.bare(tmp_path)
+    told = threading.Event()
+    seen: list[Progress] = []
+
+    class Slow(Readahead):
+        def run(self) -> None:
+            self.done = 10
+            assert told.wait(30)
+
+    def progress(each: Progress) -> None:
+        seen.append(each)
+        if each.stage == "read":
+            told.set()
+
+    readahead = Slow([folder / "model.safetensors"], 2**40)
+    readahead.start()
+    outbox = Outbox(lambda data: None, lambda job: None)
+    order = LoadOrder("test", str(folder))
+    loader.load(order, outbox, page(), progress, lambda: SECONDS, readahead)
+    assert not readahead.is_alive()
+    [read] = [each for each in seen if each.stage == "read"]
+    assert read.done == 10
+    assert [*dict.fromkeys(each.stage for each in seen)] == ["load", "read", "warm"]
+
+
+def test_progress_of_pickled_weights_counts_tensors(tmp_path: Path) -> None:
+    model = BertModel.from_pretrained(models.bare(tmp_path))
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    last = progress_of(tmp_path, allow_pickle=True)[-2]
+    assert (last.stage, last.done, last.unit) == ("load", last.total, "tensors")
 
 
 # -- why it is as it is ------------------------------------------------------------------

@@ -60,7 +60,8 @@ def test_it_greets_before_it_loads_and_tells_how_far_it_is(embedder: WorkerProce
         msgspec.msgpack.decode(frame.body, type=Progress).stage
         for frame in embedder.frames[1:ready]
     ]
-    assert list(dict.fromkeys(stages)) == ["import", "load", "warm"]
+    # Where the disk is slow its reading is told too.
+    assert [each for each in dict.fromkeys(stages) if each != "read"] == ["import", "load", "warm"]
 
 
 def test_embeddings_go_all_the_way(embedder: WorkerProcess) -> None:

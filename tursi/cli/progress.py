@@ -58,6 +58,9 @@ class Look:
     done: float | None = None
     total: float | None = None
     unit: str = ""
+    part: int | None = None
+    """Of ``parts``: the file that it is at."""
+    parts: int | None = None
 
     def __str__(self) -> str:
         """The stage, with how far it is."""
@@ -71,6 +74,8 @@ class Look:
             amount = f"{self.done:.0f} {self.unit}"
         if self.total:
             amount += f" ({100 * min(self.done / self.total, 1):.0f} %)"
+        if self.part and self.parts and self.parts > 1:
+            amount += f", file {self.part} of {self.parts}"
         return f"{self.stage}: {amount}"
 
 
@@ -114,6 +119,8 @@ def look(status: Mapping[str, Any]) -> Look:
         progress.get("done"),
         progress.get("total"),
         progress.get("unit") or "",
+        progress.get("part"),
+        progress.get("parts"),
     )
 
 

@@ -347,7 +347,10 @@ class Member:
             return f"{status.phase.value}: {self._discreet(waiting)}"
         if progress.done is None or not progress.total:
             return progress.stage
-        return f"{progress.stage}, {100 * progress.done / progress.total:.0f} %"
+        text = f"{progress.stage}, {100 * progress.done / progress.total:.0f} %"
+        if progress.part and progress.parts and progress.parts > 1:
+            text += f", file {progress.part} of {progress.parts}"
+        return text
 
     # -- for people -----------------------------------------------------------------
 

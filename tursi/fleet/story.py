@@ -74,6 +74,7 @@ _STAGES: Mapping[str, str] = {
     "measure": "comparing it with the unquantized model",
     "quantize": "quantizing it",
 }
+_BY_BYTES = ("download", "read")
 _ADVICE: Mapping[FailureClass, str] = {
     FailureClass.CONFIGURATION: "Deploy it with other settings, or another model",
     FailureClass.WEIGHTS: "Download the model again, or deploy another revision",
@@ -211,8 +212,10 @@ def _progress(progress: Progress | None) -> str:
         found.append(_STAGES[progress.stage])
     if progress.done is not None and progress.total:
         found.append(f"{100 * min(progress.done / progress.total, 1):.0f} %")
-        if progress.unit == "bytes" and progress.stage == "download":
+        if progress.unit == "bytes" and progress.stage in _BY_BYTES:
             found.append(f"{mebibytes(int(progress.done))} of {mebibytes(int(progress.total))}")
+        if progress.part and progress.parts and progress.parts > 1:
+            found.append(f"file {progress.part} of {progress.parts}")
     return f" ({', '.join(found)})" if found else ""
 
 

@@ -30,11 +30,19 @@ from tursi.inference.generation import Generator
 from tursi.inference.memory import Meter
 from tursi.inference.outbox import Outbox
 from tursi.inference.pooling import read_head
-from tursi.inference.pretrained import out_of_memory, read_config, read_model, read_tokenizer
+from tursi.inference.pretrained import (
+    find_class,
+    out_of_memory,
+    read_config,
+    read_model,
+    read_tokenizer,
+)
+from tursi.inference.readahead import Readahead
 from tursi.inference.scheduler import Engine
 from tursi.inference.tokens import Tokenizer, Tokens, sane_limit
 from tursi.model import Loaded, LoadOrder, Progress, Task, Trust
 
+_POLL_SECONDS = 0.1
 _DEFAULT_CONTEXT = 4096
 """Of a decoder whose files name no limit."""
 _OFFSET_POSITIONS = frozenset(
@@ -49,10 +57,11 @@ def load(
     page: Writer,
     progress: Callable[[Progress], None],
     clock: Callable[[], float],
+    readahead: Readahead | None = None,
 ) -> tuple[Engine, Loaded]:
     """Load what is ordered; what can be foreseen to fail is a ``LoadError`` with its sentence."""
     try:
-        return _load(order, outbox, page, progress, clock)
+        return _load(order, outbox, page, progress, clock, readahead)
     except Exception as error:
         if not out_of_memory(error):
             raise
@@ -68,6 +77,7 @@ def _load(
     page: Writer,
     progress: Callable[[Progress], None],
     clock: Callable[[], float],
+    readahead: Readahead | None,
 ) -> tuple[Engine, Loaded]:
     began = clock()
     torch.set_num_threads(order.threads)
@@ -80,7 +90,9 @@ def _load(
     config = read_config(checkpoint)
     quantization.check(order.quantization, config, device)
     tokenizer = read_tokenizer(checkpoint)
-    model = read_model(checkpoint, task, config, dtype, progress)
+    auto_class = find_class(checkpoint, task, config)
+    _await(readahead, progress)
+    model = read_model(checkpoint, task, config, auto_class, dtype, progress)
     model.eval().requires_grad_(False)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     settings = checkpoint.json("sentence_bert_config.json", inside=True)
@@ -147,6 +159,16 @@ def _load(
         gpus=meter.gpus,
     )
     return engine, loaded
+
+
+def _await(readahead: Readahead | None, progress: Callable[[Progress], None]) -> None:
+    """Wait until the weights are in the page cache, and tell whenever that has come further."""
+    told = 0
+    while readahead is not None and readahead.is_alive():
+        if readahead.done > told:
+            told = readahead.done
+            progress(readahead.progress())
+        readahead.join(_POLL_SECONDS)
 
 
 def _quantize(

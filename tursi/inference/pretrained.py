@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from tursi.errors import (
     WeightsCorrupt,
 )
 from tursi.inference.checkpoint import Checkpoint
+from tursi.inference.weights import Shard
 from tursi.model import Progress, Task
 
 _AUTO_CLASSES: Mapping[Task, str] = {
@@ -65,14 +66,8 @@ def read_tokenizer(checkpoint: Checkpoint) -> Any:
     )
 
 
-def read_model(
-    checkpoint: Checkpoint,
-    task: Task,
-    config: Any,
-    dtype: torch.dtype | str,
-    progress: Callable[[Progress], None],
-) -> Any:
-    """The model with the head that ``task`` needs, on the processor."""
+def find_class(checkpoint: Checkpoint, task: Task, config: Any) -> Any:
+    """Transformers' class for the head that ``task`` needs, with all that it imports."""
     if task is not Task.FEATURE_EXTRACTION:
         name = _AUTO_CLASSES[task]
     elif config.is_encoder_decoder:
@@ -81,12 +76,28 @@ def read_model(
     else:
         name = "AutoModel"
     auto_class = getattr(transformers, name)
-    if name not in checkpoint.remote and type(config) not in auto_class._model_mapping:  # noqa: SLF001 - the list behind the public class
+    if name in checkpoint.remote:
+        return auto_class
+    classes = auto_class._model_mapping  # noqa: SLF001 - the list behind the public class
+    if type(config) not in classes:
         raise TaskUnsuitable(
             f"The model can't do {task.value}: transformers has no such head for "
             f"{config.model_type!r}."
         )
-    with _ProgressBar(progress):
+    _read("architecture", lambda: classes[type(config)])
+    return auto_class
+
+
+def read_model(
+    checkpoint: Checkpoint,
+    task: Task,
+    config: Any,
+    auto_class: Any,
+    dtype: torch.dtype | str,
+    progress: Callable[[Progress], None],
+) -> Any:
+    """The model with the head that ``task`` needs, on the processor."""
+    with _ProgressBar(checkpoint.shards, progress):
         model, report = _read(
             "weights",
             lambda: auto_class.from_pretrained(
@@ -162,7 +173,8 @@ def _check_keys(model: Any, task: Task, missing: set[str]) -> None:
 class _ProgressBar:
     """Takes the place of transformers' progress bar while weights are loaded."""
 
-    def __init__(self, progress: Callable[[Progress], None]) -> None:
+    def __init__(self, shards: Sequence[Shard], progress: Callable[[Progress], None]) -> None:
+        self._shards = shards
         self._progress = progress
         self._previous: Any = None
 
@@ -176,9 +188,17 @@ class _ProgressBar:
         items = args[0] if args else kwargs.get("iterable")
         if items is None or not hasattr(items, "__len__"):
             return factory(*args, **kwargs)
-        return self._reported(items)
+        return self._by_bytes(items) if self._counts(items) else self._by_number(items)
 
-    def _reported(self, items: Any) -> Any:
+    def _counts(self, items: Any) -> bool:
+        """Whether the items are what tensors of the files become."""
+        return (
+            bool(self._shards)
+            and all(shard.tensors for shard in self._shards)
+            and all(_sources(item) is not None for item in items)
+        )
+
+    def _by_number(self, items: Any) -> Any:
         total = len(items)
         step = max(1, total // 100)
         for done, item in enumerate(items):
@@ -186,6 +206,38 @@ class _ProgressBar:
                 self._progress(Progress("load", float(done), float(total), "tensors"))
             yield item
         self._progress(Progress("load", float(total), float(total), "tensors"))
+
+    def _by_bytes(self, items: Any) -> Any:
+        parts = len(self._shards)
+        where = {
+            name: (size, part)
+            for part, shard in enumerate(self._shards, 1)
+            for name, size in shard.tensors.items()
+        }
+        total = sum(size for size, _ in where.values())
+        # Not each tensor, of which there may be tens of thousands.
+        done, part, told = 0, 1, -1
+        for item in items:
+            if 100 * done > told * total:
+                told = 100 * done // max(total, 1) + 1
+                self._tell(done, total, part, parts)
+            yield item
+            for source in _sources(item) or ():
+                size, part = where.pop(source, (0, part))
+                done += size
+        # Tensors that the model doesn't use are done with too.
+        self._tell(total, total, parts, parts)
+
+    def _tell(self, done: int, total: int, part: int, parts: int) -> None:
+        self._progress(Progress("load", float(done), float(total), "bytes", part, parts))
+
+
+def _sources(item: Any) -> list[str] | None:
+    """Names of the files' tensors that make one of the model's, if ``item`` knows them."""
+    match item:
+        case (str(), mapping) if isinstance(getattr(mapping, "layer_targets", None), dict):
+            return [source for sources in mapping.layer_targets.values() for source in sources]
+    return None
 
 
 def _line(error: BaseException) -> str:

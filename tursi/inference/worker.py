@@ -6,6 +6,7 @@ the worker whatever it is doing.
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import selectors
@@ -15,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -24,8 +26,10 @@ from tursi.errors import AcceleratorLost, LoadError, RouteNotFound, ShuttingDown
 from tursi.faces.route import Table
 from tursi.heartbeat import Operation, Pulse, Writer
 from tursi.inference.connection import Connection
+from tursi.inference.imports import hide
 from tursi.inference.job import Job
 from tursi.inference.outbox import Outbox
+from tursi.inference.readahead import Readahead, weight_files
 from tursi.inference.scheduler import Scheduler, StickyError
 from tursi.model import LoadOrder, Progress
 from tursi.wire import Frame, Kind, LastWords
@@ -155,12 +159,19 @@ class Worker:
     def _serve(self, order: LoadOrder) -> None:
         """The compute thread."""
         self._pulse.watch()
+        # What is imported and loaded stays: to look for garbage in it takes a quarter of the time.
+        gc.disable()
+        readahead = Readahead(weight_files(Path(order.folder)))
+        readahead.start()
         try:
             self._progress(Progress("import"))
+            hide(order)
             from tursi.inference.loader import load
 
             outbox = Outbox(self._connection.send, self._ended)
-            engine, loaded = load(order, outbox, self._page, self._progress, self._clock)
+            engine, loaded = load(order, outbox, self._page, self._progress, self._clock, readahead)
+            gc.freeze()
+            gc.enable()
             self._ready = True
             ready = msgspec.msgpack.encode(loaded)
             self._connection.send(wire.encode(Kind.READY, 0, ready))

@@ -90,6 +90,9 @@ class Progress:
     done: float | None = None
     total: float | None = None
     unit: str = "bytes"
+    part: int | None = None
+    """Of ``parts``: the file of weights that it is at, counted from 1."""
+    parts: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
