@@ -18,6 +18,7 @@ from tursi.lifecycle.inputs import Lifecycle
 from tursi.lifecycle.machine import lifecycle
 from tursi.lifecycle.tally import Tally, backoff
 from tursi.lifecycle.verdict import (
+    RESOURCE_SECONDS,
     Intent,
     Policy,
     Refusal,
@@ -577,6 +578,16 @@ def test_sigkill_with_an_oom_kill_is_out_of_memory() -> None:
     assert verdict.reason == (
         "out of memory: the kernel killed the worker; it had used up to 3.0 GiB"
     )
+
+
+def test_a_load_that_the_kernel_has_killed_for_want_of_memory_waits_for_some() -> None:
+    killed = Ending(signal=9, peak_rss=3 * 2**30)
+    verdict = classify(killed, None, None, loading=True, out_of_memory=True)
+    assert (verdict.policy, verdict.failure) == (Policy.WAIT, FailureClass.OUT_OF_MEMORY)
+    assert verdict.wait == RESOURCE_SECONDS
+    # A limit of its own doesn't grow by waiting.
+    limited = classify(killed, None, None, loading=True, out_of_memory=True, limit=2**31)
+    assert limited.policy is Policy.COUNT
 
 
 def test_a_limit_is_named_with_the_peak() -> None:

@@ -116,6 +116,7 @@ def status(name: str, **changes: object) -> DeploymentStatus:
                 uuid=f"uuid-{name}",
                 restarts=1,
                 rss=1000,
+                gpus={"cuda:0": 500},
                 cpu_seconds=2.5,
             ),
         ),

@@ -35,7 +35,7 @@ def test_every_family_has_help_type_and_a_conventional_name() -> None:
         assert family.type not in {"unknown", "untyped"}
         for sample in family.samples:
             assert set(sample.labels) <= {
-                "deployment", "route", "status", "code", "version", "kind", "le",
+                "deployment", "route", "status", "code", "version", "kind", "le", "device",
             }  # fmt: skip
             if family.type == "counter":
                 assert sample.name.endswith("_total")
@@ -82,6 +82,9 @@ def test_workers_are_told() -> None:
         'tursi_workers{deployment="small",status="ready"} 1.0',
         'tursi_worker_restarts_total{deployment="small"} 1.0',
         'tursi_worker_rss_bytes{deployment="small"} 1000.0',
+        'tursi_worker_gpu_bytes{deployment="small",device="cuda:0"} 500.0',
+        'tursi_memory_total_bytes{device="host"} 4000.0',
+        'tursi_memory_free_bytes{device="host"} 1000.0',
         'tursi_worker_cpu_seconds_total{deployment="small"} 2.5',
         'tursi_replicas_ready{deployment="small"} 1.0',
         'tursi_build_info{version="1.2.3"} 1.0',

@@ -369,6 +369,14 @@ def test_ps_lists_deployments_with_the_reasons_of_those_that_fail(api: Api) -> N
     assert lines[3] == "broken: No safetensors [b]here[/b]."
 
 
+def test_ps_shows_the_memory_of_gpus_where_there_is_any(api: Api) -> None:
+    worker = {"rss": 2**20, "gpus": {"cuda:0": 2**31, "cuda:1": 2**30}}
+    api.on("GET", "/deployments", {"deployments": [deployment(workers=[worker])]})
+    head, row = api.tursi("ps").output.splitlines()
+    assert head.split()[5:7] == ["MEMORY", "GPU"]
+    assert "3.0 GiB" in row
+
+
 def test_ps_shows_until_when_those_stay_that_come_by_themselves(api: Api) -> None:
     lazy = deployment(name="lazy", unloads_at="2026-01-02T03:04:05Z")
     kept = deployment(name="kept", pinned=True)
@@ -426,6 +434,47 @@ def test_what_a_model_may_bring_is_asked_for_and_its_risk_said(api: Api) -> None
     api.on("POST", "/deployments", created(deployment()))
     api.tursi("up", "org/mini")
     assert api.asked[-1].body == {"model": "org/mini"}
+
+
+def test_up_dry_run_shows_the_figures(api: Api) -> None:
+    estimate = {
+        "size": 9, "parameters": 22_713_216, "dtype": "float32", "weights": 2**27,
+        "activations": 2**25, "cache": 2**26, "from_headers": True,
+    }  # fmt: skip
+    none = {"load": None, "warm": None, "busy": None}
+    footprint = {
+        "device": "cuda", "host": 2**30, "host_settled": 2**29, "gpu": 2**31,
+        "estimate": estimate, "host_peaks": none, "gpu_peaks": none,
+    }  # fmt: skip
+    rooms = [
+        {"device": "host", "total": 2**35, "free": 2**34, "name": None},
+        {"device": "cuda:0", "total": 2**36, "free": 2**33, "name": "H100"},
+    ]
+    found = {
+        "verdict": "in_place", "message": "It fits only in the place of ...", "memory": 2**30,
+        "measured": False, "gives_back": 2**29, "limit": 2**35, "footprint": footprint,
+        "rooms": rooms,
+    }  # fmt: skip
+    api.on("POST", "/deployments", found)
+    assert api.tursi("up", "org/mini", "--dry-run").stdout.splitlines()[1:] == [
+        "  parameters      22,713,216 in float32",
+        "  weights         128 MiB",
+        "  activations     32 MiB at most",
+        "  cache           64 MiB for texts that are generated",
+        "  each worker     1.0 GiB of host memory, 512 MiB once it is loaded",
+        "                  2.0 GiB of GPU memory (cuda)",
+        "  measured        never yet, so that this is an estimate",
+        "  gives back      512 MiB when the old workers have gone",
+        "  free on host    16.0 GiB of 32.0 GiB",
+        "  free on cuda:0  8.0 GiB of 64.0 GiB (H100)",
+        "  limit           32.0 GiB for all models together",
+    ]
+    footprint["host_peaks"] = {"load": 2**30, "warm": 2**29, "busy": None}
+    found["measured"] = True
+    assert (
+        "  measured        1.0 GiB while loading, 512 MiB when ready"
+        in api.tursi("up", "org/mini", "--dry-run").stdout.splitlines()
+    )
 
 
 def test_up_dry_run_only_tells_whether_there_is_room(api: Api) -> None:

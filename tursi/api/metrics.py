@@ -148,6 +148,7 @@ class Metrics(Collector):
             refused.add_metric([code], count)
         yield refused
         yield from self._deployments(statuses)
+        yield from self._memory()
         yield from self._storage()
         if self._lag is not None:
             yield from _loop(self._lag)
@@ -158,6 +159,20 @@ class Metrics(Collector):
             "tursi_start_time_seconds", "When the daemon started, in UTC epoch seconds.",
             value=self._info.started_at,
         )  # fmt: skip
+
+    def _memory(self) -> Iterator[Metric]:
+        total = GaugeMetricFamily(
+            "tursi_memory_total_bytes", "Memory of the host and of each GPU.", labels=["device"]
+        )
+        free = GaugeMetricFamily(
+            "tursi_memory_free_bytes", "The part of it that loads may still take.",
+            labels=["device"],
+        )  # fmt: skip
+        for room in self._fleet.rooms():
+            for gauge, size in ((total, room.total), (free, room.free)):
+                if size is not None:
+                    gauge.add_metric([room.device], size)
+        yield from (total, free)
 
     def _storage(self) -> Iterator[Metric]:
         status = self._fleet.storage()
@@ -240,6 +255,13 @@ class Metrics(Collector):
             for status in statuses:
                 gauge.add_metric([status.name], value(status))
             yield gauge
+        gpu = GaugeMetricFamily(
+            "tursi_worker_gpu_bytes", "GPU memory of the workers.", labels=["deployment", "device"]
+        )
+        for status in statuses:
+            for device, size in _gpus(status).items():
+                gpu.add_metric([status.name, device], size)
+        yield gpu
         phases = GaugeMetricFamily(
             "tursi_workers", "Workers by phase.", labels=["deployment", "status"]
         )
@@ -276,6 +298,14 @@ def _loop(lag: Lag) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "tursi_event_loop_worst_lag_seconds", "The most of the last minute.", value=lag.worst
     )
+
+
+def _gpus(status: DeploymentStatus) -> dict[str, int]:
+    used: dict[str, int] = {}
+    for worker in status.workers:
+        for device, size in worker.gpus.items():
+            used[device] = used.get(device, 0) + size
+    return used
 
 
 def _rss(status: DeploymentStatus) -> int:

@@ -166,6 +166,6 @@ def _activity(status: DeploymentStatus, recent: Rollup, seconds: float) -> Deplo
         latency=times(recent.latency, recent.seconds, recent.served),
         batch_size=recent.batch_size / recent.batched if recent.batched else None,
         rss=sum(worker.rss or 0 for worker in status.workers),
-        gpu_memory=None,
+        gpu_memory=sum(sum(worker.gpus.values()) for worker in status.workers) or None,
         cpu_seconds=sum(worker.cpu_seconds or 0.0 for worker in status.workers),
     )

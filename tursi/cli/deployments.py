@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
+from tursi.cli import memory
 from tursi.cli.connection import Connection, Exit, Failure, path
 from tursi.cli.options import Replicas, Size, as_json
 from tursi.cli.progress import Verdict, display, look, wait
@@ -123,7 +124,11 @@ def up(
     parameters = {"dry_run": 1} if dry_run else None
     answer = connection.call(method, place, body=asked, parameters=parameters).body
     if dry_run:
-        dump(answer) if json else line(answer["message"])
+        if json:
+            dump(answer)
+        else:
+            line(answer["message"])
+            memory.show(answer)
         return
     status = answer["deployment"]
     if not json:
@@ -228,8 +233,21 @@ def ps(connection: Connection, *, json: bool) -> None:
         return
     # Only of what comes and goes by itself.
     until = ("UNTIL",) if any(_until(status) for status in statuses) else ()
+    gpus = ("GPU",) if any(_gpus(status) for status in statuses) else ()
     table(
-        ("NAME", "TASK", "PHASE", "READY", "DEVICE", "MEMORY", "BUSY", "QUEUED", *until, "MODEL"),
+        (
+            "NAME",
+            "TASK",
+            "PHASE",
+            "READY",
+            "DEVICE",
+            "MEMORY",
+            *gpus,
+            "BUSY",
+            "QUEUED",
+            *until,
+            "MODEL",
+        ),
         [
             (
                 status["name"],
@@ -238,6 +256,7 @@ def ps(connection: Connection, *, json: bool) -> None:
                 _ready_of(status),
                 status["device"],
                 size(_memory(status)),
+                *((size(_gpus(status)),) if gpus else ()),
                 status["in_flight"],
                 status["queued"],
                 *((_until(status),) if until else ()),
@@ -381,6 +400,11 @@ def _canary(status: dict[str, Any]) -> str:
 def _memory(status: dict[str, Any]) -> int | None:
     known = [worker["rss"] for worker in status["workers"] if worker["rss"] is not None]
     return sum(known) if known else None
+
+
+def _gpus(status: dict[str, Any]) -> int | None:
+    """What it has of GPUs."""
+    return sum(sum((worker.get("gpus") or {}).values()) for worker in status["workers"]) or None
 
 
 def await_gone(connection: Connection, place: str) -> bool:

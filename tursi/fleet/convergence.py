@@ -377,13 +377,19 @@ class Convergence:
             order=order,
             limits=generation.request.limits,
             observer=self,
-            place=lambda asked: self.devices.place(member.placed.get(key, asked)),
+            place=lambda asked: self._place(member, key, asked),
         )
         member.workers[key] = worker
         past = self._past.pop(key, None)
         if past:
             worker.remember(past)
         worker.start()
+
+    def _place(self, member: Member, key: Key, asked: str) -> str:
+        """Where a worker is told to compute."""
+        device = member.placed.get(key, asked)
+        # The only one there is, the worker finds by itself, if its torch can use it at all.
+        return self.devices.place(asked if self._memory.is_only(device) else device)
 
     def order(self, name: str, request: Request, resolution: Resolution) -> LoadOrder:
         """What a worker would be told that serves this."""

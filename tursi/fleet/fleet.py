@@ -633,12 +633,13 @@ class Fleet:
         found = self._members.get(name)
         if found is None:
             raise _not_found(name)
-        return found.status()
+        return self._measuring.shown(found.status())
 
     def deployments(self) -> list[DeploymentStatus]:
         """All of them, by name."""
         self._check_opened()
-        return [member.status() for _, member in sorted(self._members.items())]
+        shown = self._measuring.shown
+        return [shown(member.status()) for _, member in sorted(self._members.items())]
 
     async def generations(self, name: str) -> list[Generation]:
         """Its generations, oldest first."""
@@ -842,9 +843,13 @@ class Fleet:
     def _sample(self) -> None:
         """Look at what memory every deployment has."""
         for name, member in self._members.items():
-            sizes = [worker.status().rss for worker in member.workers.values()]
-            if any(sizes):
-                self._statistics.sample(name, sum(size or 0 for size in sizes))
+            workers = self._measuring.shown(member.status()).workers
+            if any(worker.rss for worker in workers):
+                self._statistics.sample(
+                    name,
+                    sum(worker.rss or 0 for worker in workers),
+                    sum(sum(worker.gpus.values()) for worker in workers),
+                )
 
     async def _prune(self) -> None:
         try:

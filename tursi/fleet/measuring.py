@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from tursi.fleet.footprints import Footprints
 from tursi.fleet.member import Member
 from tursi.footprint import CONTEXT
-from tursi.model import Gpu, Peaks, Phase
+from tursi.model import DeploymentStatus, Gpu, Peaks, Phase
 from tursi.supervision import procfs
 from tursi.supervision.worker import Worker
 
@@ -50,6 +51,24 @@ class Measuring:
             for worker in member.workers.values():
                 if worker.phase is Phase.READY and worker.loaded is not None:
                     self._sample(member, worker)
+
+    def shown(self, status: DeploymentStatus) -> DeploymentStatus:
+        """The same with what each worker has of the GPUs."""
+        gpus = self._gpus()
+        if not gpus:
+            return status
+        workers = tuple(
+            replace(
+                worker,
+                gpus={
+                    gpu.device: used
+                    for gpu in gpus
+                    if (used := gpu.processes.get(worker.pid or -1))
+                },
+            )
+            for worker in status.workers
+        )
+        return replace(status, workers=workers)
 
     def _sample(self, member: Member, worker: Worker) -> None:
         status, loaded = worker.status(), worker.loaded

@@ -349,6 +349,10 @@ class Memory:
         """Where it would be loaded if so much were free; ``None``: nowhere."""
         return place(Candidate("", needs.host, _alone(needs), device), gpus)
 
+    def is_only(self, device: str) -> bool:
+        """Whether there is no GPU but that one."""
+        return [gpu.device for gpu in self._gpus()] == [device]
+
     def is_queued(self, member: Member) -> bool:
         """Whether any of its workers waits for its turn."""
         return any(worker.phase is Phase.QUEUED for worker in member.serving())

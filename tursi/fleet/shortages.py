@@ -73,9 +73,9 @@ class Shortages:
         return found is not None and not found.enough and not more(found, needs, free)
 
     def relieved(self, name: str, generation: int, needs: Footprint, free: Free) -> bool:
-        """Whether there is more now than there was."""
+        """Whether there was too little, and is more now."""
         found = self.of(name, generation)
-        return found is not None and more(found, needs, free)
+        return found is not None and not found.enough and more(found, needs, free)
 
     def sentence(self, name: str, generation: int) -> str | None:
         """Why it isn't tried, for people."""

@@ -134,7 +134,9 @@ def classify(
     if last_words is not None:
         return _said(ending, last_words, loading=loading)
     if ending.signal is not None:
-        return _signalled(ending, ending.signal, out_of_memory=out_of_memory, limit=limit)
+        return _signalled(
+            ending, ending.signal, loading=loading, out_of_memory=out_of_memory, limit=limit
+        )
     if ending.exit_status is not None:
         return _exited(ending.exit_status)
     return Verdict(
@@ -196,7 +198,9 @@ def too_much(limit: int, peak: int | None) -> str:
     return sentence if peak is None else f"{sentence} (peak {mebibytes(peak)})"
 
 
-def _signalled(ending: Ending, number: int, *, out_of_memory: bool, limit: int | None) -> Verdict:
+def _signalled(
+    ending: Ending, number: int, *, loading: bool, out_of_memory: bool, limit: int | None
+) -> Verdict:
     try:
         name = f"signal {number} ({signal.Signals(number).name})"
     except ValueError:
@@ -208,6 +212,9 @@ def _signalled(ending: Ending, number: int, *, out_of_memory: bool, limit: int |
             reason = "out of memory: the kernel killed the worker"
             if ending.peak_rss is not None:
                 reason += f"; it had used up to {ending.peak_rss / 2**30:.1f} GiB"
+        if loading and limit is None:
+            # Others had the memory: there may be enough another time, and the fleet looks first.
+            return Verdict(Policy.WAIT, reason, FailureClass.OUT_OF_MEMORY, RESOURCE_SECONDS)
         return Verdict(Policy.COUNT, reason, FailureClass.OUT_OF_MEMORY)
     if number == signal.SIGILL:
         return Verdict(

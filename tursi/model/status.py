@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from tursi.model.deployment import Desired, Load
 from tursi.model.limits import Limits
@@ -57,6 +58,8 @@ class WorkerStatus:
     progress: Progress | None = None
     in_flight: int = 0
     rss: int | None = None
+    gpus: Mapping[str, int] = field(default_factory=dict)
+    """Bytes that it has of each GPU, as far as the driver tells."""
     cpu_seconds: float | None = None
     task: str | None = None
     device: str | None = None

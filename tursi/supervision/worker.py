@@ -332,7 +332,7 @@ class Worker:
                 boot_id="",
                 spawned_at=self._now(),
             ),
-            order=replace(self._order, device=self._place(self._order.device)),
+            order=self._placed(),
             settings=self._settings,
             requests=self._requests,
             log=life_log,
@@ -351,6 +351,18 @@ class Worker:
         return Launch(
             self.uuid, self._command, self._environment, life_log, self._enclosure.confinement
         )
+
+    def _placed(self) -> LoadOrder:
+        """What it is told, with the device that was chosen for it."""
+        device = self._place(self._order.device)
+        if device == self._order.device:
+            return self._order
+        why = (
+            "it fits on none of the GPUs alone"
+            if "," in device
+            else "of the GPUs it fits there best"
+        )
+        return replace(self._order, device=device, device_because=why)
 
     def spawned(self, life: Life) -> None:
         """The keeper is there."""
