@@ -12,7 +12,7 @@ from test_fleet import Bench, FakeWorker
 from tursi import wire
 from tursi.errors import NoCanary, QueueFull, WorkerLost
 from tursi.fleet import Work
-from tursi.model import Fate, Phase, Request, Usage
+from tursi.model import Fate, Load, Phase, Request, Schedule, Usage
 from tursi.supervision.link import Sink
 
 END = wire.End(Usage(), "")
@@ -63,12 +63,12 @@ class House(Bench):
         assert isinstance(found[-1], Answering)
         return found[-1]
 
-    def up(self, model: str, **fields: Any) -> str:
+    def up(self, model: str, size: int = 5, **fields: Any) -> str:
         request = {"model": model, **{key: fields.pop(key) for key in ("dtype",) if key in fields}}
         coroutine = self.fleet.deploy("a", Request(**request), 1, "me", **fields)
         _, outcome = self.do(coroutine)
         if self.hub.asked:
-            self.found(folder=model)
+            self.found(folder=model, size=size)
         return outcome
 
     def become(self, generation: int, phase: Phase, reason: str | None = None) -> Answering:
@@ -100,6 +100,18 @@ def house(tmp_path: Path) -> Iterator[House]:
     for call in one.reactor.getDelayedCalls():
         call.cancel()
     one.store.stop()
+
+
+def again(house: House, tmp_path: Path) -> Iterator[House]:
+    """The next daemon on the same state."""
+    for call in house.reactor.getDelayedCalls():
+        call.cancel()
+    after = House(tmp_path)
+    after.open()
+    yield after
+    for call in after.reactor.getDelayedCalls():
+        call.cancel()
+    after.store.stop()
 
 
 def serving(house: House) -> None:
@@ -173,21 +185,48 @@ def test_after_a_restart_what_had_served_does_and_what_failed_waits_to_be_asked_
     assert house.fleet.deployment("a").phase is Phase.FAILED
     # It tells why, and takes no room.
     assert house.worker(2).phase is Phase.FAILED
-    for call in house.reactor.getDelayedCalls():
-        call.cancel()
-    after = House(tmp_path)
-    after.open()
-    assert [each.generation for each in after.workers] == [1]
-    after.ready(1)
-    status = after.fleet.deployment("a")
-    assert status.reason == "The weights are damaged. Generation 1 keeps serving."
-    assert after.up("/models/b") == "retried"
-    after.ready(2)
-    assert after.fleet.deployment("a").phase is Phase.READY
-    assert after.fates()[1] == [Fate.FAILED, Fate.RETRIED, Fate.SERVING]
-    for call in after.reactor.getDelayedCalls():
-        call.cancel()
-    after.store.stop()
+    for after in again(house, tmp_path):
+        assert [each.generation for each in after.workers] == [1]
+        after.ready(1)
+        status = after.fleet.deployment("a")
+        assert status.reason == "The weights are damaged. Generation 1 keeps serving."
+        assert after.up("/models/b") == "retried"
+        after.ready(2)
+        assert after.fleet.deployment("a").phase is Phase.READY
+        assert after.fates()[1] == [Fate.FAILED, Fate.RETRIED, Fate.SERVING]
+
+
+def test_what_can_never_fit_is_given_up_and_in_no_ones_way(house: House, tmp_path: Path) -> None:
+    serving(house)
+    house.up("/models/b", size=2**50)
+    status = house.fleet.deployment("a")
+    assert status.phase is Phase.FAILED
+    assert "more than" in (status.reason or "")
+    for after in again(house, tmp_path):
+        [worker] = after.workers
+        assert (worker.generation, worker.phase) == (1, Phase.SPAWNING)
+        after.ready(1)
+        assert after.fleet.deployment("a").ready == 1
+        # Its files stay, and it is found by either model's name.
+        assert after.fleet.find("/models/a") == after.fleet.find("/models/b") == "a"
+
+
+def test_on_demand_both_generations_of_a_canary_come_and_go(house: House) -> None:
+    house.up("/models/a", schedule=Schedule(Load.ON_DEMAND, -1))
+    house.ready(1)
+    house.up("/models/b", canary=50)
+    house.ready(2)
+    house.do(house.fleet.unload("a", "me"))
+    for number in (1, 2):
+        assert house.worker(number).phase is Phase.DRAINING
+        house.gone(number)
+    assert house.fleet.deployment("a").workers == ()
+    house.do(house.fleet.load("a", "me"))
+    for number in (1, 2):
+        assert house.ready(number).phase is Phase.READY
+    canary = house.fleet.deployment("a").canary
+    assert canary is not None
+    assert (house.fleet.deployment("a").ready, canary.ready) == (1, 1)
 
 
 def test_where_nothing_else_serves_the_first_failure_is_enough(

@@ -114,7 +114,7 @@ class Archives:
             raise DeploymentNotFound(
                 f"There is no deployment {name[:100]!r}; `tursi ps` lists them."
             )
-        deployment = member.deployment
+        deployment = member.deployment.served
         resolution = deployment.generation.resolution
         if resolution is None:
             raise FilesUnavailable(

@@ -161,9 +161,10 @@ class Catalogue:
         users: dict[str, list[str]] = {}
         for name, member in sorted(self._members.items()):
             folders = {worker.folder for worker in member.workers.values()}
-            resolution = member.deployment.generation.resolution
-            if resolution is not None:
-                folders.add(resolution.folder)
+            # What has served comes back if the other one fails.
+            for generation in (member.deployment.generation, member.deployment.served.generation):
+                if generation.resolution is not None:
+                    folders.add(generation.resolution.folder)
             for folder in folders:
                 users.setdefault(folder, []).append(name)
         return users

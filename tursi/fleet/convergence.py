@@ -196,7 +196,7 @@ class Convergence:
 
     def orders(self, member: Member) -> LoadOrder | None:
         """What its next worker will be told, if its files are known."""
-        generation = member.deployment.generation
+        generation = member.due
         if generation.resolution is None:
             return None
         return self.order(member.deployment.name, generation.request, generation.resolution)

@@ -346,7 +346,11 @@ class Fleet:
         if member is not None and not member.leaving:
             return member
         for member in self._members.values():
-            if member.deployment.generation.request.model == model and not member.leaving:
+            deployment = member.deployment
+            known = {
+                each.request.model for each in (deployment.generation, deployment.served.generation)
+            }
+            if model in known and not member.leaving:
                 return member
         raise ModelNotFound(
             f"The model {model[:200]!r} does not exist; GET /v1/models lists those that do.",

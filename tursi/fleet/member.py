@@ -227,6 +227,14 @@ class Member:
                 return each
         return None
 
+    @property
+    def due(self) -> Generation:
+        """The generation that a worker is loaded of next, if one is."""
+        deployment = self.deployment
+        if deployment.failed and deployment.stable is not None:
+            return deployment.stable
+        return deployment.generation
+
     def of(self, number: int) -> list[Worker]:
         """Its workers of that generation that stay."""
         return [worker for worker in self.serving() if worker.generation == number]

@@ -116,15 +116,15 @@ class Memory:
     def of(self, member: Member) -> Footprint | None:
         """What its next worker needs; ``None`` as long as its files aren't known."""
         order = self._orders(member)
-        if order is None or self._is_unread(member, member.deployment.generation.number):
+        if order is None or self._is_unread(member, member.due.number):
             return None
         needs = self.needs(order)
-        least = self.shortages.least(member.deployment.name, member.deployment.generation.number)
+        least = self.shortages.least(member.deployment.name, member.due.number)
         return replace(needs, host=max(needs.host, least))
 
     def device(self, member: Member) -> str:
         """Where its present generation was asked to compute."""
-        return member.deployment.generation.request.device
+        return member.due.request.device
 
     def measures(self, order: LoadOrder, device: str) -> None:
         """A worker has been loaded on ``device``."""
@@ -210,7 +210,7 @@ class Memory:
         never = self.impossible(needs, self.device(member))
         if never is not None:
             return never
-        generation = member.deployment.generation
+        generation = member.due
         if free.host is not None and needs.host > free.host:
             return (
                 f"It waits for memory: it needs about {mebibytes(needs.host)}, "
@@ -292,7 +292,7 @@ class Memory:
         """A load has ended for want of memory."""
         needs, free = self.of(member), self.free(but=dossier.worker)
         # What it may not have, no change of the machine's memory gives it.
-        if needs is None or member.deployment.generation.request.limits.memory is not None:
+        if needs is None or member.due.request.limits.memory is not None:
             return
         self.shortages.add(
             member.deployment.name,
@@ -305,14 +305,14 @@ class Memory:
 
     def short(self, member: Member) -> bool:
         """Whether its last load ran out of memory."""
-        generation = member.deployment.generation
+        generation = member.due
         return self.shortages.of(member.deployment.name, generation.number) is not None
 
     def relieved(self, free: Free) -> list[Worker]:
         """Workers that wait for their next try for want of memory, of which there is more now."""
         found = []
         for member in self._members.values():
-            name, number = member.deployment.name, member.deployment.generation.number
+            name, number = member.deployment.name, member.due.number
             if self.shortages.of(name, number) is None:
                 continue
             for worker in member.serving():
@@ -373,8 +373,7 @@ class Memory:
         return not self._footprints.known(generation.resolution)
 
     def _holds(self, member: Member, needs: Footprint, free: Free) -> bool:
-        deployment = member.deployment
-        return self.shortages.holds(deployment.name, deployment.generation.number, needs, free)
+        return self.shortages.holds(member.deployment.name, member.due.number, needs, free)
 
     def _reckons(self, device: str) -> bool:
         """Whether the memory of the GPUs that are asked for is known."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from tursi.errors import InvalidRequest
@@ -210,6 +210,13 @@ class Deployment:
     canary: int | None = None
     """Percent of the requests that ``generation`` gets beside ``stable``; ``None``: it takes over
     as soon as it is ready."""
+
+    @property
+    def served(self) -> Deployment:
+        """The same with what serves now, where something else is still to take over."""
+        if self.stable is None:
+            return self
+        return replace(self, generation=self.stable, stable=None, canary=None)
 
     @property
     def failed(self) -> bool:
