@@ -72,6 +72,8 @@ class Place:
     queue: deque[Arrival] = field(default_factory=deque)
     loaded_at: float | None = None
     loading: bool = False
+    paused: bool = False
+    """Whether it takes nothing new, so that it can go."""
     busy: int = 0
     last_used: float = 0.0
     uses: Uses = field(default_factory=Uses)
@@ -156,7 +158,8 @@ def _seen(places: dict[str, Place], now: float) -> tuple[list[Waiting], list[Res
             e.loaded_at or now,
             e.uses.value(now),
             e.model.load_seconds,
-            held=e.loading or e.busy > 0 or bool(e.queue),
+            held=e.loading,
+            busy=e.busy > 0 or (bool(e.queue) and not e.paused),
         )
         for e in places.values()
         if e.present
@@ -217,7 +220,12 @@ class Simulation:
         absent = [e.queue[0] for e in self._places.values() if e.queue and e.loaded_at is None]
         oldest = min(absent, key=lambda arrival: arrival.at, default=None)
         for place in self._places.values():
-            while place.loaded_at is not None and place.queue and place.busy < BATCH:
+            while (
+                place.loaded_at is not None
+                and not place.paused
+                and place.queue
+                and place.busy < BATCH
+            ):
                 if not self._policy.may_answer(place.queue[0], oldest):
                     break
                 arrival = place.queue.popleft()
@@ -227,13 +235,15 @@ class Simulation:
 
     def _load(self, now: float) -> None:
         decision = self._policy.decide(self._places, self._room, now)
+        for name, place in self._places.items():
+            place.paused = name in decision.pause
         if decision.load is None:
             wait = self._policy.wakes(self._places, now)
             if wait is not None:
                 self._at(now + wait, lambda _: None)
             return
         for name in decision.evict:
-            self._places[name].loaded_at = None
+            self._places[name].loaded_at, self._places[name].paused = None, False
             self._room += self._places[name].model.size
         wanted = self._places[decision.load]
         wanted.loading = True

@@ -17,6 +17,7 @@ from tursi.residency import (
     Waiting,
     decide,
     next_change,
+    room_in,
 )
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -31,9 +32,15 @@ def waits(name: str, size: int = 10, *, since: float = NOW - 1, count: int = 1) 
 
 
 def there(
-    name: str, size: int = 10, *, uses: float = 1.0, since: float = 0.0, held: bool = False
+    name: str,
+    size: int = 10,
+    *,
+    uses: float = 1.0,
+    since: float = 0.0,
+    held: bool = False,
+    busy: bool = False,
 ) -> Resident:
-    return Resident(name, size, since, uses, 5.0, held)
+    return Resident(name, size, since, uses, 5.0, held, busy)
 
 
 def test_what_fits_is_loaded_and_nothing_goes() -> None:
@@ -42,7 +49,7 @@ def test_what_fits_is_loaded_and_nothing_goes() -> None:
 
 
 def test_the_least_useful_makes_room() -> None:
-    resident = [there("often", uses=9), there("rarely", uses=1), there("busy", uses=0, held=True)]
+    resident = [there("often", uses=9), there("rarely", uses=1), there("busy", uses=0, busy=True)]
     assert decide([waits("a")], resident, room=0, now=NOW) == Decision("a", ("rarely",))
     # The small one would not have sufficed, and isn't needed beside the large one.
     resident = [there("small", 2, uses=0), there("large", 10, uses=5)]
@@ -55,6 +62,36 @@ def test_who_is_waited_for_by_many_comes_first_but_nobody_waits_for_ever() -> No
     assert decide([one, many], [], room=10, now=NOW).load == "many"
     late = waits("late", since=NOW - 31)
     assert decide([one, many, late], [], room=10, now=NOW).load == "late"
+
+
+def test_what_is_used_all_the_time_takes_nothing_new_when_others_have_waited_for_too_long() -> None:
+    late, early = waits("late", since=NOW - 31), waits("early", since=NOW - 29)
+    used, new = there("used", busy=True, since=NOW - 31), there("new", busy=True, since=NOW - 29)
+    pinned = there("pinned", held=True)
+    assert decide([early], [used], room=0, now=NOW) == Decision()
+    assert decide([late], [new, pinned], room=0, now=NOW) == Decision()
+    assert decide([late], [used, new, pinned], room=0, now=NOW) == Decision(pause=("used",))
+    # Whoever can go at once makes that needless, and goes for others meanwhile.
+    assert decide([late], [used, there("idle")], room=0, now=NOW) == Decision("late", ("idle",))
+    large = waits("large", 15, since=NOW - 31)
+    assert decide([large, early], [used, there("idle")], room=0, now=NOW) == Decision(
+        "early", ("idle",), ("used",)
+    )
+    # Once its requests have been answered it goes.
+    assert decide([late], [there("used")], room=0, now=NOW) == Decision("late", ("used",))
+
+
+def test_when_time_alone_makes_room() -> None:
+    resident = [there("new", since=NOW - 4), there("busy", busy=True), there("held", held=True)]
+    candidate = waits("a", since=NOW - 1)
+
+    def seconds(candidate: Waiting, resident: list[Resident]) -> float | None:
+        return room_in(candidate, resident, room=0, now=NOW, rules=Rules(30.0, 10.0))
+
+    assert seconds(candidate, resident) == 6.0
+    assert seconds(candidate, resident[1:]) is None
+    assert seconds(waits("a", since=NOW - 28), [there("new", since=NOW)]) == 2.0
+    assert seconds(waits("a", since=NOW - 50), [there("new", since=NOW)]) == 0.0
 
 
 def test_what_has_just_come_stays_for_a_while() -> None:

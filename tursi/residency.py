@@ -5,7 +5,9 @@ are loaded by how many requests wait and for how long, so that what waits for on
 is served together; nobody waits for ever, for whoever has waited ``max_wait`` comes
 first. Room is made by whatever costs least: the seconds that it would take to load it
 again, times how often it has been used lately, per byte. What is busy or pinned stays,
-and what has just come stays for a while, lest two models chase each other out.
+and what has just come stays for a while, lest two models chase each other out. What has
+been in use for longer than ``max_wait``, without a pause in which it could have gone, takes no
+new requests while somebody has waited for so long, until it is idle and can go.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ class Resident:
     load_seconds: float
     """To load it again."""
     held: bool
-    """Busy, pinned, wanted always, or still loading: it stays."""
+    """Pinned, wanted always, or still loading: it stays."""
+    busy: bool = False
+    """Requests are with it: it stays until they have been answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,8 @@ class Decision(NamedTuple):
     load: str | None = None
     evict: tuple[str, ...] = ()
     """First, to make room for it."""
+    pause: tuple[str, ...] = ()
+    """What is to take no new requests, so that it can go soon."""
 
 
 class Uses:
@@ -95,12 +101,25 @@ def decide(
 
     ``room`` is what is free, in bytes. Decide again when that is done.
     """
+    pause: tuple[str, ...] | None = None
     for candidate in order(waiting, now, rules):
         urgent = now - candidate.since >= rules.max_wait
-        going = _victims(candidate, resident, room, now, rules, urgent=urgent)
+        allowed = [each for each in resident if not each.busy]
+        going = _victims(candidate, allowed, room, now, rules, urgent=urgent)
         if going is not None:
-            return Decision(candidate.name, going)
-    return Decision()
+            return Decision(candidate.name, going, pause or ())
+        if urgent and pause is None:
+            pause = _pausing(candidate, resident, room, now, rules)
+    return Decision(pause=pause or ())
+
+
+def _pausing(
+    candidate: Waiting, resident: Sequence[Resident], room: int, now: float, rules: Rules
+) -> tuple[str, ...]:
+    """What is in the way of who comes first only because it is used all the time."""
+    allowed = [each for each in resident if not each.busy or now - each.since >= rules.max_wait]
+    going = _victims(candidate, allowed, room, now, rules, urgent=True) or ()
+    return tuple(each.name for each in resident if each.busy and each.name in going)
 
 
 def order(waiting: Collection[Waiting], now: float, rules: Rules) -> list[Waiting]:
@@ -114,6 +133,7 @@ def room_in(
     """Seconds until time alone makes room for it; ``None`` if it doesn't."""
     moments = [now, candidate.since + rules.max_wait]
     moments += [each.since + rules.min_residency for each in resident if not each.held]
+    resident = [each for each in resident if not each.busy]
     for moment in sorted(moments):
         urgent = moment - candidate.since >= rules.max_wait
         if moment >= now and (
@@ -129,7 +149,11 @@ def next_change(
     """Seconds until time alone may change the decision; ``None`` if it can't."""
     moments = [each.since + rules.max_wait for each in waiting]
     if waiting:
-        moments += [each.since + rules.min_residency for each in resident if not each.held]
+        moments += [
+            each.since + (rules.max_wait if each.busy else rules.min_residency)
+            for each in resident
+            if not each.held
+        ]
     ahead = [moment - now for moment in moments if moment > now]
     return min(ahead, default=None)
 

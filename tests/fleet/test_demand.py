@@ -79,6 +79,13 @@ class Bank(Bench):
         sink.end(wire.End(Usage(), ""))
         self.turn()
 
+    def answer_of(self, name: str) -> None:
+        """The oldest request that a model has is answered."""
+        [oldest, *_] = [each for each in self.held if each[0].deployment == name]
+        self.held.remove(oldest)
+        self.held.insert(0, oldest)
+        self.answer()
+
     def lazy(self, name: str, keep_alive: float | None = None) -> FakeWorker:
         """A deployment that is loaded on demand, and is."""
         schedule = Schedule(Load.ON_DEMAND, keep_alive)
@@ -301,6 +308,47 @@ def test_who_deploys_or_loads_it_needs_no_request(bank: Bank) -> None:
     for name in "bc":
         bank.gone(name)
     assert bank.fleet.deployment("a").phase is Phase.SPAWNING
+
+
+def test_what_is_used_all_the_time_makes_room_in_turns(bank: Bank) -> None:
+    busy = bank.lazy("busy")
+    bank.lazy("other")
+    bank.unload("other")
+    bank.lazy("pinned", -1.0)
+    # Room for one more, and that is always in use: each request comes before the last has ended.
+    last = bank.ask("busy")
+    waiting = bank.ask("other")
+    for _ in range(28):
+        assert (at(busy), bank.fleet.deployment("busy").queued) == (Phase.READY, 0)
+        last = bank.ask("busy")
+        bank.answer_of("busy")
+        bank.wait(1)
+    bank.wait(3)
+    # Who has waited for as long as that needn't wait for ever: nothing new comes to it,
+    late = bank.ask("busy")
+    assert bank.fleet.deployment("busy").queued == 1
+    assert outlook(bank, "busy").stage == "memory"
+    assert at(busy) is Phase.READY
+    while busy.in_flight:
+        bank.answer_of("busy")
+    # and what it had is answered before it goes.
+    assert (last.served, at(busy)) == (True, Phase.DRAINING)
+    bank.gone("busy")
+    [other] = [each for each in bank.workers if each.phase is Phase.SPAWNING]
+    assert other.deployment == "other"
+    other.become(Phase.READY)
+    bank.turn()
+    bank.answer_of("other")
+    assert waiting.served
+    # Whoever waited goes on waiting, and its turn comes.
+    assert late.error is None
+    bank.wait(10)
+    bank.gone("other")
+    [again] = [each for each in bank.workers if each.phase is Phase.SPAWNING]
+    again.become(Phase.READY)
+    bank.turn()
+    bank.answer_of("busy")
+    assert late.served
 
 
 def test_an_answered_request_converges_nothing(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:

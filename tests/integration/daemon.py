@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,17 @@ class Daemon:
     """One state folder and the daemon that runs on it, now and after restarts."""
 
     def __init__(
-        self, folder: Path, *, scripted: bool, settings: str = "", program: Path | None = None
+        self,
+        folder: Path,
+        *,
+        scripted: bool,
+        settings: str = "",
+        program: Path | None = None,
+        options: Sequence[str] = (),
     ) -> None:
-        """``program`` is what is run instead of twistd."""
+        """``program`` is what is run instead of twistd, with these ``options`` too."""
         self.folder = folder
+        self.options = options
         self.program = program
         self.state = folder / "state"
         self.runtime = folder / "run"
@@ -71,6 +78,7 @@ class Daemon:
             "--config", str(self.configuration),
             "--state", str(self.state),
             "--runtime", str(self.runtime),
+            *self.options,
         ]  # fmt: skip
 
     def environment(self, given: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -210,12 +218,16 @@ class Daemon:
 
 @contextmanager
 def daemon(
-    *, scripted: bool = False, settings: str = "", environment: Mapping[str, str] | None = None
+    *,
+    scripted: bool = False,
+    settings: str = "",
+    environment: Mapping[str, str] | None = None,
+    options: Sequence[str] = (),
 ) -> Iterator[Daemon]:
     """A started daemon on an empty state folder; stopped and cleaned up at the end."""
     # Not pytest's tmp_path: a Unix socket's path has at most 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="tursi-"))
-    running = Daemon(folder, scripted=scripted, settings=settings)
+    running = Daemon(folder, scripted=scripted, settings=settings, options=options)
     try:
         running.start(environment)
         yield running

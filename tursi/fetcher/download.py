@@ -133,9 +133,8 @@ class Download:
             return Path(self._get(commit, name)).read_bytes()
 
         self._cache.mkdir(parents=True, exist_ok=True)
-        with self._shelf.in_use() as alone:
-            if alone:
-                file_download.http_get = resuming(_http_get)
+        with self._shelf.in_use(lambda size: self._tell(Progress("download", float(size)))):
+            file_download.http_get = resuming(_http_get)
             self._shelf.begin(commit)
             chosen = select(self._repository, listed, read, self._trust)
             sizes = {name: listed[name].size or 0 for name in chosen.names}

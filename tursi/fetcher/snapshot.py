@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from tursi.errors import FetchError, SafetensorsMissing
 from tursi.fetcher.partial import SUFFIX, largest
@@ -20,6 +20,8 @@ from tursi.selection import select
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAX_NAMES = 10_000
 _CHUNK = 1 << 20
+_LOOK_SECONDS = 0.5
+"""Between two looks whether somebody else's download is over."""
 _KEEP_SECONDS = 7 * 86400
 """So long the part of a file that has arrived waits for the rest."""
 
@@ -176,27 +178,41 @@ class Shelf:
         return Resolution(folder=folder, commit=commit, files=files, size=sum(sizes.values()))
 
     @contextlib.contextmanager
-    def in_use(self) -> Iterator[bool]:
-        """Hold the repository while downloading into it; whether nobody else does.
+    def in_use(self, waits: Callable[[int], None]) -> Iterator[None]:
+        """Hold the repository, alone, while downloading into it.
 
-        Who is alone there first removes what killed downloads have left long ago.
+        Somebody else may have it: another daemon with the same cache. ``waits`` is
+        told again and again how many bytes have arrived there. Who has it first
+        removes what killed downloads have left long ago.
         """
         self._lock.parent.mkdir(parents=True, exist_ok=True)
         with self._lock.open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                # Whoever is alone there holds it until the end, so this ends too.
-                fcntl.flock(lock, fcntl.LOCK_SH)
-                yield False
-                return
+            while not _locked(lock):
+                waits(self._arrived())
+                time.sleep(_LOOK_SECONDS)
             oldest = time.time() - _KEEP_SECONDS
             for leftover in (self._folder / "blobs").glob(f"*{SUFFIX}"):
                 if leftover.stat().st_mtime < oldest:
                     leftover.unlink(missing_ok=True)
             for reference in self._lock.parent.glob(f"{self._reference.name}.*"):
                 reference.unlink(missing_ok=True)
-            yield True
+            yield
+
+    def _arrived(self) -> int:
+        found = 0
+        for path in (self._folder / "blobs").glob("*"):
+            # It may have got its name only now.
+            with contextlib.suppress(FileNotFoundError):
+                found += path.stat().st_size
+        return found
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _files(folder: Path) -> Iterator[tuple[str, int]]:

@@ -242,9 +242,20 @@ class Convergence:
         member.queue.pump()
         self.soon()
 
+    def _set_aside(self, member: Member, reason: str) -> None:
+        """Free its memory, and have it back when it is its turn: requests go on waiting for it."""
+        member.loaded_at = member.unloads_at = None
+        name = member.deployment.name
+        self._journal.note(
+            "unload", f"{name} is unloaded for a while", deployment=name, cause=reason
+        )
+        for key in list(member.workers):
+            if key not in member.retiring:
+                self._retire(member, key)
+
     def used(self, member: Member) -> None:
         """A request for it has ended: have it unloaded when its time comes, or others need that."""
-        if member.busy:
+        if member.occupied:
             return
         if self._contested or member.loaded_at is None:
             # It may make room now; or nobody waits any more for what isn't loaded yet.
@@ -271,11 +282,7 @@ class Convergence:
         free = self._memory.free()
         for worker in self._memory.relieved(free):
             worker.hasten()
-        for member in self._members.values():
-            if member.forsaken:
-                self.unload(member, "nobody waits for it any more")
-        for member, reason in (*self._residence.idle(), *self._residence.evictions(free)):
-            self.unload(member, reason)
+        self._unload(free)
         self._explain(free)
         for member in self._members.values():
             self._rollouts.advance(member)
@@ -328,6 +335,23 @@ class Convergence:
             worker.phase is Phase.QUEUED for worker in member.of(deployment.generation.number)
         )
         return queued and self._memory.takes_turns(member, free)
+
+    def _unload(self, free: Free) -> None:
+        """Unload what nobody needs, and what is in the way of others."""
+        for member in self._members.values():
+            if member.forsaken:
+                self.unload(member, "nobody waits for it any more")
+        for member, reason in self._residence.idle():
+            self.unload(member, reason)
+        for member, reason in self._residence.evictions(free):
+            if member.queue.waiting:
+                self._set_aside(member, reason)
+            else:
+                self.unload(member, reason)
+        for name, member in self._members.items():
+            was, member.paused = member.paused, name in self._residence.paused
+            if was and not member.paused:
+                member.queue.pump()
 
     def _look_again(self) -> None:
         """Converge when time alone changes what is to be in memory."""

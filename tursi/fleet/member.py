@@ -147,6 +147,8 @@ class Member:
         """The devices that workers were told to compute on."""
         self.load_seconds: float | None = None
         """What the last load took."""
+        self.paused = False
+        """Whether it takes no new requests, so that it can go for others."""
         self.waits: str | None = None
         """Why what is queued isn't loaded, if it isn't its turn."""
         self.never = False
@@ -189,6 +191,13 @@ class Member:
                 for worker in self.workers.values()
             )
         )
+
+    @property
+    def occupied(self) -> bool:
+        """Whether it can't go just now, for requests that it has or is to have."""
+        if any(worker.in_flight for worker in self.workers.values()):
+            return True
+        return bool(self.queue.waiting) and not self.paused
 
     def wake(self, now: float, *, demanded: bool = False) -> None:
         """Have it in memory, because of a request or (not ``demanded``) anything else."""
@@ -289,6 +298,8 @@ class Member:
 
     def takers(self) -> list[Worker]:
         """Workers that may be given requests, if they are ready."""
+        if self.paused:
+            return []
         return [
             worker
             for key, worker in self.workers.items()
@@ -346,6 +357,8 @@ class Member:
 
     def stage(self) -> str:
         """One clause on how far it has come."""
+        if self.paused:
+            return "it makes room for others that have waited longer"
         status = self.status()
         progress = status.progress
         if progress is None:

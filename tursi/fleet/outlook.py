@@ -51,6 +51,8 @@ class Outlook:
 
     def _look(self, member: Member) -> Loading:
         expected = member.load_seconds or LOAD_SECONDS
+        if member.paused:
+            return _loading("memory", None, None, expected)
         phases = {worker.phase: worker for worker in member.serving()}
         phase = next((each for each in _NEAREST if each in phases), next(iter(phases), None))
         if phase is None:

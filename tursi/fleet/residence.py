@@ -37,6 +37,8 @@ class Residence:
         self._clock = clock
         self.first: str | None = None
         """The deployment that others make room for just now."""
+        self.paused: frozenset[str] = frozenset()
+        """Those that take no new requests, so that they can go for who has waited too long."""
 
     def idle(self) -> list[tuple[Member, str]]:
         """What is loaded on demand and has not been used for long enough, with the reason."""
@@ -65,8 +67,10 @@ class Residence:
         """What makes room for a model that is waited for; and why."""
         self.first = None
         found: dict[str, str] = {}
+        paused: set[str] = set()
         for device, pool in self._pools(free).items():
             chosen = self.decide(pool)
+            paused.update(chosen.pause)
             if chosen.load is None:
                 continue
             self.first = self.first or chosen.load
@@ -74,6 +78,7 @@ class Residence:
             of = "memory" if device == "" else f"memory of {device}"
             for name in chosen.evict:
                 found.setdefault(name, f"{chosen.load} needs about {mebibytes(size)} of {of}")
+        self.paused = frozenset(paused)
         return [(self._members[name], reason) for name, reason in found.items()]
 
     def decide(self, pool: Pool) -> Decision:
@@ -165,7 +170,8 @@ class Residence:
 
         def possible(name: str) -> int:
             pool = self.gpu(name, free.gpus[name])
-            return pool.room + sum(each.size for each in pool.residents if not each.held)
+            going = (each for each in pool.residents if not (each.held or each.busy))
+            return pool.room + sum(each.size for each in going)
 
         return [max(free.gpus, key=possible)] if free.gpus else []
 
@@ -196,6 +202,7 @@ class Residence:
                 member.uses.value(now),
                 member.load_seconds or LOAD_SECONDS,
                 held=_held(member),
+                busy=member.occupied,
             )
             for name, taken in sizes.items()
             if taken and (member := self._members[name])
@@ -213,7 +220,6 @@ def _held(member: Member) -> bool:
     return (
         member.deployment.schedule.load is not Load.ON_DEMAND
         or not member.awake
-        or member.busy
         or member.pinned
         or any(worker.phase in LOADING for worker in member.workers.values())
     )
