@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from conversation import House
 from fake_keys import INFER, READ
@@ -94,13 +96,12 @@ def test_a_key_sees_its_own_statistics_and_no_others() -> None:
 def test_activity_is_everything_in_one_answer() -> None:
     house = House()
     loading = house.fleet.statuses["small"]
-    house.fleet.statuses["other"] = type(loading)(
-        **{
-            **{name: getattr(loading, name) for name in loading.__slots__},
-            "name": "other",
-            "workers": (),
-            "progress": Progress("load", 1, 4),
-        }
+    (worker,) = loading.workers
+    house.fleet.statuses["small"] = replace(
+        loading, workers=(replace(worker, gpus={"cuda:0": 1000, "cuda:1": 2000}),)
+    )
+    house.fleet.statuses["other"] = replace(
+        loading, name="other", workers=(), progress=Progress("load", 1, 4)
     )
     found = house.ask("GET", "/activity").json()
     assert found["seconds"] == 10.0
@@ -115,5 +116,6 @@ def test_activity_is_everything_in_one_answer() -> None:
     assert small["tokens_per_second"] == 3.0
     assert small["latency"]["p50"] == pytest.approx(0.1, rel=0.01)
     assert small["batch_size"] == 4.0
+    assert (small["gpu_memory"], other["gpu_memory"]) == (3000, None)
     assert (other["requests_per_second"], other["latency"]) == (0.0, None)
     assert other["progress"]["total"] == 4

@@ -35,23 +35,25 @@ class _Column(NamedTuple):
     cell: Callable[[Row], str]
     keep: int
     """Those with the lowest number go first where there is no room."""
+    least: int = 0
+    """As wide at least, lest everything moves with each look."""
 
 
 _COLUMNS = (
     _Column("PHASE", lambda row: _phase(row), 99),  # noqa: PLW0108 - defined below
     _Column("READY", lambda row: f"{row['ready']}/{row['replicas']}", 6),
     _Column("GEN", lambda row: str(row["generation"]), 0),
-    _Column("REQ/S", lambda row: _rate(row["requests_per_second"]), 98),
+    _Column("REQ/S", lambda row: _rate(row["requests_per_second"]), 98, 5),
     _Column("ERR/S", lambda row: _rate(row["errors_per_second"]), 8),
-    _Column("P50", lambda row: _time(row, "p50"), 3),
-    _Column("P95", lambda row: _time(row, "p95"), 97),
+    _Column("P50", lambda row: _time(row, "p50"), 3, 7),
+    _Column("P95", lambda row: _time(row, "p95"), 97, 7),
     _Column("QUEUE", lambda row: str(row["queued"] or "-"), 9),
     _Column("BUSY", lambda row: str(row["in_flight"] or "-"), 7),
-    _Column("TOK/S", lambda row: _rate(row["tokens_per_second"]), 5),
+    _Column("TOK/S", lambda row: _rate(row["tokens_per_second"]), 5, 5),
     _Column("BATCH", lambda row: f"{row['batch_size']:.1f}" if row["batch_size"] else "-", 2),
-    _Column("MEMORY", lambda row: size(row["rss"]) if row["rss"] else "-", 10),
+    _Column("MEMORY", lambda row: size(row["rss"]) if row["rss"] else "-", 10, 7),
     _Column("GPU", lambda row: size(row["gpu_memory"]) if row["gpu_memory"] else "-", 1),
-    _Column("CPU", lambda row: "-" if row["cpu"] is None else f"{row['cpu']:.0f} %", 4),
+    _Column("CPU", lambda row: "-" if row["cpu"] is None else f"{row['cpu']:.0f} %", 4, 5),
 )
 
 
@@ -161,7 +163,7 @@ def _table(rows: Sequence[Row], width: int, room: int, *, dim: bool) -> list[Tex
         # What no deployment has isn't worth its room.
         if column.title != "GPU" or any(row["gpu_memory"] for row in rows)
     }
-    widths = {column: max(map(len, cells)) for column, cells in columns.items()}
+    widths = {column: max(column.least, *map(len, cells)) for column, cells in columns.items()}
     longest = max(map(cell_len, ("NAME", *names)))
 
     def used() -> int:

@@ -28,6 +28,7 @@ from tursi.fleet.convergence import RESET, Convergence, MakeWorker
 from tursi.fleet.crashes import Crashes
 from tursi.fleet.footprints import Footprints
 from tursi.fleet.journal import Journal
+from tursi.fleet.ledger import Ledger
 from tursi.fleet.logs import Logs
 from tursi.fleet.measuring import Measuring
 from tursi.fleet.member import Member
@@ -39,7 +40,6 @@ from tursi.fleet.pulls import Pulls
 from tursi.fleet.queue import RequestQueue, shutting_down
 from tursi.fleet.residence import Residence
 from tursi.fleet.routing import Routing
-from tursi.fleet.statistics import Statistics
 from tursi.fleet.story import tell
 from tursi.hub import Hub
 from tursi.model import (
@@ -74,15 +74,14 @@ from tursi.model import (
     deployment_name,
 )
 from tursi.plan import LOADING
-from tursi.rollup import Period, Rollup, StatisticsQuery, Summary
+from tursi.rollup import Rollup, StatisticsQuery, Summary
 from tursi.store import Outcome, Store
 from tursi.supervision.link import Sink
 from tursi.supervision.logs import LifeLog
 
 log = Logger()
 
-STATISTICS_SECONDS = 1.0
-SAMPLE_SECONDS = 10.0
+MEASURE_SECONDS = 5.0
 PRUNE_SECONDS = 3600.0
 CLIENT_ERROR, SERVER_ERROR = 400, 500
 """The least statuses of their kind."""
@@ -134,7 +133,7 @@ class Fleet:
         self._host = host
         self._random = random
         self._members: dict[str, Member] = {}
-        self._statistics = Statistics(now)
+        self._ledger = Ledger(store=store, look=self.deployments, now=now, reactor=reactor)
         self._journal = Journal(store, now, reactor)
         self._crashes = Crashes(store, self._journal, configuration.storage.crashes)
         self._logs = Logs(logs, configuration.workers.log_lives)
@@ -208,14 +207,11 @@ class Fleet:
             clock=lambda: float(reactor.seconds()),
             soon=self._convergence.soon,
         )
-        self._flushing = LoopingCall(self._flush_soon)
+        self._measurement = LoopingCall(self._measure)
         self._pruning = LoopingCall(self._prune_soon)
         self._scaling = LoopingCall(self._autoscale.tick)
-        self._sampling = LoopingCall(self._sample)
-        for loop in (self._flushing, self._pruning, self._scaling, self._sampling):
+        for loop in (self._measurement, self._pruning, self._scaling):
             loop.clock = reactor
-        self._rolled_up = 0
-        """The minute in which that was done last."""
         self._opened = False
         self._closed: TursiError | None = StartingUp(retry_after=1)
 
@@ -231,8 +227,8 @@ class Fleet:
         held = [member.deployment for member in self._members.values()]
         for at, device in await self._crashes.lost_contexts(held):
             self._convergence.devices.lost(device, max(0.0, self._now() - at))
-        self._flushing.start(STATISTICS_SECONDS, now=False)
-        self._sampling.start(SAMPLE_SECONDS, now=False)
+        self._ledger.start()
+        self._measurement.start(MEASURE_SECONDS, now=False)
         self._pruning.start(PRUNE_SECONDS, now=True)
         self._scaling.start(TICK_SECONDS, now=False)
         await self.pulls.open()
@@ -256,10 +252,11 @@ class Fleet:
         for member in self._members.values():
             member.queue.close(shutting_down())
         await DeferredList(self._convergence.close(), consumeErrors=True)
-        for loop in (self._flushing, self._pruning, self._scaling, self._sampling):
+        for loop in (self._measurement, self._pruning, self._scaling):
             if loop.running:
                 loop.stop()
-        await self._flush()
+        await self._footprints.write()
+        await self._ledger.stop()
         await self._journal.close()
 
     def configure(self, configuration: Configuration) -> list[str]:
@@ -324,7 +321,7 @@ class Fleet:
         first_byte: float | None,
         usage: Usage,
     ) -> None:
-        """Count a request for the statistics, the refused ones too (``Statistics.count``)."""
+        """Count a request, the refused ones too (``Statistics.count``)."""
         member = self._members.get(deployment)
         if member is not None and generation:
             # A stream that breaks has begun well, and what clients do wrong is theirs.
@@ -332,7 +329,7 @@ class Fleet:
             failed = broken or status >= SERVER_ERROR
             member.routing.count(generation, seconds, failed=failed)
             self._autoscale.count(deployment, waited + usage.queue_seconds)
-        self._statistics.count(
+        self._ledger.count(
             deployment, generation, key, status, code, seconds, waited, first_byte, usage
         )
 
@@ -714,12 +711,11 @@ class Fleet:
 
     async def statistics(self, query: StatisticsQuery) -> Summary:
         """What was done; ``InvalidRequest`` where that is too much at once."""
-        await self._flush()
-        return await self._store.statistics(query)
+        return await self._ledger.tell(query)
 
     def recent(self, seconds: float) -> Mapping[str, Rollup]:
         """What each deployment did in the last ``seconds``."""
-        return self._statistics.recent.all(self._reactor.seconds(), seconds)
+        return self._ledger.recent(seconds)
 
     def rooms(self) -> list[Room]:
         """Memory of the host and of each GPU."""
@@ -748,7 +744,7 @@ class Fleet:
         return StorageStatus(
             waiting=self._journal.waiting,
             notes_dropped=self._journal.dropped,
-            minutes_dropped=self._statistics.dropped,
+            minutes_dropped=self._ledger.dropped,
             log_lines_dropped=LifeLog.unwritten,
         )
 
@@ -818,42 +814,12 @@ class Fleet:
     def _orders(self, member: Member) -> LoadOrder | None:
         return self._convergence.orders(member)
 
-    def _flush_soon(self) -> Deferred[None]:
-        return Deferred.fromCoroutine(self._flush())
+    def _measure(self) -> Deferred[None]:
+        self._measuring.sample()
+        return Deferred.fromCoroutine(self._footprints.write())
 
     def _prune_soon(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._prune())
-
-    async def _flush(self) -> None:
-        self._measuring.sample()
-        await self._footprints.write()
-        records = self._statistics.take(self._reactor.seconds())
-        try:
-            if records:
-                await self._store.add_records(records)
-        except TursiError as error:
-            log.warn("statistics wait for the database: {message}", message=error.message)
-            self._statistics.put_back(records)
-            return
-        minute = int(self._now() // Period.MINUTE)
-        if minute != self._rolled_up:
-            self._rolled_up = minute
-            try:
-                await self._store.roll_up(at=self._now())
-            except TursiError as error:
-                # What is too late is rolled up the next time.
-                log.warn("statistics wait for the database: {message}", message=error.message)
-
-    def _sample(self) -> None:
-        """Look at what memory every deployment has."""
-        for name, member in self._members.items():
-            workers = self._measuring.shown(member.status()).workers
-            if any(worker.rss for worker in workers):
-                self._statistics.sample(
-                    name,
-                    sum(worker.rss or 0 for worker in workers),
-                    sum(sum(worker.gpus.values()) for worker in workers),
-                )
 
     async def _prune(self) -> None:
         try:
