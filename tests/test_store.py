@@ -40,6 +40,7 @@ from tursi.model import (
     Limits,
     LoadOrder,
     Measurement,
+    NewKey,
     Peaks,
     Phase,
     Request,
@@ -927,20 +928,12 @@ def test_the_package_shows_only_what_is_needed() -> None:
 
 
 def test_a_key_is_kept_by_its_digest_and_revoked_for_good(store: Store) -> None:
-    limits: dict[str, Any] = {"requests_per_minute": 5, "tokens_per_minute": None}
-    made = result(
-        store.add_key(
-            "ci", b"d" * 32, scopes=[Scope.INFER], deployments=["e5"], by="uid 0", at=1.0, **limits
-        )
-    )
+    wanted = NewKey("ci", (Scope.INFER,), 1.0, "uid 0", ("e5",), 5, None)
+    made = result(store.add_key(wanted, b"d" * 32))
     assert made == ApiKey(1, "ci", (Scope.INFER,), 1.0, "uid 0", ("e5",), 5, None)
     assert result(store.keys()) == [(made, b"d" * 32)]
     with pytest.raises(KeyExists):
-        result(
-            store.add_key(
-                "ci", b"e" * 32, scopes=[Scope.READ], deployments=None, by="x", at=2.0, **limits
-            )
-        )
+        result(store.add_key(NewKey("ci", (Scope.READ,), 2.0, "x"), b"e" * 32))
     result(store.keys_used({1: 7.0, 99: 8.0}))
     assert result(store.keys())[0][0].last_used_at == 7.0
     for name in ("nobody", "2", "²"):

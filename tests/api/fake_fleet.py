@@ -169,8 +169,8 @@ class FakePulls:
         self.calls: list[tuple[Any, ...]] = []
         self.watchers: list[Callable[[PullStatus], None]] = []
 
-    async def start(self, model: str, by: str) -> PullStatus:
-        self.calls.append(("start", model, by))
+    async def start(self, model: str, trust: Trust, by: str) -> PullStatus:
+        self.calls.append(("start", model, trust, by))
         return self.status
 
     async def pause(self, number: int, by: str) -> PullStatus:

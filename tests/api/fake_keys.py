@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from hashlib import sha256
 
 from twisted.internet.defer import Deferred, fail, succeed
 
 from tursi.errors import DatabaseBusy, KeyExists, KeyNotFound
-from tursi.model import ApiKey, Scope
+from tursi.model import ApiKey, NewKey, Scope
 
 
 def key(number: int) -> str:
@@ -41,26 +41,11 @@ class FakeKeys:
     def keys(self) -> Deferred[list[tuple[ApiKey, bytes]]]:
         return succeed(list(self.held))
 
-    def add_key(
-        self,
-        name: str,
-        digest: bytes,
-        *,
-        scopes: Sequence[Scope],
-        deployments: Sequence[str] | None,
-        requests_per_minute: int | None,
-        tokens_per_minute: int | None,
-        by: str,
-        at: float,
-    ) -> Deferred[ApiKey]:
-        if any(one.name == name for one, _ in self.held):
+    def add_key(self, key: NewKey, digest: bytes) -> Deferred[ApiKey]:
+        if any(one.name == key.name for one, _ in self.held):
             return fail(KeyExists())
-        limited = None if deployments is None else tuple(deployments)
-        limits = requests_per_minute, tokens_per_minute
-        number = len(self.held) + 1
-        return succeed(
-            self.put(ApiKey(number, name, tuple(scopes), at, by, limited, *limits), digest)
-        )
+        made = ApiKey(len(self.held) + 1, **asdict(key))
+        return succeed(self.put(made, digest))
 
     def revoke_key(self, name: str, *, at: float) -> Deferred[ApiKey]:
         if self.locked:

@@ -665,7 +665,7 @@ def test_only_what_nobody_uses_is_removed_from_the_disk(bench: Bench) -> None:
     bench.turn()
     bench.workers[0].stopped.callback(None)
     bench.turn()
-    bench.do(bench.fleet.pulls.start("org/name", "uid 0"))
+    bench.do(bench.fleet.pulls.start("org/name", Trust(), "uid 0"))
     with pytest.raises(ModelInUse, match="is being pulled"):
         bench.do(bench.fleet.catalogue.remove("org/name", "uid 0"))
     bench.do(bench.fleet.pulls.cancel(1, "uid 0"))

@@ -29,6 +29,7 @@ from tursi.store import Store
 
 T = TypeVar("T")
 NOW = 1_800_000_000.0
+NOTHING = Trust()
 FOUND = Resolution("/cache/a", commit="a" * 40, files=("config.json",), size=400)
 
 
@@ -38,8 +39,10 @@ class FakeHub:
     def __init__(self) -> None:
         self.asked: list[tuple[str, Deferred[Resolution], Any]] = []
         self.cancelled: list[str] = []
+        self.trust: list[Trust] = []
 
-    def resolve(self, reference: Reference, progress: Any, _: Trust) -> Deferred[Resolution]:
+    def resolve(self, reference: Reference, progress: Any, trust: Trust) -> Deferred[Resolution]:
+        self.trust.append(trust)
         waiting: Deferred[Resolution] = Deferred(lambda _: self.cancelled.append(str(reference)))
         self.asked.append((str(reference), waiting, progress))
         return waiting
@@ -73,8 +76,8 @@ class Bench:
             result.raiseException()
         return result
 
-    def start(self, model: str = "org/a") -> PullStatus:
-        return self.do(self.pulls.start(model, "uid 0"))
+    def start(self, model: str = "org/a", trust: Trust = NOTHING) -> PullStatus:
+        return self.do(self.pulls.start(model, trust, "uid 0"))
 
     def state(self, number: int = 1) -> PullState:
         return self.do(self.pulls.one(number)).state
@@ -215,6 +218,50 @@ def test_the_next_daemon_goes_on_with_what_had_not_ended(path: Path) -> None:
     after.close()
 
 
+def test_what_may_come_besides_data_is_kept(path: Path) -> None:
+    before = Bench(path, FakeHub())
+    risky = Trust(allow_pickle=True)
+    assert not before.start().allow_pickle
+    assert before.start(trust=risky).allow_pickle
+    assert before.start(trust=risky).id == 2
+    before.pulls.close()
+    before.store.stop()
+    after = Bench(path, FakeHub())
+    # Newest first, as they are stored.
+    assert sorted(after.hub.trust, key=str) == [Trust(), risky]
+    seen: list[Any] = []
+    after.store.events(None, 0, 9).addCallback(seen.extend)
+    assert [event.message for event in seen] == [
+        "uid 0 pulls org/a",
+        "uid 0 pulls org/a, pickle files allowed",
+    ]
+    after.close()
+
+
+def test_nothing_that_comes_is_no_speed(bench: Bench) -> None:
+    bench.start()
+    seen: list[PullStatus] = []
+    bench.pulls.watch(1, seen.append)
+    (_, _, progress) = bench.hub.asked[0]
+    for done in (0.0, 100.0, 200.0):
+        progress(Progress("download", done, 400.0))
+        bench.reactor.advance(0.5)
+    told = len(seen)
+    rates = []
+    for _ in range(20):
+        bench.reactor.advance(1)
+        rates.append(seen[-1].rate)
+    falling = [rate for rate in rates if rate is not None]
+    assert falling == sorted(falling, reverse=True)
+    assert falling[0] <= 200
+    assert (seen[-1].rate, seen[-1].remaining_seconds) == (0.0, None)
+    # And then nobody is told the same for ever.
+    assert 5 < len(seen) - told < 15
+    progress(Progress("download", 300.0, 400.0))
+    assert seen[-1].rate
+    assert seen[-1].remaining_seconds is not None
+
+
 @given(st.lists(st.tuples(st.floats(0.01, 30), st.floats(0, 1e9)), max_size=40))
 def test_the_rate_is_never_negative_and_lies_within_what_was_seen(
     steps: list[tuple[float, float]],
@@ -224,7 +271,7 @@ def test_the_rate_is_never_negative_and_lies_within_what_was_seen(
         now, done = now + seconds, done + more
         rate.add(now, done)
         rates.append(more / seconds)
-    value = rate.value()
+    value = rate.value(now)
     if len(steps) < 2:
         assert value is None
     else:

@@ -160,7 +160,7 @@ class Archives(Protocol):
 class Pulls(Protocol):
     """Downloads; every method with a ``number`` raises ``PullNotFound``."""
 
-    async def start(self, model: str, by: str) -> PullStatus:
+    async def start(self, model: str, trust: Trust, by: str) -> PullStatus:
         """Download a model of the hub."""
         ...
 

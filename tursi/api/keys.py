@@ -13,9 +13,9 @@ from twisted.logger import Logger
 
 from tursi.api.endpoint import endpoint, identity
 from tursi.api.keyring import Keyring, new_secret, written
-from tursi.api.messages import KeyBody, KeyList, NewKey
+from tursi.api.messages import IssuedKey, KeyBody, KeyList
 from tursi.errors import DatabaseBusy, DatabaseFull, InvalidRequest, KeyNotFound, TursiError
-from tursi.model import ApiKey, Role, Scope, deployment_name, key_name
+from tursi.model import ApiKey, NewKey, Role, Scope, deployment_name, key_name
 
 log = Logger()
 
@@ -31,18 +31,7 @@ class KeyStore(Protocol):
         """All keys with their digests, the revoked ones too, oldest first."""
         ...
 
-    def add_key(
-        self,
-        name: str,
-        digest: bytes,
-        *,
-        scopes: Sequence[Scope],
-        deployments: Sequence[str] | None,
-        requests_per_minute: int | None,
-        tokens_per_minute: int | None,
-        by: str,
-        at: float,
-    ) -> Deferred[ApiKey]:
+    def add_key(self, key: NewKey, digest: bytes) -> Deferred[ApiKey]:
         """Keep a key's digest and what it allows; ``KeyExists``."""
         ...
 
@@ -101,7 +90,7 @@ class Keys:
             [replace(key, revoked_at=key.revoked_at or self._revoking.get(key.id)) for key in found]
         )
 
-    @endpoint("POST", "/keys", body=KeyBody, reply=NewKey, statuses=(201,), **_ADMIN)
+    @endpoint("POST", "/keys", body=KeyBody, reply=IssuedKey, statuses=(201,), **_ADMIN)
     async def create(
         self,
         name: str,
@@ -110,26 +99,28 @@ class Keys:
         requests_per_minute: int | None,
         tokens_per_minute: int | None,
         by: str,
-    ) -> NewKey:
+    ) -> IssuedKey:
         """Make an API key; its secret is in this answer and nowhere else."""
-        limited = None if deployments is None else sorted({*map(deployment_name, deployments)})
+        limited = (
+            None if deployments is None else tuple(sorted({*map(deployment_name, deployments)}))
+        )
         if limited is not None and {*scopes} != {Scope.INFER}:
             raise InvalidRequest(
                 "A key for certain deployments can only have the scope 'infer'.", param="scopes"
             )
         secret = new_secret()
-        key = await self._store.add_key(
+        wanted = NewKey(
             key_name(name),
-            secret.digest,
-            scopes=[each for each in Scope if each in scopes],
-            deployments=limited,
-            requests_per_minute=requests_per_minute,
-            tokens_per_minute=tokens_per_minute,
-            by=by,
-            at=self._now(),
+            tuple(each for each in Scope if each in scopes),
+            self._now(),
+            by,
+            limited,
+            requests_per_minute,
+            tokens_per_minute,
         )
+        key = await self._store.add_key(wanted, secret.digest)
         self.ring.add(key, secret.digest)
-        return NewKey(key, written(key.id, secret))
+        return IssuedKey(key, written(key.id, secret))
 
     @endpoint("DELETE", "/keys/<name>", reply=ApiKey, **_ADMIN)
     async def revoke(self, name: str) -> ApiKey:

@@ -247,6 +247,10 @@ class PullBody(_Body):
 
     model: str
     """A hub name: ``org/name[@revision]``."""
+    allow_pickle: bool | None = None
+    """Take pickle files where the model has nothing better."""
+    trust_remote_code: bool | None = None
+    """Take the model's Python code."""
 
 
 class PullQuery(_Body):
@@ -281,7 +285,7 @@ class KeyList(msgspec.Struct, frozen=True):
     keys: list[ApiKey]
 
 
-class NewKey(msgspec.Struct, frozen=True):
+class IssuedKey(msgspec.Struct, frozen=True):
     """A new API key."""
 
     key: ApiKey

@@ -12,7 +12,7 @@ from tursi.api.fleet import Fleet
 from tursi.api.messages import PullBody, PullList, PullQuery
 from tursi.api.stream import Follow
 from tursi.errors import PullNotFound
-from tursi.model import PullStatus, Role
+from tursi.model import PullStatus, Role, Trust
 
 _CONTROL: dict[str, Any] = {"role": Role.CONTROL}
 _ACCEPTED: dict[str, Any] = {**_CONTROL, "reply": PullStatus, "statuses": (202,)}
@@ -30,9 +30,12 @@ class PullControl:
         return PullList(await self._fleet.pulls.newest())
 
     @endpoint("POST", "/pulls", body=PullBody, **_ACCEPTED)
-    async def start(self, model: str, by: str) -> PullStatus:
+    async def start(
+        self, model: str, allow_pickle: bool | None, trust_remote_code: bool | None, by: str
+    ) -> PullStatus:
         """Download a model of the hub, or go on with that; it survives a restart."""
-        return await self._fleet.pulls.start(model, by)
+        trust = Trust(bool(allow_pickle), bool(trust_remote_code))
+        return await self._fleet.pulls.start(model, trust, by)
 
     @endpoint(
         "GET", "/pulls/<number>", query=PullQuery, reply=PullStatus, follow=PullStatus, **_CONTROL

@@ -22,6 +22,8 @@ _STAGES = {"resolve": "asking the hub", "download": "fetching"}
 
 @click.command()
 @click.argument("model")
+@click.option("--allow-pickle", is_flag=True, help="Take pickle weights: they can run code.")
+@click.option("--trust-remote-code", is_flag=True, help="Take Python code that is in the model.")
 @click.option("--no-wait", is_flag=True, help="Don't wait until it is there.")
 @click.option("--pause", is_flag=True, help="Stop its download; what has arrived is kept.")
 @click.option("--cancel", is_flag=True, help="Give its download up.")
@@ -32,6 +34,8 @@ def pull(
     /,
     *,
     model: str,
+    allow_pickle: bool,
+    trust_remote_code: bool,
     no_wait: bool,
     pause: bool,
     cancel: bool,
@@ -46,7 +50,9 @@ def pull(
     if pause or cancel:
         status = _turn(connection, name, "cancel" if cancel else "pause")
     else:
-        status = connection.call("POST", "/pulls", body={"model": name}).body
+        risks = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+        asked = {"model": name, **{key: True for key, value in risks.items() if value}}
+        status = connection.call("POST", "/pulls", body=asked).body
         if not no_wait:
             try:
                 status = _followed(connection, status)

@@ -23,8 +23,12 @@ class Meter:
         stage: str = "download",
         *,
         quiet: bool = False,
+        later: Callable[[float, Callable[[], None]], None] | None = None,
     ) -> None:
-        """A ``quiet`` one says nothing of what is done at once."""
+        """A ``quiet`` one says nothing of what is done at once.
+
+        ``later`` calls something after so many seconds.
+        """
         self._total = total
         self._tell = tell
         self._now = now
@@ -32,6 +36,9 @@ class Meter:
         self._done = 0
         self._told_at = now() if quiet else now() - _EVERY
         self._lock = threading.Lock()
+        self._later = later or _later
+        self._waiting = False
+        self._told = 0
 
     def add(self, count: float) -> None:
         """``count`` more bytes are there (fewer, where a file begins anew)."""
@@ -41,6 +48,23 @@ class Meter:
             if now - self._told_at >= _EVERY:
                 self._told_at = now
                 self._report()
+            elif not self._waiting:
+                # It may be the last that comes for long.
+                self._waiting = True
+                self._later(_EVERY, self._catch_up)
+
+    def _catch_up(self) -> None:
+        with self._lock:
+            self._waiting = False
+            if self._told == self._done or self._done >= self._total:
+                return
+            now = self._now()
+            if now - self._told_at >= _EVERY:
+                self._told_at = now
+                self._report()
+            else:
+                self._waiting = True
+                self._later(_EVERY, self._catch_up)
 
     def finish(self) -> None:
         """All is there."""
@@ -49,8 +73,16 @@ class Meter:
             self._report()
 
     def _report(self) -> None:
+        self._told = self._done
         done = max(0, min(self._done, self._total))
         self._tell(Progress(self._stage, float(done), float(self._total)))
+
+
+def _later(seconds: float, call: Callable[[], None]) -> None:
+    timer = threading.Timer(seconds, call)
+    # Nobody waits for it when the process ends.
+    timer.daemon = True
+    timer.start()
 
 
 def bar(meter: Meter) -> type[Any]:

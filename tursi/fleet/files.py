@@ -11,6 +11,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tursi.errors import FetchError, InternalError, TursiError
+from tursi.fleet import retries
 from tursi.fleet.journal import Journal
 from tursi.fleet.member import Fetch, Member
 from tursi.hub import Hub
@@ -19,9 +20,6 @@ from tursi.store import Store
 from tursi.supervision.worker import Worker
 
 log = Logger()
-
-_FETCH_RETRY_SECONDS = (5.0, 300.0)
-"""First and longest wait before a hub that can't be reached is tried again."""
 
 
 class Files:
@@ -100,8 +98,7 @@ class Files:
         fetch.error = error
         message = f"the files of {name} can't be had"
         if isinstance(error, FetchError) and error.passing:
-            first, most = _FETCH_RETRY_SECONDS
-            delay = max(min(most, first * 2**fetch.attempts), float(error.retry_after or 0))
+            delay = retries.delay(fetch.attempts, error.retry_after)
             fetch.attempts += 1
             fetch.retry_at = self._now() + delay
             message += f"; the next try is in {delay:.0f} s"

@@ -73,10 +73,9 @@ class Fetch:
         if progress.done is not None:
             self.rate.add(now, progress.done)
 
-    @property
-    def remaining(self) -> float | None:
+    def remaining(self, now: float) -> float | None:
         """Seconds that it still takes, where that can be told."""
-        progress, rate = self.progress, self.rate.value()
+        progress, rate = self.progress, self.rate.value(now)
         if not rate or progress is None or progress.done is None or not progress.total:
             return None
         return max(0.0, progress.total - progress.done) / rate

@@ -61,7 +61,9 @@ class Outlook:
                 return _loading("queued", None, self._slot(self._before(member)), expected)
             if fetch.error is not None:
                 return _loading("backoff", None, None, expected)
-            return _loading("fetching", share(fetch.progress), fetch.remaining, expected)
+            return _loading(
+                "fetching", share(fetch.progress), fetch.remaining(self._clock()), expected
+            )
         status = phases[phase].status()
         if phase in LOADING:
             done = share(status.progress)

@@ -13,6 +13,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from tursi.errors import FetchError, InternalError, InvalidRequest, TursiError
+from tursi.fleet import retries
 from tursi.fleet.journal import Journal
 from tursi.hub import Hub
 from tursi.model import Progress, Pull, PullState, PullStatus, Reference, Resolution, Trust
@@ -20,12 +21,12 @@ from tursi.store import Store
 
 log = Logger()
 
-RETRY_SECONDS = (5.0, 300.0)
-"""First and longest wait before a hub that can't be reached is tried again."""
 LISTED = 100
 """Ended pulls that are listed."""
 _WINDOW_SECONDS = 10.0
 """What the rate is taken over."""
+_STILL_SECONDS = 1.0
+"""Without progress before that counts, and is told of."""
 
 _DOWNLOAD = "download"
 """The stage of which the rate is told."""
@@ -46,12 +47,16 @@ class Rate:
         while len(points) > 2 and now - points[1][0] >= _WINDOW_SECONDS:
             points.popleft()
 
-    def value(self) -> float | None:
-        """``None`` until that can be said."""
+    def value(self, now: float) -> float | None:
+        """``None`` until that can be said; it falls to 0 while nothing comes."""
         if len(self._points) < 2:
             return None
         (first, before), (last, after) = self._points[0], self._points[-1]
-        return max(0.0, (after - before) / (last - first)) if last > first else None
+        if now - last >= _WINDOW_SECONDS:
+            return 0.0
+        # What comes is told several times a second, so a pause is part of the rate.
+        end = now if now - last > _STILL_SECONDS else last
+        return max(0.0, (after - before) / (end - first)) if end > first else None
 
 
 class _Going:
@@ -65,6 +70,8 @@ class _Going:
         self.next_try_at: float | None = None
         self.progress: Progress | None = None
         self.rate = Rate()
+        self.still: IDelayedCall | None = None
+        """Until it comes something may still come."""
         self.watchers: list[Watcher] = []
 
     def halt(self) -> None:
@@ -75,6 +82,9 @@ class _Going:
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
+        if self.still is not None:
+            self.still.cancel()
+            self.still = None
         self.progress = self.next_try_at = None
         self.rate = Rate()
 
@@ -124,15 +134,18 @@ class Pulls:
             for going in self._going.values()
         )
 
-    async def start(self, model: str, by: str) -> PullStatus:
-        """Download a model of the hub; ``InvalidRequest`` for what is no hub name."""
+    async def start(self, model: str, trust: Trust, by: str) -> PullStatus:
+        """Download a model of the hub; ``InvalidRequest`` for what is no hub name.
+
+        ``trust`` says what may come besides data.
+        """
         reference = Reference.parse(model)
         if reference.folder is not None:
             raise InvalidRequest(
                 "A folder is used where it is; only a model of the hub can be pulled.",
                 param="model",
             )
-        pull = await self._store.add_pull(str(reference), by=by, at=self._now())
+        pull = await self._store.add_pull(str(reference), trust, by=by, at=self._now())
         return self._status(self._adopt(pull))
 
     async def pause(self, number: int, by: str) -> PullStatus:
@@ -203,16 +216,31 @@ class Pulls:
             going.progress = progress
             if progress.stage == _DOWNLOAD and progress.done is not None:
                 going.rate.add(self._reactor.seconds(), progress.done)
+                self._expect(going)
             self._tell(going)
 
         # Held before its callbacks are added: they may run at once.
+        trust = Trust(going.pull.allow_pickle, going.pull.trust_remote_code)
         going.running = running = self._hub.resolve(
-            Reference.parse(going.pull.model), advanced, Trust()
+            Reference.parse(going.pull.model), advanced, trust
         )
         running.addCallbacks(
             lambda found: self._end(going, running, found),
             lambda failure: self._failed(going, running, failure),
         )
+
+    def _expect(self, going: _Going) -> None:
+        """Tell of it, again and again, when nothing comes."""
+
+        def nothing() -> None:
+            going.still = None
+            if going.rate.value(self._reactor.seconds()):
+                self._expect(going)
+            self._tell(going)
+
+        if going.still is not None:
+            going.still.cancel()
+        going.still = self._reactor.callLater(_STILL_SECONDS, nothing)
 
     def _failed(self, going: _Going, running: Deferred[Resolution], failure: Failure) -> None:
         if failure.check(CancelledError) or going.running is not running:
@@ -225,8 +253,7 @@ class Pulls:
             self._end(going, running, error)
             return
         going.halt()
-        first, most = RETRY_SECONDS
-        delay = max(min(most, first * 2**going.attempts), float(error.retry_after or 0))
+        delay = retries.delay(going.attempts, error.retry_after)
         going.attempts += 1
         going.next_try_at = self._now() + delay
         going.timer = self._reactor.callLater(delay, self._again, going)
@@ -268,7 +295,8 @@ class Pulls:
         return PullStatus(**_fields(pull)) if going is None else self._status(going)
 
     def _status(self, going: _Going) -> PullStatus:
-        progress, rate, remaining = going.progress, going.rate.value(), None
+        progress, remaining = going.progress, None
+        rate = going.rate.value(self._reactor.seconds())
         if rate and progress is not None and progress.stage == _DOWNLOAD and progress.total:
             remaining = max(0.0, progress.total - (progress.done or 0.0)) / rate
         return PullStatus(

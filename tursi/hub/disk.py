@@ -92,7 +92,7 @@ def catalogue(cache: Path) -> list[CatalogueEntry]:
             sizes = dict(files(snapshot, depth=3))
         except (OSError, ModelRefused):
             continue  # removed meanwhile, or not made by us
-        if any(name.endswith(".safetensors") for name in sizes):
+        if any(name.endswith((".safetensors", *PICKLES)) for name in sizes):
             repository = snapshot.parent.parent.name.removeprefix("models--").replace("--", "/")
             entries.append(
                 CatalogueEntry(

@@ -5,7 +5,7 @@ Times are UTC epoch seconds (``float``), sizes are bytes, durations are seconds.
 
 from __future__ import annotations
 
-from tursi.model.access import ALL_SCOPES, DEFAULT_PORT, ApiKey, Caller, Role, Scope
+from tursi.model.access import ALL_SCOPES, DEFAULT_PORT, ApiKey, Caller, NewKey, Role, Scope
 from tursi.model.archive import ImportPlan
 from tursi.model.audit import AuditEntry, AuditQuery
 from tursi.model.crash import Crash, Dossier, last_line
@@ -104,6 +104,7 @@ __all__ = [
     "LoadOrder",
     "Loaded",
     "Measurement",
+    "NewKey",
     "Peaks",
     "Phase",
     "Progress",

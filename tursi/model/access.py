@@ -60,6 +60,20 @@ class Caller:
 
 
 @dataclass(frozen=True, slots=True)
+class NewKey:
+    """A bearer key that is to be made."""
+
+    name: str
+    scopes: tuple[Scope, ...]
+    created_at: float
+    created_by: str
+    deployments: tuple[str, ...] | None = None
+    """Names of the only deployments it may use; ``None`` means all."""
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ApiKey:
     """A bearer key as it may be shown: without its secret."""
 

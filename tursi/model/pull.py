@@ -35,6 +35,10 @@ class Pull:
     commit: str | None = None
     size: int | None = None
     """Bytes of the model, once it is there."""
+    allow_pickle: bool = False
+    """Whether pickle files are taken where there is nothing better."""
+    trust_remote_code: bool = False
+    """Whether Python code of the model is taken."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

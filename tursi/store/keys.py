@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from tursi.errors import KeyExists, KeyNotFound
-from tursi.model import ApiKey, Scope
+from tursi.model import ApiKey, NewKey, Scope
 
 _SELECT = (
     "SELECT id, name, scopes, created_at, created_by, deployments, requests_per_minute,"
@@ -22,36 +22,25 @@ def every(txn: Any) -> list[tuple[ApiKey, bytes]]:
     return [_key(row) for row in txn.fetchall()]
 
 
-def add(
-    txn: Any,
-    name: str,
-    digest: bytes,
-    *,
-    scopes: Sequence[Scope],
-    deployments: Sequence[str] | None,
-    requests_per_minute: int | None,
-    tokens_per_minute: int | None,
-    by: str,
-    at: float,
-) -> ApiKey:
+def add(txn: Any, key: NewKey, digest: bytes) -> ApiKey:
     """Insert a key; ``KeyExists``."""
     try:
         txn.execute(
             "INSERT INTO keys (name, digest, scopes, deployments, requests_per_minute,"
             " tokens_per_minute, created_at, created_by) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (
-                name,
+                key.name,
                 digest,
-                json.dumps(scopes),
-                None if deployments is None else json.dumps(deployments),
-                requests_per_minute,
-                tokens_per_minute,
-                at,
-                by,
+                json.dumps(key.scopes),
+                None if key.deployments is None else json.dumps(key.deployments),
+                key.requests_per_minute,
+                key.tokens_per_minute,
+                key.created_at,
+                key.created_by,
             ),
         )
     except sqlite3.IntegrityError:
-        raise KeyExists(f"A key named {name!r} exists, or did; choose another name.") from None
+        raise KeyExists(f"A key named {key.name!r} exists, or did; choose another name.") from None
     return _one(txn, "id = ?", txn.lastrowid)
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from tursi.errors import PullNotFound
-from tursi.model import Event, Pull, PullState
+from tursi.model import Event, Pull, PullState, Trust
 from tursi.store.events import record
 
 KEPT = 1000
 """Ended pulls that are remembered."""
 
 _SELECT = (
-    "SELECT id, model, state, asked_at, asked_by, ended_at, error, folder, revision, size"
-    " FROM pulls"
+    "SELECT id, model, state, asked_at, asked_by, ended_at, error, folder, revision, size,"
+    " allow_pickle, trust_remote_code FROM pulls"
 )
 _GOING = "state IN ('running', 'paused')"
 _TOLD = {
@@ -23,9 +23,13 @@ _TOLD = {
 }
 
 
-def add(txn: Any, model: str, *, by: str, at: float) -> tuple[Pull, Event | None]:
-    """Ask for a download, or go on with one of the same model."""
-    txn.execute(f"{_SELECT} WHERE model = ? AND {_GOING}", (model,))
+def add(txn: Any, model: str, trust: Trust, *, by: str, at: float) -> tuple[Pull, Event | None]:
+    """Ask for a download, or go on with one of the same files."""
+    risks = (trust.allow_pickle, trust.trust_remote_code)
+    txn.execute(
+        f"{_SELECT} WHERE model = ? AND allow_pickle = ? AND trust_remote_code = ? AND {_GOING}",
+        (model, *risks),
+    )
     row = txn.fetchone()
     if row is not None:
         going = _pull(row)
@@ -34,9 +38,9 @@ def add(txn: Any, model: str, *, by: str, at: float) -> tuple[Pull, Event | None
         txn.execute("UPDATE pulls SET state = 'running', error = NULL WHERE id = ?", (going.id,))
         return one(txn, going.id), _told(txn, PullState.RUNNING, model, by, at)
     txn.execute(
-        "INSERT INTO pulls (model, state, asked_at, asked_by) VALUES (?, 'running', ?, ?)"
-        " RETURNING id",
-        (model, at, by),
+        "INSERT INTO pulls (model, state, asked_at, asked_by, allow_pickle, trust_remote_code)"
+        " VALUES (?, 'running', ?, ?, ?, ?) RETURNING id",
+        (model, at, by, *risks),
     )
     (number,) = txn.fetchone()
     txn.execute(
@@ -44,7 +48,7 @@ def add(txn: Any, model: str, *, by: str, at: float) -> tuple[Pull, Event | None
         " WHERE state NOT IN ('running', 'paused') ORDER BY id DESC LIMIT -1 OFFSET ?)",
         (KEPT,),
     )
-    return one(txn, number), record(txn, at, "pull", f"{by} pulls {model}", cause=by)
+    return one(txn, number), record(txn, at, "pull", _asked(model, trust, by), cause=by)
 
 
 def change(txn: Any, pull: Pull, *, by: str, at: float) -> tuple[Pull, Event | None]:
@@ -99,8 +103,16 @@ def _told(txn: Any, state: PullState, model: str, by: str, at: float) -> Event:
     return record(txn, at, f"pull.{state.value}", f"{by} {_TOLD[state]} {model}", cause=by)
 
 
+def _asked(model: str, trust: Trust, by: str) -> str:
+    message = f"{by} pulls {model}"
+    if trust.allow_pickle:
+        message += ", pickle files allowed"
+    return message + (", its own code trusted" if trust.trust_remote_code else "")
+
+
 def _pull(row: tuple[Any, ...]) -> Pull:
-    number, model, state, asked_at, asked_by, ended_at, error, folder, revision, size = row
+    number, model, state, asked_at, asked_by, ended_at, error, folder, *rest = row
+    revision, size, pickle, code = rest
     return Pull(
         id=number,
         model=model,
@@ -112,4 +124,6 @@ def _pull(row: tuple[Any, ...]) -> Pull:
         folder=folder,
         commit=revision,
         size=size,
+        allow_pickle=bool(pickle),
+        trust_remote_code=bool(code),
     )

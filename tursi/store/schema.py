@@ -371,6 +371,17 @@ _ROLLUPS = (
     "DROP TABLE statistics",
 )
 
+_PULL_TRUST = (
+    # What a pull takes besides data: 0 or 1.
+    "ALTER TABLE pulls ADD COLUMN allow_pickle INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE pulls ADD COLUMN trust_remote_code INTEGER NOT NULL DEFAULT 0",
+    "DROP INDEX pulls_going",
+    """
+    CREATE UNIQUE INDEX pulls_going ON pulls (model, allow_pickle, trust_remote_code)
+        WHERE state IN ('running', 'paused')
+    """,
+)
+
 UPGRADES: tuple[Upgrade, ...] = (
     Upgrade("the first schema", _FIRST),
     Upgrade("pickle and remote code by generation", _TRUST),
@@ -381,5 +392,6 @@ UPGRADES: tuple[Upgrade, ...] = (
     Upgrade("canaries, ranges of replicas, and what became of generations", _CHANGES),
     Upgrade("measured memory of models", _MEASUREMENTS),
     Upgrade("statistics by key, minute, hour and day", _ROLLUPS),
+    Upgrade("what pulls take besides data", _PULL_TRUST),
 )
 """``UPGRADES[n]`` brings version ``n`` to ``n + 1``."""

@@ -28,11 +28,12 @@ from tursi.model import (
     Event,
     Generation,
     Measurement,
+    NewKey,
     Pull,
     Request,
     Resolution,
     Schedule,
-    Scope,
+    Trust,
     WorkerLife,
 )
 from tursi.rollup import Record, StatisticsQuery, Summary
@@ -216,9 +217,9 @@ class Store:
 
     # -- pulls ---------------------------------------------------------------------
 
-    def add_pull(self, model: str, *, by: str, at: float) -> Deferred[Pull]:
-        """Ask for a download; one of the same model that has not ended goes on instead."""
-        added = self._write(pulls.add, model, by=by, at=at)
+    def add_pull(self, model: str, trust: Trust, *, by: str, at: float) -> Deferred[Pull]:
+        """Ask for a download; one of the same files that has not ended goes on instead."""
+        added = self._write(pulls.add, model, trust, by=by, at=at)
         return added.addCallback(self._announced)
 
     def set_pull(self, pull: Pull, *, by: str, at: float) -> Deferred[Pull]:
@@ -342,30 +343,9 @@ class Store:
         """All API keys with their digests, the revoked ones too, oldest first."""
         return self._read(keys.every)
 
-    def add_key(
-        self,
-        name: str,
-        digest: bytes,
-        *,
-        scopes: Sequence[Scope],
-        deployments: Sequence[str] | None,
-        requests_per_minute: int | None,
-        tokens_per_minute: int | None,
-        by: str,
-        at: float,
-    ) -> Deferred[ApiKey]:
+    def add_key(self, key: NewKey, digest: bytes) -> Deferred[ApiKey]:
         """Keep a key's digest and what it allows; ``KeyExists``."""
-        return self._write(
-            keys.add,
-            name,
-            digest,
-            scopes=tuple(scopes),
-            deployments=None if deployments is None else tuple(deployments),
-            requests_per_minute=requests_per_minute,
-            tokens_per_minute=tokens_per_minute,
-            by=by,
-            at=at,
-        )
+        return self._write(keys.add, key, digest)
 
     def revoke_key(self, name: str, *, at: float) -> Deferred[ApiKey]:
         """Make the key with this name or id invalid for ever; ``KeyNotFound``."""

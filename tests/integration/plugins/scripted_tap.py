@@ -17,7 +17,7 @@ from typing import NoReturn
 from twisted.internet.defer import Deferred
 
 from tursi import hub, service, tap
-from tursi.fleet import files, pulls
+from tursi.fleet import retries
 from tursi.service import Daemon
 from tursi.tap import Options
 
@@ -33,7 +33,7 @@ def makeService(options: Options) -> Daemon:  # noqa: N802 - Twisted's name
     fetcher = os.environ.get("TURSI_TEST_FETCHER")
     if fetcher is not None:
         hub._COMMAND = (sys.executable, "-I", "-u", fetcher)
-        pulls.RETRY_SECONDS = files._FETCH_RETRY_SECONDS = _RETRY_SECONDS
+        retries.FIRST_SECONDS, retries.MOST_SECONDS = _RETRY_SECONDS
     daemon = tap.makeService(
         options,
         worker_command=(sys.executable, "-I", "-u", str(WORKER.resolve()), "--hello-after", hello),
