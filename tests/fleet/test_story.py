@@ -241,6 +241,19 @@ def test_a_generation_that_failed_or_takes_the_others_place_is_told_of() -> None
     assert any("no room for two" in each for each in story(status(in_place=True)).sentences)
 
 
+def test_a_generation_that_is_down_is_not_the_deployment() -> None:
+    down = status(
+        worker(Phase.FAILED, generation=2),
+        worker(),
+        phase=Phase.FAILED,
+        generation=2,
+        stable=1,
+        ready=1,
+    )
+    told = story(down).sentences[0]
+    assert told.startswith("mini serves generation 1; generation 2 is down, and not tried again")
+
+
 def test_a_range_of_replicas_and_what_keeps_from_more() -> None:
     held = Event(
         9, NOW - 60, "autoscale.held", "mini", "mini stays at 1 replicas", "2 GiB are free"

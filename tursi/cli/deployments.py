@@ -342,7 +342,7 @@ def _announcement(status: dict[str, Any], outcome: str, *, ready: bool) -> str:
 def _count(status: dict[str, Any]) -> str:
     least, most = status.get("min_replicas"), status.get("max_replicas")
     if most is not None:
-        return f"{least} to {most} replicas"
+        return f"{least}-{most} replicas"
     return f"{status['replicas']} replica{'s' * (status['replicas'] > 1)}"
 
 
@@ -355,6 +355,9 @@ def _load(status: dict[str, Any]) -> str:
 
 
 def _ready(status: dict[str, Any]) -> str:
+    canary = status.get("canary")
+    if canary is not None:
+        return f"Generation {canary['generation']} of {status['name']} is ready, as a canary."
     what = ", ".join(str(status[key]) for key in ("task", "device", "dtype") if status[key])
     return f"{status['name']} is ready ({what})." if what else f"{status['name']} is ready."
 

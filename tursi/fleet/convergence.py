@@ -294,7 +294,12 @@ class Convergence:
             member.waits is not None and any(w.phase is Phase.QUEUED for w in member.serving())
             for member in self._members.values()
         )
-        claims = {name for name, member in self._members.items() if member.in_place is not None}
+        claims = {
+            name
+            for name, member in self._members.items()
+            if member.in_place is not None
+            and any(worker.phase is Phase.QUEUED for worker in member.of(member.in_place))
+        }
         actions = decide(
             wanted,
             seen,

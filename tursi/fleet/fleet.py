@@ -343,11 +343,11 @@ class Fleet:
         if member is not None and not member.leaving:
             return member
         for member in self._members.values():
-            deployment = member.deployment
-            known = {
-                each.request.model for each in (deployment.generation, deployment.served.generation)
-            }
-            if model in known and not member.leaving:
+            wanted, stable = member.deployment.generation, member.deployment.stable
+            found = wanted.request.model == model or (
+                stable is not None and stable.request.model == model
+            )
+            if found and not member.leaving:
                 return member
         raise ModelNotFound(
             f"The model {model[:200]!r} does not exist; GET /v1/models lists those that do.",

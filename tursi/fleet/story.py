@@ -184,7 +184,11 @@ def _state(
         if status.phase is not Phase.QUEUED and failed:
             since = max(since, failed[-1])
     told = _progress(status.progress) if status.phase in _COMING else ""
-    sentence = f"{status.name} is {doing}{told}, since {moment(since, now)}"
+    who = status.name
+    if status.ready and status.phase is not Phase.READY and status.stable is not None:
+        # What it is about isn't what serves.
+        who = f"{who} serves generation {status.stable}; generation {status.generation}"
+    sentence = f"{who} is {doing}{told}, since {moment(since, now)}"
     if status.phase is Phase.READY:
         sentence += f": {status.ready} of {count(status.replicas, 'replica')} serving"
         if status.max_replicas is not None:
