@@ -134,7 +134,7 @@ class Memory(_Table, frozen=True):
     limit_bytes: Annotated[int, msgspec.Meta(ge=0, le=1024**5)] = 0
     """For all workers together; 0 means what the machine has."""
     reserve_bytes: Annotated[int, msgspec.Meta(ge=0, le=1024**5)] = 512 * 1024 * 1024
-    """Of what is free, so much stays so."""
+    """Of what is free, on the host and on each GPU, so much stays so."""
     keep_alive_seconds: Annotated[float, msgspec.Meta(ge=-1, le=366 * 86400)] = 300.0
     """How long a model that is loaded on demand stays without a request; -1: for ever."""
     max_wait_seconds: Positive = 30.0
