@@ -190,7 +190,7 @@ def test_another_content_of_the_same_commit_is_refused(tmp_path: Path, source: P
 
 def test_a_repository_that_is_being_downloaded_waits(tmp_path: Path, source: Path) -> None:
     data = export(snapshot(tmp_path / "there", source))
-    with Shelf(tmp_path / "hub", "org/mini").in_use(), pytest.raises(ModelInUse):
+    with Shelf(tmp_path / "hub", "org/mini").in_use(lambda _: None), pytest.raises(ModelInUse):
         bring(data, tmp_path)
     assert bring(data, tmp_path).commit == COMMIT
 
