@@ -15,6 +15,7 @@ class Role(Enum):
     HIT = "hit"
     CHURN = "changed all the time"
     LAZY = "loaded on demand"
+    TURNED = "rolled out and back"
 
 
 @dataclass(frozen=True, slots=True)

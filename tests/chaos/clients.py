@@ -7,6 +7,7 @@ import json
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -320,3 +321,59 @@ class Puller(threading.Thread):
         state = str(answer.json()["state"])
         self._tell(Turn(number, action, Outcome.ACKNOWLEDGED, state))
         return state
+
+
+class Roller(threading.Thread):
+    """Rolls one deployment out and back, with canaries and by ranges of replicas."""
+
+    def __init__(
+        self,
+        control: httpx.Client,
+        deployment: str,
+        models: tuple[str, ...],
+        chance: random.Random,
+        pause: float,
+    ) -> None:
+        super().__init__(name="roller", daemon=True)
+        self._control = control
+        self._path = f"/deployments/{deployment}"
+        self._models = models
+        self._chance = chance
+        self._pause = pause
+        self._ending = threading.Event()
+        self.done: Counter[str] = Counter()
+        """How often what was acknowledged."""
+
+    def end(self) -> None:
+        """Leave it as it is."""
+        self._ending.set()
+
+    def run(self) -> None:
+        while not self._ending.wait(self._pause * (0.5 + self._chance.random())):
+            (action,) = self._chance.choices(
+                ("put", "canary", "weigh", "promote", "rollback", "scale", "range"),
+                (4, 4, 2, 2, 3, 2, 1),
+            )
+            with suppress(httpx.HTTPError):
+                answer = self._turn(action)
+                if answer.status_code in {200, 201, 202}:
+                    self.done[action] += 1
+
+    def _turn(self, action: str) -> httpx.Response:
+        model = self._chance.choice(self._models)
+        match action:
+            case "put":
+                return self._control.put(self._path, json={"model": model})
+            case "canary":
+                body = {"model": model, "canary": self._chance.choice((0, 20, 100))}
+                return self._control.put(self._path, json=body)
+            case "weigh":
+                weight = self._chance.choice((0, 50, 100))
+                return self._control.post(f"{self._path}/canary", json={"weight": weight})
+            case "scale":
+                replicas = self._chance.choice((1, 2))
+                return self._control.post(f"{self._path}/scale", json={"replicas": replicas})
+            case "range":
+                body = {"replicas": 1, "max_replicas": 3}
+                return self._control.post(f"{self._path}/scale", json=body)
+        return self._control.post(f"{self._path}/{action}", json={})

@@ -74,6 +74,7 @@ DAEMON_KINDS = (
     ("kill -9 of the daemon", 3),
     ("restart of the daemon", 1),
     ("daemon stopped", 1),
+    ("reload", 2),
     ("kill -9 of a worker of a stopped daemon", 1),
     ("all workers at once", 1),
     ("clock", 2),
@@ -245,6 +246,8 @@ class Nemesis(threading.Thread):
         assert process is not None
         if kind == "clock":
             set_clock(self._clock, self._chance.choice(JUMPS))
+        elif kind == "reload":
+            process.send_signal(signal.SIGHUP)
         elif kind == "all workers at once":
             self._kill_all()
         elif "stopped" in kind:

@@ -43,6 +43,7 @@ from clients import (  # noqa: E402 - the same
     Client,
     Loader,
     Puller,
+    Roller,
     StreamClient,
 )
 from clock_daemon import set_clock  # noqa: E402 - the same
@@ -79,6 +80,7 @@ endpoint = "{endpoint}"
 """
 GIB = 2**30
 LAZY = {"lazy-a": 1, "lazy-b": 1, "lazy-c": 1}
+TURNED = {"turned": 1}
 LAZY_BYTES = 4 * GIB
 LIMIT = 11 * GIB + GIB // 2
 """Room for two of them, and for everybody else."""
@@ -112,8 +114,9 @@ class Run:
                 **dict.fromkeys(HIT | STREAMS, Role.HIT),
                 **dict.fromkeys(CHURN, Role.CHURN),
                 **dict.fromkeys(LAZY, Role.LAZY),
+                **dict.fromkeys(TURNED, Role.TURNED),
             },
-            CALM | HIT | STREAMS | LAZY,
+            CALM | HIT | STREAMS | LAZY | TURNED,
         )
         self.hub = StandInHub()
         # So that a download lasts long enough to be hit.
@@ -192,7 +195,9 @@ class Run:
             with (folder / "model.safetensors").open("r+b") as file:
                 file.truncate(LAZY_BYTES)
             self.running.deploy(name, folder, load="on_demand", keep_alive=2.0)
-        for name in (*CALM, *HIT, *STREAMS):
+        for name in TURNED:
+            self.running.deploy(name, self.running.script(name, echo=True, delay=0.1))
+        for name in (*CALM, *HIT, *STREAMS, *TURNED):
             self.running.wait(name)
         return self.used()
 
@@ -227,9 +232,20 @@ class Run:
         loader = Loader(
             self.running.control, tuple(LAZY), random.Random(self.chance.random()), self.pause
         )
-        actors: list[Client | Changer | Loader | Puller | Nemesis] = [
+        self.roller = Roller(
+            self.running.control,
+            *TURNED,
+            tuple(
+                str(self.running.script(f"turn-{number}", echo=True, delay=0.1 * number))
+                for number in range(3)
+            ),
+            random.Random(self.chance.random()),
+            self.pause,
+        )
+        actors: list[Client | Changer | Loader | Puller | Roller | Nemesis] = [
             *clients,
             changer,
+            self.roller,
             loader,
             self.puller,
             self.nemesis,
@@ -265,7 +281,7 @@ class Run:
         """Everything must come back by itself, and nothing else be left."""
         self.nemesis.heal()
         began = time.monotonic()
-        for name in (*CALM, *HIT, *STREAMS):
+        for name in (*CALM, *HIT, *STREAMS, *TURNED):
             self.expect(lambda name=name: self.running.wait(name, seconds=HEAL_SECONDS))
         healed = time.monotonic() - began
         for name in CHURN:
@@ -278,6 +294,9 @@ class Run:
             if crashes:
                 self.history.violations.append(f"{name} was never hit and has {crashes}")
         self.expect(self.owned)
+        # As it was at the beginning, for the count.
+        self.running.control.post("/deployments/turned/scale", json={"replicas": 1})
+        self.running.control.post("/deployments/turned/promote", json={})
         for name in (*CHURN, *LAZY):
             self.running.control.delete(f"/deployments/{name}")
         self.expect(
@@ -289,6 +308,8 @@ class Run:
         self.figures = [
             f"healed within {healed:.1f} s; after a daemon's kill -9 all was gone {most}"
         ]
+        turns = ", ".join(f"{count} x {what}" for what, count in sorted(self.roller.done.items()))
+        self.figures.append(f"turned: {turns}")
         self.figures.append(
             f"at rest: descriptors {before[0]} -> {descriptors},"
             f" RSS {before[1] >> 20} -> {rss >> 20} MiB"
