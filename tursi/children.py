@@ -7,6 +7,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from tursi import mark, sandbox
@@ -136,6 +137,9 @@ class Children:
     ) -> Running:
         """Start a fetcher; ``receive`` gets its frames."""
         settings = self.configuration.workers
+        # What isn't there yet can't be allowed.
+        with suppress(OSError):
+            self._folders.cache.mkdir(parents=True, exist_ok=True)
         return self._one_shot.run(
             name,
             arguments,
@@ -147,6 +151,7 @@ class Children:
                 size=settings.log_bytes,
                 rate=settings.log_bytes_per_second,
             ),
+            self.encloser.enclose_fetcher(self._folders.cache, arguments, environment),
         )
 
     def spawn_hook(self, name: str, arguments: tuple[str, ...]) -> Running:

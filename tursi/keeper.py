@@ -156,7 +156,8 @@ def confine(order: dict[str, Any]) -> None:
         rights = [(path, sandbox.READ) for path in order["read"]]
         rights += [(path, sandbox.LIST) for path in order["listed"]]
         rights += [(path, sandbox.WRITE) for path in (*order["write"], order["temporary"])]
-        sandbox.restrict(order["landlock"], rights + sandbox.model_rights(order["model"]))
+        rights += sandbox.model_rights(order["model"])
+        sandbox.restrict(order["landlock"], rights, network=order["network"])
     if order["deny_sockets"]:
         sandbox.filter_calls()
 

@@ -51,21 +51,24 @@ def landlock_version() -> int | None:
         return None
 
 
-def handled(version: int) -> tuple[int, int, int]:
-    """What a ruleset of this version can restrict: files, network, scopes."""
+def handled(version: int, *, network: bool = False) -> tuple[int, int, int]:
+    """What a ruleset of this version can restrict: files, network, scopes.
+
+    Not the network, where that is to be left alone (``network``).
+    """
     files = (1 << 13) - 1
     for since, right in ((2, REFER), (3, TRUNCATE), (5, IOCTL_DEV)):
         if version >= since:
             files |= right
-    network = BIND_TCP | CONNECT_TCP if version >= 4 else 0
+    ports = BIND_TCP | CONNECT_TCP if version >= 4 and not network else 0
     scopes = SCOPE_ABSTRACT_UNIX_SOCKET | SCOPE_SIGNAL if version >= 6 else 0
-    return files, network, scopes
+    return files, ports, scopes
 
 
-def ruleset(version: int) -> bytes:
+def ruleset(version: int, *, network: bool = False) -> bytes:
     """A struct landlock_ruleset_attr, as long as this version knows it."""
     size = 8 if version < 4 else 16 if version < 6 else 24
-    return struct.pack("=QQQ", *handled(version))[:size]
+    return struct.pack("=QQQ", *handled(version, network=network))[:size]
 
 
 def rule(rights: int, parent: int) -> bytes:
@@ -73,13 +76,13 @@ def rule(rights: int, parent: int) -> bytes:
     return struct.pack("=Qi", rights, parent)
 
 
-def restrict(version: int, rights: Iterable[tuple[str, int]]) -> None:
+def restrict(version: int, rights: Iterable[tuple[str, int]], *, network: bool = False) -> None:
     """Allow this process and its descendants the ``rights`` below these paths, and no other.
 
-    No TCP, no abstract Unix sockets and no signals to others, as far as the
-    version goes. A path that isn't there is left out. Needs no_new_privs.
+    No TCP unless ``network`` says so, no abstract Unix sockets and no signals to others,
+    as far as the version goes. A path that isn't there is left out. Needs no_new_privs.
     """
-    attribute = ruleset(version)
+    attribute = ruleset(version, network=network)
     rules = _system_call(_CREATE_RULESET, attribute, len(attribute), 0)
     try:
         for path, allowed in rights:

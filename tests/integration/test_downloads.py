@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,8 @@ import pytest
 from daemon import Daemon, daemon
 from patience import until
 from stand_in_hub import Fault, StandInHub
+
+from tursi import sandbox
 
 MODEL = "someone/tiny"
 MAIN = r"/content/[^/]+/[^/]+/model.safetensors"
@@ -169,3 +173,25 @@ def test_the_token_is_the_fetchers_alone(
     content = [seen for seen in hub.seen if seen.path.startswith("/content/")]
     assert content
     assert all(seen.token is None for seen in content)
+
+
+def test_a_fetcher_can_do_nothing_but_fetch(hub: StandInHub, tmp_path: Path) -> None:
+    version = sandbox.landlock_version()
+    if version is None:
+        pytest.skip("this kernel has no Landlock")
+    environment = {
+        **hub.environment(tmp_path / "home"),
+        "TURSI_TEST_FETCHER": str(Path(__file__).with_name("curious_fetcher.py")),
+        # Whom it would like to end.
+        "HF_HOME": f"/nowhere/{os.getpid()}",
+    }
+    settings = f'[hub]\nendpoint = "{hub.endpoint}"\n'
+    with daemon(scripted=True, settings=settings, environment=environment) as running:
+        number = pull(running)["id"]
+        until(lambda: status(running, number)["state"] == "failed", "it has tried")
+        done = json.loads(status(running, number)["error"])
+        assert "write to the cache" in done
+        allowed = {"write to the cache", "reach the hub", "end itself"}
+        if version < 6:
+            allowed |= {"end the daemon"}
+        assert set(done) == allowed

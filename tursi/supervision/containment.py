@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,6 +26,13 @@ _READ = (
     "/proc/driver/nvidia", "/sys/devices", "/sys/bus", "/sys/class", "/sys/module/nvidia",
     "/sys/kernel/mm", "/dev/urandom", "/dev/random",
 )  # fmt: skip
+_READ_TO_DOWNLOAD = (
+    # Names of hosts, and whom to trust.
+    "/etc/resolv.conf", "/etc/hosts", "/etc/host.conf", "/etc/gai.conf", "/etc/services",
+    "/etc/protocols", "/run/systemd/resolve", "/run/nscd", "/etc/ssl", "/etc/pki",
+    "/etc/ca-certificates", "/etc/mime.types",
+)  # fmt: skip
+_CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE")
 _WRITE = ("/dev/null", "/dev/zero", "/dev/kfd", "/dev/dri")
 _DEVICES = "/dev/nvidia*"
 _SHARED_MEMORY = "/dev/shm"  # noqa: S108 - nothing of ours is put there
@@ -122,6 +130,28 @@ class Encloser:
             drop_capabilities=True,
         )
         return Enclosure(confinement, self._groups, leaf)
+
+    def enclose_fetcher(
+        self, cache: Path, command: tuple[str, ...], environment: Mapping[str, str]
+    ) -> Confinement:
+        """For a download: it may write below ``cache`` only, and reach the network."""
+        read, listed = _code(command)
+        named = (environment.get(name, "") for name in _CERTIFICATES)
+        return Confinement(
+            landlock=self._landlock,
+            read=(*_READ, *_READ_TO_DOWNLOAD, *read, *filter(None, named), *_tokens(environment)),
+            listed=listed,
+            write=(*_WRITE, str(cache)),
+            network=True,
+        )
+
+
+def _tokens(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """Where huggingface_hub looks for a token."""
+    caches = environment.get("XDG_CACHE_HOME") or f"{environment.get('HOME', '')}/.cache"
+    home = environment.get("HF_HOME") or f"{caches}/huggingface"
+    tokens = (environment.get("HF_TOKEN_PATH") or f"{home}/token", f"{home}/stored_tokens")
+    return tuple(os.path.expanduser(each) for each in tokens)  # noqa: PTH111 - as strings
 
 
 def _code(command: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:

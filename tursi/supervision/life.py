@@ -60,7 +60,7 @@ class Confinement:
     temporary: str = ""
     """A folder for it alone, which the keeper makes and removes: its TMPDIR and HOME."""
     landlock: int = 0
-    """The version of Landlock to apply, by the four fields below; 0 for none."""
+    """The version of Landlock to apply, by the five fields below; 0 for none."""
     read: tuple[str, ...] = ()
     """What it may read and execute, each with all that is below it."""
     listed: tuple[str, ...] = ()
@@ -69,6 +69,8 @@ class Confinement:
     """What it may also change, besides ``temporary``."""
     model: str = ""
     """A model's folder to read."""
+    network: bool = False
+    """Whether Landlock leaves it the network."""
     deny_sockets: bool = False
     """Whether to keep it from the network, by a filter of system calls that closes more."""
     drop_capabilities: bool = False

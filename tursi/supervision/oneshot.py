@@ -14,7 +14,7 @@ from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from tursi.supervision.life import Exit, KeeperProtocol, Keepers, Launch, Life
+from tursi.supervision.life import Confinement, Exit, KeeperProtocol, Keepers, Launch, Life
 from tursi.supervision.logs import LifeLog
 from tursi.wire import Decoder, Frame, WireError
 
@@ -45,13 +45,14 @@ class OneShot:
         environment: Mapping[str, str],
         receive: Callable[[Frame], None],
         log: LifeLog,
+        confinement: Confinement = Confinement(),  # noqa: B008 - a frozen value
     ) -> Running:
         """Start ``arguments`` (argv) in ``environment``; ``receive`` gets each frame from its fd 3.
 
         ``name`` is for our own log. If nothing can be started, ``finished`` fails.
         """
         running = Running(self._reactor, name, receive)
-        launch = Launch(self._name_life(), arguments, environment, log)
+        launch = Launch(self._name_life(), arguments, environment, log, confinement)
         running.start(KeeperProtocol(self._keepers, running, launch))
         return running
 
