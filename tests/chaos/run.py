@@ -234,7 +234,7 @@ class Run:
         )
         self.roller = Roller(
             self.running.control,
-            *TURNED,
+            next(iter(TURNED)),
             tuple(
                 str(self.running.script(f"turn-{number}", echo=True, delay=0.1 * number))
                 for number in range(3)
