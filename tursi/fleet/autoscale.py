@@ -132,6 +132,8 @@ class Autoscale:
                 f"another replica needs about {mebibytes(more)} of memory, {mebibytes(room)} "
                 "are free"
             )
+        if not self._memory.fits_beside(member):
+            return "another replica finds no room on the GPUs"
         workers = member.of(member.shown.number)
         threads = max((worker.threads for worker in workers), default=1)
         on_cpu = any(worker.loaded and worker.loaded.device == "cpu" for worker in workers)

@@ -289,7 +289,7 @@ class Convergence:
             if self._makes_room(member, free):
                 self._rollouts.displace(member)
         wanted = [want for member in self._members.values() if (want := member.wanted())]
-        seen = self._memory.seen()
+        seen = self._memory.seen(free)
         self._contested = any(
             member.waits is not None and any(w.phase is Phase.QUEUED for w in member.serving())
             for member in self._members.values()
@@ -316,7 +316,7 @@ class Convergence:
                 self._act(action)
             except Exception:  # noqa: BLE001 - one deployment's defect must not hold up the others
                 log.failure("could not {action}", action=action)
-        self._look_again()
+        self._look_again(free)
 
     def _explain(self, free: Free) -> None:
         """Tell each member what memory means for it."""
@@ -358,11 +358,11 @@ class Convergence:
             if was and not member.paused:
                 member.queue.pump()
 
-    def _look_again(self) -> None:
+    def _look_again(self, free: Free) -> None:
         """Converge when time alone changes what is to be in memory."""
         if self._looking is not None and self._looking.active():
             self._looking.cancel()
-        seconds = self._residence.next_look()
+        seconds = self._residence.next_look(free)
         if seconds is not None and self._open:
             self._look_by(self._reactor.seconds() + seconds)
 

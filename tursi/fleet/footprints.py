@@ -36,6 +36,8 @@ class _Model:
     blueprint: Blueprint
     read: bool = False
     """Whether its files have been looked at."""
+    of: Resolution | None = None
+    """The last one that it was found to be."""
     waiting: list[Deferred[None]] = field(default_factory=list)
 
 
@@ -60,6 +62,8 @@ class Footprints:
         self._models: dict[str, _Model] = {}
         self._measured: dict[Build, Measurement] = {}
         self._unwritten: set[Build] = set()
+        self._told: dict[tuple[LoadOrder, str], Footprint] = {}
+        """What was reckoned since anything new was known."""
 
     async def open(self) -> None:
         """Remember what was measured under earlier daemons."""
@@ -72,6 +76,7 @@ class Footprints:
         """There will be files of that size; nothing else is known of them."""
         mark = fingerprint(resolution)
         self._models[resolution.folder] = _Model(mark, Blueprint(resolution.size or 0), read=True)
+        self._told.clear()
 
     def look(self, resolution: Resolution) -> Deferred[None]:
         """Have its files looked at; fires when that is done."""
@@ -84,16 +89,20 @@ class Footprints:
 
     def known(self, resolution: Resolution) -> bool:
         """Whether its files have been looked at; if not, that begins now."""
-        mark = fingerprint(resolution)
         model = self._models.get(resolution.folder)
+        if model is not None and model.of is resolution:
+            return model.read
+        mark = fingerprint(resolution)
         if model is None or model.mark != mark:
             while len(self._models) >= _MAX_MODELS:
                 del self._models[next(iter(self._models))]
             model = self._models[resolution.folder] = _Model(mark, Blueprint(resolution.size or 0))
+            self._told.clear()
             self._hub.blueprint(resolution.folder).addCallbacks(
                 lambda found, model=model: self._read(model, found),
                 lambda failure, model=model: self._unread(model, failure),
             )
+        model.of = resolution
         return model.read
 
     def _read(self, model: _Model, found: Blueprint) -> None:
@@ -108,6 +117,7 @@ class Footprints:
 
     def _done(self, model: _Model) -> None:
         model.read = True
+        self._told.clear()
         waiting, model.waiting = model.waiting, []
         for each in waiting:
             each.callback(None)
@@ -117,6 +127,14 @@ class Footprints:
 
     def of(self, order: LoadOrder, device: str) -> Footprint:
         """What a worker that is told this needs on such a device."""
+        told = self._told.get((order, device))
+        if told is None:
+            if len(self._told) >= _MAX_MODELS:
+                self._told.clear()
+            told = self._told[order, device] = self._reckon(order, device)
+        return told
+
+    def _reckon(self, order: LoadOrder, device: str) -> Footprint:
         model = self._models.get(order.folder)
         blueprint = model.blueprint if model else Blueprint(0)
         found = self._measured.get(self._build(order, device))
@@ -175,6 +193,7 @@ class Footprints:
         )
         if new != was:
             self._measured[build] = replace(new, at=self._now())
+            self._told.clear()
             self._unwritten.add(build)
 
     def _builds(self, order: LoadOrder, device: str, loaded: Loaded) -> set[Build]:

@@ -111,7 +111,9 @@ class Memory:
     def needs(self, order: LoadOrder, device: str | None = None) -> Footprint:
         """What a worker needs that is told this, on ``device`` if that is known."""
         found = self._footprints.of(order, self.kind(device or order.device))
-        return found if self._reckons(device or order.device) else replace(found, gpu=0)
+        if not found.gpu or self._reckons(device or order.device):
+            return found
+        return replace(found, gpu=0)
 
     def of(self, member: Member) -> Footprint | None:
         """What its next worker needs; ``None`` as long as its files aren't known."""
@@ -120,7 +122,7 @@ class Memory:
             return None
         needs = self.needs(order)
         least = self.shortages.least(member.deployment.name, member.due.number)
-        return replace(needs, host=max(needs.host, least))
+        return needs if needs.host >= least else replace(needs, host=least)
 
     def device(self, member: Member) -> str:
         """Where its present generation was asked to compute."""
@@ -130,9 +132,9 @@ class Memory:
         """A worker has been loaded on ``device``."""
         self._blind = order.device in ANY and device == "cpu" and bool(self._gpus())
 
-    def seen(self) -> list[Seen]:
+    def seen(self, free: Free) -> list[Seen]:
         """All workers as the plan sees them."""
-        free, now, found = self.free(), self._clock(), []
+        now, found = self._clock(), []
         queued: dict[Key, float] = {}
         for member in self._members.values():
             for seen in member.seen(0):
@@ -363,7 +365,7 @@ class Memory:
         """What a worker needs that isn't there yet."""
         needs = self.needs(worker.order)
         least = self.shortages.least(worker.deployment, worker.generation)
-        return replace(needs, host=max(needs.host, least))
+        return needs if needs.host >= least else replace(needs, host=least)
 
     def _is_unread(self, member: Member, number: int) -> bool:
         """Whether its files have still to be looked at."""

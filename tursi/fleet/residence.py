@@ -91,9 +91,9 @@ class Residence:
             rules=self._memory.rules,
         )
 
-    def next_look(self) -> float | None:
+    def next_look(self, free: Free) -> float | None:
         """Seconds until time alone may change anything; ``None`` if it can't."""
-        now, free = self._clock(), self._memory.free()
+        now = self._clock()
         ahead = [
             max(deadline - now, 0.0)
             for member in self._awake()
