@@ -57,6 +57,8 @@ _KINDS: Mapping[str, tuple[str, float, bool]] = {
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 _QUANTIZED = {"int8": 1.1, "int4": 0.65}
 """Bytes of a number in a quantized matrix, its share of the scales included."""
+_COMPARED = 2048
+"""Tokens of the texts by which a quantized model is held against the unquantized one."""
 _EMBEDDINGS = ("embed", "wte", "wpe", "lm_head", "shared", "position_bias", "relative_attention")
 """Parts of the names of matrices that a quantized load leaves as they are."""
 
@@ -223,6 +225,9 @@ def footprint(
     load = BASE + _loading(blueprint, terms, told.weights)
     if not device.startswith("cuda"):
         settled = BASE + told.weights + grows
+        if terms.quantization != "none":
+            # What is left unquantized keeps all pages of the file.
+            settled += blueprint.size
         if host.settled is not None:
             # What has not been used yet may still be needed: pages of the file, and batches.
             settled = max(host.settled, told.weights) + (grows if host.busy is None else 0)
@@ -292,9 +297,12 @@ def _loading(blueprint: Blueprint, terms: Terms, weights: int) -> int:
         if _converts(group) and _KINDS[group.kind][0] != dtype
     )
     dense = _weights(blueprint, dtype, "none")
-    quantized = weights if terms.quantization != "none" else 0
+    loading = math.ceil(read) + dense
+    if terms.quantization != "none":
+        words = blueprint.vocabulary or 0 if blueprint.generates or blueprint.every_token else 0
+        loading += weights + 2 * _FLOAT * _COMPARED * words
     # A tensor is there twice while it is converted.
-    return math.ceil(read) + dense + quantized + (blueprint.largest * _FLOAT if read else 0)
+    return loading + (blueprint.largest * _FLOAT if read else 0)
 
 
 def _converts(group: Group) -> bool:
