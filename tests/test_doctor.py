@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tursi import store
 from tursi.doctor import Facts, Finding, Level, collect, examine
 from tursi.doctor.facts import Place, Port
 from tursi.model import Folders
@@ -47,6 +50,7 @@ WELL = Facts(
     status={"version": "0.1", "pid": 7},
     unanswered=None,
     newest=1_799_999_000.0,
+    database={"schema": 9, "size": 2**20, "problems": []},
     cgroup=None,
     landlock=7,
     seccomp=True,
@@ -98,6 +102,19 @@ def folder(**fields: Any) -> dict[str, Any]:
             "warning", "database", "chmod 600",
         ),
         ({"places": (place("cache folder", free=5 * 2**30),)}, "note", "cache folder", "--cache"),
+        ({"database": {"error": "It can't be read."}}, "problem", "integrity", "be read"),
+        (
+            {"database": {"schema": 9, "size": 1, "problems": ["row 3 is missing"]}},
+            "problem", "integrity", "row 3",
+        ),
+        (
+            {"database": {"schema": 8, "size": 1, "problems": [], "waiting": 1}},
+            "note", "integrity", "1 upgrade to come",
+        ),
+        (
+            {"database": {"schema": 9, "size": 2**31, "problems": []}},
+            "note", "integrity", "large",
+        ),
         ({"umask": 0}, "warning", "umask", "027"),
         ({"status": None, "holder": 77}, "problem", "daemon", "77"),
         ({"status": None, "socket": place("s", exists=False)}, "note", "daemon", "twistd"),
@@ -231,3 +248,29 @@ def test_the_command_without_a_daemon(tmp_path: Path) -> None:
     levels = {each["name"]: each["level"] for each in found["findings"]}
     assert levels["configuration"] == "problem"
     assert levels["daemon"] == "note"
+    assert "integrity" not in levels
+    database = tmp_path / "state" / "tursi.sqlite"
+    database.parent.mkdir()
+    store.prepare(database)
+    content = database.read_bytes()
+
+    def integrity() -> tuple[str, str]:
+        [one] = [
+            each for each in json.loads(run("--json").stdout)["findings"]
+            if each["name"] == "integrity"
+        ]  # fmt: skip
+        return one["level"], one["message"]
+
+    assert integrity()[0] == "ok"
+    with closing(sqlite3.connect(database)) as file:
+        file.execute(f"PRAGMA user_version = {store.NEWEST - 2}")
+        file.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    assert integrity()[0] == "note"
+    assert "2 upgrades to come" in integrity()[1]
+    damaged = bytearray(content)
+    damaged[4096 * 3 : 4096 * 4] = b"\xa5" * 4096
+    database.write_bytes(damaged)
+    assert integrity()[0] == "problem"
+    # It was read, and nothing else.
+    assert database.read_bytes() == damaged
+    assert [each.name for each in database.parent.iterdir()] == ["tursi.sqlite"]

@@ -1,7 +1,8 @@
-"""The database while no daemon runs: ``python -m tursi.database backup|check|restore``.
+"""The database while no daemon runs: ``python -m tursi.database backup|check|look|restore``.
 
 The command ``tursi db`` runs it where no daemon answers. It prints one JSON object, as
-the HTTP API would answer, and takes the lock on the state folder, as a daemon would.
+the HTTP API would answer, and takes the lock on the state folder, as a daemon would; only
+``look`` takes nothing, and changes nothing.
 """
 
 from __future__ import annotations
@@ -34,6 +35,13 @@ def check(database: Path) -> dict[str, Any]:
     return asdict(store.report(database, in_use=False))
 
 
+def look(database: Path) -> dict[str, Any]:
+    """Read all of it, where nobody uses it, and tell how many upgrades wait."""
+    _exists(database)
+    found = asdict(store.report(database, in_use=False))
+    return {**found, "waiting": store.NEWEST - found["schema"]}
+
+
 def restore(database: Path, source: str) -> dict[str, Any]:
     """Put the copy ``source`` in its place."""
     uid = os.getuid()
@@ -50,13 +58,16 @@ def main(arguments: Sequence[str]) -> int:
     """The exit status; ``arguments`` are an action, the state folder, and what the action takes."""
     action, state, *rest = arguments
     database = folders({**os.environ, "TURSI_STATE_DIR": state}, os.getuid()).database
-    actions: dict[str, Any] = {"backup": backup, "check": check, "restore": restore}
+    actions: dict[str, Any] = {
+        "backup": backup, "check": check, "look": look, "restore": restore,
+    }  # fmt: skip
     lock = StateLock(database.parent)
     try:
         if not database.parent.is_dir():
             raise DatabaseError(f"There is no folder {database.parent}; name it with --state.")
-        lock.acquire()
-        store.give(database.parent / "tursi.lock")
+        if action != "look":
+            lock.acquire()
+            store.give(database.parent / "tursi.lock")
         answer, status = actions[action](database, *rest), 0
     except TursiError as error:
         answer, status = {"error": {"message": error.message, "code": error.code}}, 1

@@ -44,7 +44,7 @@ def backup(connection: Connection, *, file: Path | None, state: Path | None, jso
     chosen = (file or Path(f"tursi-{stamp}.sqlite")).absolute()
     answer = None if state else _fetched(connection, chosen)
     if answer is None:
-        answer = _offline(connection, state, "backup", chosen)
+        answer = offline(connection, state, "backup", chosen)
     if json:
         dump(answer)
     else:
@@ -64,7 +64,7 @@ def check(connection: Connection, *, state: Path | None, json: bool) -> None:
         except Failure as error:
             _unless_nobody(error)
     if answer is None:
-        answer = _offline(connection, state, "check")
+        answer = offline(connection, state, "check")
     if json:
         dump(answer)
     else:
@@ -85,7 +85,7 @@ def check(connection: Connection, *, state: Path | None, json: bool) -> None:
 @click.pass_obj
 def restore(connection: Connection, *, file: Path, state: Path | None, json: bool) -> None:
     """Put the backup FILE in the place of the database; no daemon may run."""
-    answer = _offline(connection, state, "restore", file.absolute())
+    answer = offline(connection, state, "restore", file.absolute())
     if json:
         dump(answer)
         return
@@ -112,10 +112,14 @@ def _unless_nobody(error: Failure) -> None:
         raise error
 
 
-def _offline(
-    connection: Connection, state: Path | None, action: str, *arguments: Path
+def offline(
+    connection: Connection,
+    state: Path | None,
+    action: str,
+    *arguments: Path,
+    seconds: float = _SECONDS,
 ) -> dict[str, Any]:
-    """What the tool answers that works on the file itself."""
+    """What the tool answers that works on the file itself; ``Failure``."""
     usual = folders(os.environ, os.getuid())
     if state is None and connection.socket != usual.socket.absolute():
         # Another daemon's socket says nothing of where its state is.
@@ -124,13 +128,17 @@ def _offline(
             Exit.NO_DAEMON,
         )
     folder = (state or usual.state).absolute()
-    done = subprocess.run(
-        [sys.executable, "-I", "-m", "tursi.database", action, str(folder), *map(str, arguments)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        timeout=_SECONDS,
-        check=False,
-    )
+    command = [sys.executable, "-I", "-m", "tursi.database", action, str(folder)]
+    try:
+        done = subprocess.run(
+            [*command, *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise Failure(f"Reading the database took more than {seconds:.0f} s.") from None
     try:
         answer: dict[str, Any] = jsonlib.loads(done.stdout)
     except ValueError:

@@ -7,16 +7,22 @@ import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tursi.cli.connection import Connection, Exit, Failure
+from tursi.cli.database import offline
 from tursi.cli.options import as_json
 from tursi.cli.terminal import dump, safe
 from tursi.model import folders
 
+if TYPE_CHECKING:
+    from tursi.doctor import Facts
+
 _HUB_SECONDS = 10.0
+_DATABASE_SECONDS = 30.0
+"""More than a database of some hundred megabytes takes to be read."""
 _SIGNS = {"ok": ("ok", "green"), "note": ("note", "cyan"), "warning": ("warn", "yellow"),
           "problem": ("FAIL", "red")}  # fmt: skip
 
@@ -39,8 +45,9 @@ def doctor(context: click.Context, *, hub: bool, json: bool) -> None:
     if status is not None and "state" in status:
         places = replace(places, state=Path(status["state"]))
     facts = collect(places, status=status, unanswered=unanswered)
+    facts = replace(facts, database=_database(connection, facts))
     if hub:
-        facts = collect(places, status=status, unanswered=unanswered, hub=_reach(facts.endpoint))
+        facts = replace(facts, hub=_reach(facts.endpoint))
     findings = examine(facts)
     problems = sum(each.level is Level.PROBLEM for each in findings)
     warnings = sum(each.level is Level.WARNING for each in findings)
@@ -65,6 +72,22 @@ def _ask(connection: Connection) -> tuple[dict[str, Any] | None, str | None]:
     except Failure as error:
         return None, error.message
     return found, None
+
+
+def _database(connection: Connection, facts: Facts) -> dict[str, Any] | None:
+    """What a look through it has found, by the daemon if one runs."""
+    place = next(each for each in facts.places if each.what == "database")
+    try:
+        if facts.status is not None:
+            found: dict[str, Any] = connection.call(
+                "GET", "/database", seconds=_DATABASE_SECONDS
+            ).body
+            return found
+        if not place.exists or facts.holder is not None:
+            return None
+        return offline(connection, place.path.parent, "look", seconds=_DATABASE_SECONDS)
+    except Failure as error:
+        return {"error": error.message}
 
 
 def _reach(endpoint: str) -> str:

@@ -35,6 +35,7 @@ class Finding:
 
 
 _LEAST_DISK = 1024**3
+_LARGE_DATABASE = 1024**3
 _SMALL_DISK = 10 * 1024**3
 _FLOORS = {"torch": (2, 10), "transformers": (5, 5)}
 """Below these, known holes let a model run code."""
@@ -48,7 +49,8 @@ def examine(facts: Facts) -> list[Finding]:
     """Every finding, in the order to read them in."""
     found: list[Finding] = []
     for check in (
-        _system, _packages, _sqlite, _configuration, _token, _places, _umask, _daemon, _socket,
+        _system, _packages, _sqlite, _configuration, _token, _places, _database, _umask, _daemon,
+        _socket,
         _ports, _orphans, _clock, _confinement, _accelerators, _hub,
     ):  # fmt: skip
         found += check(facts)
@@ -182,6 +184,38 @@ def _place(place: Place, facts: Facts) -> Iterator[Finding]:
                 name, Level.NOTE, f"{mebibytes(place.free)} are free for {path}",
                 "Few models fit there; --cache or TURSI_CACHE_DIR names another disk.",
             )  # fmt: skip
+
+
+def _database(facts: Facts) -> Iterator[Finding]:
+    found = facts.database
+    if found is None:
+        return
+    if "error" in found:
+        yield Finding(
+            "integrity", Level.PROBLEM, str(found["error"]),
+            "`tursi db check` reads all of it; `tursi db restore FILE` puts a copy back.",
+        )  # fmt: skip
+        return
+    shown = f"schema {found['schema']}, {mebibytes(found['size'])}"
+    if found["problems"]:
+        yield Finding(
+            "integrity", Level.PROBLEM, f"the database is damaged: {found['problems'][0]}",
+            "Stop the daemon, and put a copy back with `tursi db restore FILE`; "
+            "`tursi db check` lists those from before upgrades.",
+        )  # fmt: skip
+    elif waiting := found.get("waiting"):
+        yield Finding(
+            "integrity", Level.NOTE, f"{shown}: {waiting} upgrade{'s' * (waiting > 1)} to come",
+            "Nothing to do: the next start keeps a copy of it and upgrades it.",
+        )  # fmt: skip
+    elif found["size"] > _LARGE_DATABASE:
+        yield Finding(
+            "integrity", Level.NOTE, f"the database is whole and large: {shown}",
+            "Keep less (events, lives, crashes and the audit, under [storage]); "
+            "starts and backups read all of it.",
+        )  # fmt: skip
+    else:
+        yield _ok("integrity", f"the database is whole: {shown}")
 
 
 def _umask(facts: Facts) -> Iterator[Finding]:

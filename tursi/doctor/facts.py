@@ -93,6 +93,9 @@ class Facts:
     """Device files of accelerators, and whether this user may open them."""
     orphans: tuple[tuple[int, str], ...] = ()
     """Processes that a daemon has left: pid and name."""
+    database: dict[str, Any] | None = None
+    """What a look through it has found, or ``error``: why it can't be read; ``None`` where
+    there is none, or whoever holds it doesn't answer."""
     hub: str | None = None
     """How the hub answered, where that was asked for."""
     endpoint: str = field(default="")

@@ -3,6 +3,12 @@
 from tursi.store.backups import backup, report, restore
 from tursi.store.deployments import Outcome
 from tursi.store.file import give, inspect, prepare
+from tursi.store.schema import UPGRADES
 from tursi.store.store import Store
 
-__all__ = ["Outcome", "Store", "backup", "give", "inspect", "prepare", "report", "restore"]
+__all__ = [
+    "NEWEST", "Outcome", "Store", "backup", "give", "inspect", "prepare", "report", "restore",
+]  # fmt: skip
+
+NEWEST = len(UPGRADES)
+"""The version of the schema that this Tursi makes of every database."""
