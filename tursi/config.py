@@ -158,9 +158,9 @@ class Hub(_Table, frozen=True):
 class Storage(_Table, frozen=True):
     """The database."""
 
-    statistics_minutes: Count = 2 * 24 * 60
+    statistics_minutes: Count = 24 * 60
     """So many minutes the statistics by minute go back,"""
-    statistics_hours: Count = 60 * 24
+    statistics_hours: Count = 31 * 24
     """so many hours those by hour,"""
     statistics_days: Count = 2 * 366
     """and so many days those by day."""

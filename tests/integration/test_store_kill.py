@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -11,11 +12,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
-from tursi.rollup import Period
+from tursi.rollup import Period, Record, Rollup, StatisticsQuery
 from tursi.sketch import Sketch
-from tursi.store import prepare
+from tursi.store import connection, prepare, statistics
 from tursi.store.schema import UPGRADES
 
 WRITER = Path(__file__).with_name("store_writer.py")
@@ -112,3 +114,31 @@ def test_an_upgrade_killed_at_each_statement_is_done_or_not(tmp_path: Path) -> N
         assert seen == sorted(seen)
         assert set(seen) == set(range(before, newest + 1))
     assert [kill for kill in kills if not kill["killed"] and kill["after"] != newest] == []
+
+
+def test_a_rollup_killed_at_each_statement_counts_everything_once(tmp_path: Path) -> None:
+    path = tmp_path / "tursi.sqlite"
+    prepare(path)
+    rows = [(start, name, number) for start in (0, 60, 7200) for name in "ab" for number in (1, 2)]
+    with closing(sqlite3.connect(path, isolation_level=None)) as file:
+        connection.for_writing(file)
+        for start, name, number in rows:
+            rollup = Rollup()
+            rollup.count("", True, number / 10, 0.0, None, 1, 1, 1)
+            statistics.add(file.cursor(), [Record(start, name, 0, rollup)])
+    killer = Path(__file__).with_name("rollup_killer.py")
+    for statement in itertools.count():
+        status = subprocess.run(
+            [sys.executable, killer, path, str(statement)], timeout=60, check=False
+        ).returncode
+        with closing(sqlite3.connect(path)) as file:
+            for period in Period:
+                query = StatisticsQuery(period, 0)
+                total = statistics.summary(file.cursor(), query).total
+                assert (total.requests, total.latency.count) == (len(rows), len(rows))
+            fresh = file.execute("SELECT count(*) FROM rollups WHERE span = 0").fetchone()[0]
+        assert (fresh == 0) == (status == 0)
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+    assert statement >= 8

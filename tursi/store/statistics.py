@@ -27,7 +27,7 @@ from tursi.rollup import (
 )
 from tursi.sketch import Sketch
 
-MAX_ROWS = 100_000
+MAX_ROWS = 30_000
 """That one query may add up; more would take seconds."""
 _COMPACT_BYTES = 1024
 """Sketches that were put one after the other are added up when they are longer than that."""
@@ -57,8 +57,13 @@ _ADD = (
 _ROLL_UP = (
     f"INSERT INTO rollups ({', '.join(_COLUMNS)}) SELECT :span, start - start % :span,"  # noqa: S608 - our own names
     f" deployment, key, {', '.join(_COUNTS)},"
-    f" {', '.join(f'merged_sketches({name}, NULL)' for name in SKETCHES)}"
+    f" {', '.join(SKETCHES)}"
     " FROM rollups WHERE span = 0 AND start < :until" + _adding("merged_sketches")
+)
+_COMPACT = (
+    "UPDATE rollups SET "  # noqa: S608 - our own names
+    + ", ".join(f"{name} = merged_sketches({name}, NULL)" for name in SKETCHES)
+    + " WHERE span = 0 AND start < ?"
 )
 
 
@@ -94,6 +99,7 @@ def roll_up(txn: Any, at: float) -> None:
     txn.execute("SELECT 1 FROM rollups WHERE span = 0 AND start < ? LIMIT 1", (until,))
     if txn.fetchone() is None:
         return
+    txn.execute(_COMPACT, (until,))
     for period in Period:
         txn.execute(_ROLL_UP, {"span": period.value, "until": until})
     txn.execute("DELETE FROM rollups WHERE span = 0 AND start < ?", (until,))
@@ -126,10 +132,8 @@ def summary(txn: Any, query: StatisticsQuery) -> Summary:
         f"SELECT {', '.join(_COLUMNS)} FROM rollups WHERE {where} LIMIT ?",  # noqa: S608 - our own names
         (*parameters, MAX_ROWS + 1),
     )
-    total = Rollup()
     periods: dict[int, Rollup] = {}
-    deployments: dict[str, Rollup] = {}
-    keys: dict[int, Rollup] = {}
+    series: dict[tuple[str, int], Rollup] = {}
     for number, row in enumerate(iter(txn.fetchone, None)):
         if number == MAX_ROWS:
             raise InvalidRequest(
@@ -139,8 +143,13 @@ def summary(txn: Any, query: StatisticsQuery) -> Summary:
             )
         _, start, deployment, key = row[: len(_WHERE)]
         rollup = _rollup(row)
-        total.merge(rollup)
         periods.setdefault(start - start % period, Rollup()).merge(rollup)
+        series.setdefault((deployment, key), Rollup()).merge(rollup)
+    total = Rollup()
+    deployments: dict[str, Rollup] = {}
+    keys: dict[int, Rollup] = {}
+    for (deployment, key), rollup in series.items():
+        total.merge(rollup)
         deployments.setdefault(deployment, Rollup()).merge(rollup)
         keys.setdefault(key, Rollup()).merge(rollup)
     return Summary(
@@ -176,10 +185,14 @@ def _decoded(data: bytes | None) -> Sketch:
 
 def _joined(one: bytes | None, other: bytes | None) -> bytes | None:
     joined = (one or b"") + (other or b"")
-    return _merged(joined, None) if len(joined) > _COMPACT_BYTES else joined or None
+    if len(joined) <= _COMPACT_BYTES:
+        return joined or None
+    return _merged(one, other)
 
 
 def _merged(one: bytes | None, other: bytes | None) -> bytes | None:
+    if not one and not other:
+        return None
     merged = _decoded(one)
     merged.merge(_decoded(other))
-    return merged.encode() or None
+    return merged.encode()
