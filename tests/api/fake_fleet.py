@@ -362,7 +362,14 @@ class FakeFleet:
         self.calls.append(("roll_back", name, number, by))
         return self.deployment(name), "replaced"
 
-    async def fit(self, name: str | None, request: Request, replicas: int | None) -> Fit:
+    async def fit(
+        self,
+        name: str | None,
+        request: Request,
+        replicas: int | None,
+        *,
+        beside: bool = False,
+    ) -> Fit:
         self.calls.append(("fit", name, request.model, replicas))
         return Fit(Verdict.FITS, "It fits.", 1000)
 

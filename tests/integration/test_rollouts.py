@@ -187,6 +187,10 @@ def test_without_room_for_both_the_new_one_takes_the_old_ones_place(running: Dae
         "/deployments/search", json={"model": new}, params={"dry_run": 1}
     ).json()
     assert fit["verdict"] == "in_place"
+    beside = running.control.put(
+        "/deployments/search", json={"model": new, "canary": 10}, params={"dry_run": 1}
+    ).json()
+    assert (beside["verdict"], "canary" in beside["message"]) == ("waits", True)
     with Load(running) as load:
         up(running, model=new)
         until(lambda: running.status("search")["in_place"], "it is done in place")

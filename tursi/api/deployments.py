@@ -113,7 +113,7 @@ class DeploymentControl:
             quantization=quantization or "none",
         )
         if dry_run:
-            return await self._fleet.fit(name, request, replicas)
+            return await self._fleet.fit(name, request, replicas, beside=canary is not None)
         before = self._before(name)
         least, most = _replicas(before, replicas, max_replicas)
         deployment, outcome = await self._fleet.deploy(

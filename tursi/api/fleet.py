@@ -246,8 +246,10 @@ class Fleet(Protocol):
         """Go back to an earlier generation; ``None``: the last other one."""
         ...
 
-    async def fit(self, name: str | None, request: Request, replicas: int | None) -> Fit:
-        """Whether ``deploy`` of the same would find room; it changes nothing."""
+    async def fit(
+        self, name: str | None, request: Request, replicas: int | None, *, beside: bool = False
+    ) -> Fit:
+        """Whether ``deploy`` of the same would find room, ``beside`` what serves if need be."""
         ...
 
     async def memory(self, name: str) -> Fit:

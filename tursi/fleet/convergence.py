@@ -22,6 +22,7 @@ from tursi.fleet.logs import Logs
 from tursi.fleet.measuring import Measuring
 from tursi.fleet.member import Member
 from tursi.fleet.memory import Memory
+from tursi.fleet.prospect import Prospect
 from tursi.fleet.residence import Residence
 from tursi.fleet.rollout import Rollouts
 from tursi.hub import Hub
@@ -34,6 +35,7 @@ from tursi.model import (
     Phase,
     Request,
     Resolution,
+    Verdict,
     WorkerLife,
 )
 from tursi.plan import LOAD_SLOTS, Action, Admit, Create, Key, Resolve, Retire, decide
@@ -98,6 +100,7 @@ class Convergence:
         settings: Workers,
         host: Host,
         memory: Memory,
+        prospect: Prospect,
         residence: Residence,
         measuring: Measuring,
         reactor: Any,
@@ -112,6 +115,7 @@ class Convergence:
         self._settings = settings
         self._host = host
         self._memory = memory
+        self._prospect = prospect
         self._residence = residence
         self._measuring = measuring
         self._overcommitted = False
@@ -286,7 +290,7 @@ class Convergence:
         self._explain(free)
         for member in self._members.values():
             self._rollouts.advance(member)
-            if self._makes_room(member, free):
+            if self._makes_room(member):
                 self._rollouts.displace(member)
         wanted = [want for member in self._members.values() if (want := member.wanted())]
         seen = self._memory.seen(free)
@@ -328,7 +332,7 @@ class Convergence:
                 member.queue.pump()
             self._expect(member, self._residence.deadline(member))
 
-    def _makes_room(self, member: Member, free: Free) -> bool:
+    def _makes_room(self, member: Member) -> bool:
         """Whether its new generation waits for memory that only the old one's going gives."""
         deployment = member.deployment
         if deployment.stable is None or deployment.canary is not None or deployment.failed:
@@ -336,10 +340,14 @@ class Convergence:
         if member.in_place is not None or any(each.retiring for each in self._members.values()):
             # What goes already may be enough.
             return False
-        queued = any(
-            worker.phase is Phase.QUEUED for worker in member.of(deployment.generation.number)
-        )
-        return queued and self._memory.takes_turns(member, free)
+        workers = member.of(deployment.generation.number)
+        order = self.orders(member)
+        if order is None or self._memory.of(member) is None:
+            return False
+        if all(worker.phase is not Phase.QUEUED for worker in workers):
+            return False
+        prospect = self._prospect.of(order, member.scale, member, same=True)
+        return prospect.verdict is Verdict.IN_PLACE
 
     def _unload(self, free: Free) -> None:
         """Unload what nobody needs, and what is in the way of others."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import random
 from typing import Any
@@ -186,6 +186,7 @@ class Fleet:
             settings=configuration.workers,
             host=host,
             memory=self._memory,
+            prospect=self._prospect,
             residence=self._residence,
             measuring=self._measuring,
             reactor=reactor,
@@ -434,8 +435,13 @@ class Fleet:
         )
         return self._changed(deployment, outcome)
 
-    async def fit(self, name: str | None, request: Request, replicas: int | None) -> Fit:
-        """Whether ``deploy`` of the same would find room; it changes and downloads nothing."""
+    async def fit(
+        self, name: str | None, request: Request, replicas: int | None, *, beside: bool = False
+    ) -> Fit:
+        """Whether ``deploy`` of the same would find room; it changes and downloads nothing.
+
+        With ``beside`` it is for a canary, so that what serves has to stay.
+        """
         checked = request.checked(self._host)
         reference = Reference.parse(checked.model)
         member = self._members.get(name or reference.short_name)
@@ -459,7 +465,14 @@ class Fleet:
         else:
             await self._footprints.look(resolution)
         order = self._convergence.order(name or reference.short_name, checked, resolution)
-        return self._prospect.of(order, replicas, member, same=same)
+        found = self._prospect.of(order, replicas, member, same=same)
+        if beside and found.verdict is Verdict.IN_PLACE:
+            message = (
+                f"There is no room for a canary beside what {name or reference.short_name} serves: "
+                "it would wait for memory. Without --canary it would take the other's place."
+            )
+            return replace(found, verdict=Verdict.WAITS, message=message, evicts=())
+        return found
 
     async def _on_disk(
         self, reference: Reference, request: Request, member: Member | None

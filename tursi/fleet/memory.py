@@ -263,18 +263,6 @@ class Memory:
         """Host memory that loads may still take."""
         return self.free().host
 
-    def takes_turns(self, member: Member, free: Free) -> bool:
-        """Whether its new generation finds room only once the workers of the old one are gone."""
-        needs, number = self.of(member), member.deployment.generation.number
-        if needs is None or self._fits(member, needs, free):
-            return False
-        old = [each for each in self.there() if each.member is member]
-        return self._fits(
-            member,
-            needs,
-            self.without(free, [each for each in old if each.key.generation != number]),
-        )
-
     def without(self, free: Free, gone: Collection[There]) -> Free:
         """What would be free if these had gone."""
         gpus = dict(free.gpus)
