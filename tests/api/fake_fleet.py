@@ -11,6 +11,7 @@ from twisted.internet.defer import Deferred
 
 from tursi.api.fleet import Sink, Upload
 from tursi.errors import (
+    CatalogueEntryNotFound,
     CrashNotFound,
     DatabaseBusy,
     DeploymentNotFound,
@@ -40,6 +41,9 @@ from tursi.model import (
     Generation,
     ImportPlan,
     LoadOrder,
+    ModelCard,
+    ModelFile,
+    ModelReport,
     Peaks,
     Phase,
     Progress,
@@ -146,6 +150,12 @@ class FakeCatalogue:
 
     async def entries(self) -> list[CatalogueEntry]:
         return [CatalogueEntry("org/small", "/models/small", 1000, used_by=("small",))]
+
+    async def show(self, model: str) -> ModelReport:
+        if model not in {"small", "org/small"}:
+            raise CatalogueEntryNotFound
+        card = ModelCard((ModelFile("config.json", 1000),), "BertModel", dimensions=2)
+        return ModelReport("org/small", "/models/small", "a" * 40, 1000, card)
 
     async def remove(self, model: str, by: str) -> list[CatalogueEntry]:
         if model != "org/small@v1":

@@ -40,6 +40,7 @@ RULES = {
     "GET /models/<path:model>/info": INFERENCE,
     "GET /status": READING,
     "GET /catalogue": READING,
+    "GET /catalogue/<path:model>": READING,
     "GET /deployments": READING,
     "GET /deployments/<name>": READING,
     "GET /deployments/<name>/workers": READING,

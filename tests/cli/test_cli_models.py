@@ -57,6 +57,8 @@ def test_pull_shows_how_it_goes_until_it_is_there(api: Api) -> None:
         "org/mini: fetching at 512 KiB/s, 71 s left: 1 MiB of 4 MiB (25 %)",
     ]
     assert api.asked[0].body == {"model": "org/mini"}
+    assert api.tursi("pull", "org/mini", "--allow-pickle", "--no-wait").exit_code == Exit.OK
+    assert api.asked[-1].body == {"model": "org/mini", "allow_pickle": True}
     assert json.loads(api.tursi("pull", "org/mini", "--json").stdout)["state"] == "done"
 
 

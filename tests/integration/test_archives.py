@@ -136,6 +136,14 @@ def test_a_model_of_the_hub_serves_the_same_where_there_is_no_hub(
         assert (status["load"], status["limits"]["threads"]) == ("on_demand", 2)
         [entry] = models(other)
         assert (entry["name"], entry["commit"], entry["used_by"]) == (name, commit, ["search"])
+        told = tursi(other, "show", "search")
+        assert "256 tokens" in told
+        assert "22.7 million" in told
+        asks = told[told.index("curl ") :]
+        answer = subprocess.run(
+            ["bash", "-c", asks], capture_output=True, text=True, timeout=60, check=True
+        )
+        assert len(json.loads(answer.stdout)["data"][0]["embedding"]) == 384
         # What is the same is shared, and nothing to do.
         assert "nothing to change" in tursi(other, "import", str(file))
         # By the name of the hub too, without a hub.

@@ -20,6 +20,7 @@ from tursi.model import (
     Fit,
     Generation,
     ImportPlan,
+    ModelReport,
     PullStatus,
     Request,
     Room,
@@ -109,6 +110,10 @@ class Catalogue(Protocol):
 
     async def entries(self) -> list[CatalogueEntry]:
         """All of them."""
+        ...
+
+    async def show(self, model: str) -> ModelReport:
+        """A deployment's model, or one on the disk; ``CatalogueEntryNotFound``."""
         ...
 
     async def remove(self, model: str, by: str) -> Sequence[CatalogueEntry]:

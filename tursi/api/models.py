@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tursi.api.access import require_deployment
 from tursi.api.endpoint import Status, endpoint
 from tursi.api.fleet import Fleet
 from tursi.api.info import Info
 from tursi.api.messages import Catalogue, ModelEntry, ModelHealth, ModelInfo, ModelList
-from tursi.model import Caller, DeploymentStatus, Role
+from tursi.errors import DeploymentNotFound
+from tursi.faces import TABLE
+from tursi.model import Caller, DeploymentStatus, ModelReport, Role
 
 
 class Models:
@@ -62,6 +66,17 @@ class Models:
     async def catalogue(self) -> Catalogue:
         """List the models on this machine's disk."""
         return Catalogue(await self._fleet.catalogue.entries())
+
+    @endpoint("GET", "/catalogue/<path:model>", role=Role.CONTROL, reply=ModelReport)
+    async def details(self, model: str) -> ModelReport:
+        """Tell what a model on the disk is, by its name or that of a deployment."""
+        report = await self._fleet.catalogue.show(model)
+        try:
+            status = self._fleet.deployment(model)
+        except DeploymentNotFound:
+            return report
+        paths = [route.path for route in TABLE if status.task in route.tasks]
+        return replace(report, routes=tuple(path.format(name=status.name) for path in paths))
 
     @endpoint("DELETE", "/catalogue/<path:model>", role=Role.CONTROL, reply=Catalogue)
     async def remove(self, model: str, by: str) -> Catalogue:

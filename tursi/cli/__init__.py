@@ -23,6 +23,7 @@ from tursi.cli import (
     models,
     run,
     service,
+    show,
     statistics,
     top,
 )
@@ -93,6 +94,7 @@ for _command in (
     models.pulls,
     models.models,
     models.rm,
+    show.show,
     archives.export,
     archives.import_,
     history.logs,

@@ -96,7 +96,9 @@ class Connection:
         self.url = url
         self._key = key
         self._network: Any = None
-        """The connection that uploads use."""
+        """The connection that uploads use,"""
+        self._heard = False
+        """and whether an answer has come by it."""
 
     @property
     def place(self) -> str:
@@ -159,25 +161,27 @@ class Connection:
         """Send a body of any length; the body of the answer.
 
         No more is sent once there is an answer: who is refused in the middle would
-        otherwise send all the rest, and never read why. Over TLS that can be told only on
-        a connection that has been used before.
+        otherwise send all the rest, and never read why. That can be told only on a
+        connection by which an answer has come before.
         """
         with self._explained(seconds):
             request = self._request("POST", path, None, parameters, seconds, pieces=pieces)
             request.headers["content-type"] = content_type
             request.extensions["trace"] = self._remember
             response = self._client.send(request)
+        self._heard = True
         _check(response)
         return _decoded(response)
 
     def _remember(self, event: str, information: Mapping[str, Any]) -> None:
         if event.startswith("connection.") and event.endswith(".complete"):
             # Of a connection by TLS the encrypted one, which comes last.
-            self._network = information["return_value"]
+            self._network, self._heard = information["return_value"], False
 
     def _unless_answered(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
         for piece in pieces:
-            if self._network is not None and self._network.get_extra_info("is_readable"):
+            # The first that comes over TLS is no answer.
+            if self._heard and self._network.get_extra_info("is_readable"):
                 return
             yield piece
 

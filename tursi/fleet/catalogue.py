@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from twisted.logger import Logger
 
-from tursi.errors import CatalogueEntryNotFound, InvalidRequest, ModelInUse, TursiError
+from tursi.errors import (
+    CatalogueEntryNotFound,
+    FilesUnavailable,
+    InvalidRequest,
+    ModelInUse,
+    TursiError,
+)
 from tursi.fleet.archives import Archives
 from tursi.fleet.journal import Journal
 from tursi.fleet.member import Member
 from tursi.fleet.pulls import Pulls
 from tursi.hub import Hub
-from tursi.model import CatalogueEntry, Reference, mebibytes
+from tursi.model import CatalogueEntry, Footprint, ModelCard, ModelReport, Reference, mebibytes
 
 log = Logger()
 
@@ -30,6 +36,7 @@ class Catalogue:
         pulls: Pulls,
         archives: Archives,
         journal: Journal,
+        footprint: Callable[[Member], Footprint | None],
         limit: int,
     ) -> None:
         self._members = members
@@ -37,6 +44,7 @@ class Catalogue:
         self._pulls = pulls
         self._archives = archives
         self._journal = journal
+        self._footprint = footprint
         self._limit = limit
 
     def configure(self, limit: int) -> None:
@@ -57,6 +65,44 @@ class Catalogue:
             replace(entry, used_by=tuple(users.get(entry.folder, ())))
             for entry in (*entries, *outside)
         ]
+
+    async def show(self, model: str) -> ModelReport:
+        """A deployment's model, or the one of that name, its commit after an ``@``.
+
+        Raises ``CatalogueEntryNotFound``, or ``FilesUnavailable``.
+        """
+        entries = await self.entries()
+        member = self._members.get(model)
+        if member is not None and not member.leaving:
+            return await self._of_member(member, entries)
+        reference = Reference.parse(model)
+        found = [
+            entry
+            for entry in entries
+            if entry.name == reference.repository
+            and (reference.revision is None or (entry.commit or "").startswith(reference.revision))
+        ]
+        if not found:
+            raise CatalogueEntryNotFound(
+                f"There is neither a deployment nor a model {model[:200]} here; `tursi ps` and "
+                "`tursi models` list what there is."
+            )
+        entry = max(found, key=lambda entry: entry.used_at or 0.0)
+        card = await self._hub.card(entry.folder)
+        return _report(entry, card)
+
+    async def _of_member(self, member: Member, entries: Sequence[CatalogueEntry]) -> ModelReport:
+        name, resolution = member.deployment.name, member.deployment.generation.resolution
+        if resolution is None:
+            raise FilesUnavailable(
+                f"The files of {name} aren't all on the disk yet; `tursi ps` says how far they are."
+            )
+        entry = next(
+            (each for each in entries if each.folder == resolution.folder),
+            CatalogueEntry(Path(resolution.folder).name, resolution.folder, 0, used_by=(name,)),
+        )
+        report = _report(entry, await self._hub.card(resolution.folder))
+        return replace(report, footprint=self._footprint(member))
 
     async def remove(self, model: str, by: str) -> Sequence[CatalogueEntry]:
         """Delete the files of ``org/name``, or of its one revision after an ``@``.
@@ -168,6 +214,18 @@ class Catalogue:
             for folder in folders:
                 users.setdefault(folder, []).append(name)
         return users
+
+
+def _report(entry: CatalogueEntry, card: ModelCard) -> ModelReport:
+    return ModelReport(
+        name=entry.name,
+        folder=entry.folder,
+        commit=entry.commit,
+        size=sum(file.size for file in card.files),
+        card=card,
+        used_by=entry.used_by,
+        used_at=entry.used_at,
+    )
 
 
 def excess(entries: Sequence[CatalogueEntry], limit: int) -> list[CatalogueEntry]:

@@ -53,6 +53,7 @@ from tursi.model import (
     Dossier,
     Event,
     Fit,
+    Footprint,
     Generation,
     Gpu,
     Host,
@@ -151,6 +152,7 @@ class Fleet:
             hub=hub,
             pulls=self.pulls,
             archives=self.archives,
+            footprint=self._needs,
             journal=self._journal,
             limit=configuration.hub.cache_bytes,
         )
@@ -283,6 +285,9 @@ class Fleet:
     def describe(self) -> list[str]:
         """How every deployment and worker is, in lines."""
         return [line for _, member in sorted(self._members.items()) for line in member.describe()]
+
+    def _needs(self, member: Member) -> Footprint | None:
+        return self._memory.of(member)
 
     # -- inference --------------------------------------------------------------------
 

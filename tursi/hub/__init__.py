@@ -16,13 +16,13 @@ from twisted.python.failure import Failure
 
 from tursi import config
 from tursi.archive import File, Manifest
-from tursi.errors import FetchInterrupted, ShuttingDown
+from tursi.errors import FetchInterrupted, FilesUnavailable, ModelRefused, ShuttingDown
 from tursi.footprint import Blueprint
-from tursi.hub import blueprint, disk, exports, imports
+from tursi.hub import blueprint, card, disk, exports, imports
 from tursi.hub.exports import Found
 from tursi.hub.fetch import Fetch, Running, Spawn
 from tursi.hub.imports import Place, Room, Staging
-from tursi.model import CatalogueEntry, Progress, Reference, Resolution, Trust
+from tursi.model import CatalogueEntry, ModelCard, Progress, Reference, Resolution, Trust
 
 __all__ = ["Found", "Hub", "Room", "Running", "Spawn", "Staging"]
 
@@ -138,6 +138,19 @@ class Hub:
     def blueprint(self, folder: str) -> Deferred[Blueprint]:
         """What the files in a folder tell of the model's size."""
         return self._in_thread(blueprint.read, Path(folder))
+
+    def card(self, folder: str) -> Deferred[ModelCard]:
+        """What the files in a folder tell of the model; fails with ``FilesUnavailable``."""
+
+        def unreadable(failure: Failure) -> Failure:
+            failure.trap(OSError, ModelRefused)
+            return Failure(
+                FilesUnavailable(
+                    f"The files in {folder} can't be read: {failure.getErrorMessage()}"
+                )
+            )
+
+        return self._in_thread(card.read, Path(folder)).addErrback(unreadable)
 
     def touch(self, folder: str) -> Deferred[None]:
         """Note that the model in ``folder`` is used now, if it is in the cache."""

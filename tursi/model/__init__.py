@@ -8,6 +8,7 @@ from __future__ import annotations
 from tursi.model.access import ALL_SCOPES, DEFAULT_PORT, ApiKey, Caller, NewKey, Role, Scope
 from tursi.model.archive import ImportPlan
 from tursi.model.audit import AuditEntry, AuditQuery
+from tursi.model.card import ModelCard, ModelFile, ModelReport
 from tursi.model.crash import Crash, Dossier, last_line
 from tursi.model.deployment import (
     DTYPES,
@@ -104,6 +105,9 @@ __all__ = [
     "LoadOrder",
     "Loaded",
     "Measurement",
+    "ModelCard",
+    "ModelFile",
+    "ModelReport",
     "NewKey",
     "Peaks",
     "Phase",
