@@ -22,6 +22,7 @@ from self_signed import certificate
 from small_disk import SmallDisk, may_mount
 from stand_in_hub import StandInHub
 
+DOCUMENT = Path(__file__).parents[2] / "docs/deployments.rst"
 TURSI = str(Path(sys.executable).with_name("tursi"))
 TAR = {"Content-Type": "application/x-tar"}
 MIB = 1 << 20
@@ -38,6 +39,12 @@ def tursi(of: Daemon, *words: str, status: int = 0) -> str:
     )
     assert done.returncode == status, done
     return done.stdout + done.stderr
+
+
+def commands() -> list[list[str]]:
+    """Those that the documentation has."""
+    block = DOCUMENT.read_text().partition(":name: example-archive")[2].split("\n\n")[1]
+    return [line.split()[1:] for line in block.splitlines()]
 
 
 def weights(size: int) -> bytes:
@@ -120,13 +127,15 @@ def test_a_model_of_the_hub_serves_the_same_where_there_is_no_hub(
         one.start(hub.environment(tmp_path / "home"))
         tursi(one, "up", name, "--name", "search", "--load", "on_demand", "--threads", "2")
         before = one.client.post("/v1/embeddings", json=asked).json()["data"]
-        tursi(one, "export", "search", "-o", str(file))
+        first, dry, real, show = commands()
+        monkeypatch.chdir(tmp_path)
+        tursi(one, *first)
         commit = one.status("search")["commit"]
     with daemon(settings="[hub]\noffline = true\n") as other:
-        said = tursi(other, "import", str(file), "--dry-run")
+        said = tursi(other, *dry)
         assert "search: a new deployment" in said
         assert models(other) == []
-        said = tursi(other, "import", str(file))
+        said = tursi(other, *real)
         assert "search: imported." in said
         assert "search is ready" in said
         after = other.client.post("/v1/embeddings", json=asked).json()["data"]
@@ -136,7 +145,7 @@ def test_a_model_of_the_hub_serves_the_same_where_there_is_no_hub(
         assert (status["load"], status["limits"]["threads"]) == ("on_demand", 2)
         [entry] = models(other)
         assert (entry["name"], entry["commit"], entry["used_by"]) == (name, commit, ["search"])
-        told = tursi(other, "show", "search")
+        told = tursi(other, *show)
         assert "256 tokens" in told
         assert "22.7 million" in told
         asks = told[told.index("curl ") :]
