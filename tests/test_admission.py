@@ -28,6 +28,9 @@ def test_who_has_waited_long_keeps_what_gets_free_but_not_for_ever() -> None:
     assert passing(29) == ["small"]
     assert passing(31) == passing(59) == []
     assert passing(61) == ["small"]
+    # Whom waiting doesn't help, it doesn't help to let the others wait.
+    queued = [Candidate("big", 6, waited=31, hopes=False), Candidate("small", 3)]
+    assert admit(queued, Free(5), 2) == [("small", "auto")]
     queued = [Candidate("small", 3), Candidate("big", 6, waited=31)]
     assert admit(queued, Free(6), 2) == [("big", "auto")]
 

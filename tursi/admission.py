@@ -3,7 +3,7 @@
 A load begins where it fits: in host memory, and on its device. What is smaller may pass
 what waits for memory, but not for ever: who has waited for ``patience`` seconds keeps
 what gets free from the others for as long, then lets them pass for as long again, so
-that neither waits for the other without end.
+that neither waits for the other without end. Who has nothing to hope for keeps nothing.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ class Candidate(Generic[K]):
     """Seconds."""
     first: bool = False
     """Whether others make room for it just now."""
+    hopes: bool = True
+    """Whether there would be room if everything went that may."""
 
 
 def admit(
@@ -78,7 +80,7 @@ def admit(
                 used = [name for name in device.split(",") if name in gpus]
                 taken.update(used)
                 gpus.update(_shared(one, used, gpus))
-        elif one.first or holds(one.waited, patience):
+        elif one.first or (one.hopes and holds(one.waited, patience)):
             if not fits:
                 host = 0
             for name in _hoped_for(one, gpus):

@@ -66,6 +66,8 @@ class Seen:
     """As asked for, or where it is being loaded."""
     waited: float = 0.0
     """Seconds for which it has been queued."""
+    hopes: bool = True
+    """Whether there would be room for it if everything went that may."""
     held: bool = False
     """Whether it isn't to be loaded yet, whatever is free."""
 
@@ -230,6 +232,7 @@ def _admissions(
             worker.device,
             worker.waited,
             first=worker.key.deployment == first,
+            hopes=worker.hopes,
         )
         for worker in seen
         if worker.phase is Phase.QUEUED

@@ -277,18 +277,33 @@ def test_what_was_free_right_after_the_failure_is_the_measure() -> None:
 
 
 def test_a_large_one_is_not_passed_for_ever(bench: Bench) -> None:
+    bench.available = RESERVE + 6 * GIB
+    come(bench, "one", 2, Load.ON_DEMAND)
+    serve(bench, "one", Peaks(3 * GIB, 3 * GIB, 3 * GIB)).in_flight = 1
     bench.available = RESERVE + 3 * GIB
     come(bench, "large", 5)
-    come(bench, "one", 1)
-    assert [bench.phase("large"), bench.phase("one")] == [Phase.QUEUED, Phase.SPAWNING]
-    serve(bench, "one", Peaks(GIB, GIB, GIB))
+    come(bench, "two", 0.1)
+    assert [bench.phase("large"), bench.phase("two")] == [Phase.QUEUED, Phase.SPAWNING]
+    serve(bench, "two", Peaks(GIB, GIB, GIB))
     bench.reactor.advance(31)
-    come(bench, "two", 1)
-    assert bench.phase("two") is Phase.QUEUED
+    come(bench, "three", 0.1)
+    # It would take what the large one may have as soon as nobody uses the first.
+    assert bench.phase("three") is Phase.QUEUED
     bench.available = RESERVE + 6 * GIB
     bench.reactor.advance(1.1)
     bench.turn()
     assert bench.phase("large") is Phase.SPAWNING
+
+
+def test_what_has_nothing_to_hope_for_holds_up_nobody(bench: Bench) -> None:
+    bench.available = RESERVE + 3 * GIB
+    come(bench, "large", 5)
+    bench.fleet.configure(configured(limit=50 * GIB))
+    come(bench, "huge", 500)
+    assert bench.phase("huge") is Phase.FAILED
+    bench.reactor.advance(31)
+    come(bench, "small", 0.1)
+    assert bench.phase("small") is Phase.SPAWNING
 
 
 def test_nothing_more_goes_while_what_goes_makes_room(bench: Bench) -> None:

@@ -14,7 +14,7 @@ from tursi.fleet.footprints import Footprints
 from tursi.fleet.member import Member
 from tursi.fleet.shortages import Shortages
 from tursi.footprint import CONTEXT, gpus, kind
-from tursi.model import Dossier, Footprint, Gpu, Host, LoadOrder, Phase, mebibytes
+from tursi.model import Dossier, Footprint, Gpu, Host, Load, LoadOrder, Phase, mebibytes
 from tursi.plan import LOADING, Key, Seen
 from tursi.residency import Rules
 from tursi.supervision.worker import Worker
@@ -136,6 +136,7 @@ class Memory:
         """All workers as the plan sees them."""
         now, found = self._clock(), []
         queued: dict[Key, float] = {}
+        most: Free | None = None
         for member in self._members.values():
             for seen in member.seen(0):
                 worker, device = member.workers[seen.key], member.placed.get(seen.key)
@@ -148,6 +149,7 @@ class Memory:
                 unread = self._is_unread(member, seen.key.generation)
                 needs = self._next(worker)
                 queued[seen.key] = since = self._queued.get(seen.key, now)
+                most = most or self._most(free)
                 found.append(
                     replace(
                         seen,
@@ -155,6 +157,7 @@ class Memory:
                         gpu=_alone(needs),
                         device=worker.order.device,
                         waited=now - since,
+                        hopes=self._fits(needs, worker.order.device, most),
                         held=unread
                         or self.shortages.holds(
                             seen.key.deployment, seen.key.generation, needs, free
@@ -252,7 +255,7 @@ class Memory:
     def fits_beside(self, member: Member) -> bool:
         """Whether a worker of its present generation finds room beside what is there now."""
         needs = self.of(member)
-        return needs is None or self._fits(member, needs, self.free())
+        return needs is None or self._fits(needs, self.device(member), self.free())
 
     def need(self, member: Member) -> int:
         """Host memory that its next worker needs; 0 as long as nothing is known of it."""
@@ -273,10 +276,19 @@ class Memory:
         back = sum(each.host for each in gone)
         return Free(None if free.host is None else free.host + back, gpus, free.suspects)
 
-    def _fits(self, member: Member, needs: Footprint, free: Free) -> bool:
+    def _most(self, free: Free) -> Free:
+        """What would be free if everything had gone that goes, or may."""
+        going = [
+            each
+            for each in self.there()
+            if each.goes or each.member.deployment.schedule.load is Load.ON_DEMAND
+        ]
+        return self.without(free, going)
+
+    def _fits(self, needs: Footprint, device: str, free: Free) -> bool:
         if free.host is not None and needs.host > free.host:
             return False
-        return self.place(needs, self.device(member), free.gpus) is not None
+        return self.place(needs, device, free.gpus) is not None
 
     def ran_out(self, member: Member, dossier: Dossier) -> None:
         """A load has ended for want of memory."""
