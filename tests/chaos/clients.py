@@ -377,3 +377,57 @@ class Roller(threading.Thread):
                 body = {"replicas": 1, "max_replicas": 3}
                 return self._control.post(f"{self._path}/scale", json=body)
         return self._control.post(f"{self._path}/{action}", json={})
+
+
+class Archivist(threading.Thread):
+    """Exports one deployment, imports it under another name, and removes that one."""
+
+    def __init__(
+        self, control: httpx.Client, source: str, name: str, chance: random.Random, pause: float
+    ) -> None:
+        super().__init__(name="archivist", daemon=True)
+        self._control = control
+        self._source = source
+        self.copy = name
+        self._chance = chance
+        self._pause = pause
+        self._ending = threading.Event()
+        self.there: bool | None = False
+        """Whether the copy must be there; ``None`` where nobody can tell."""
+        self.imports = 0
+
+    def end(self) -> None:
+        """Leave it as it is."""
+        self._ending.set()
+
+    def run(self) -> None:
+        while not self._ending.wait(self._pause * (0.5 + self._chance.random())):
+            try:
+                if self.there and self._chance.random() < 0.5:
+                    self._remove()
+                else:
+                    self._bring()
+            except httpx.HTTPError:
+                self.there = None
+
+    def _bring(self) -> None:
+        try:
+            archive = self._control.post(f"/deployments/{self._source}/export")
+        except httpx.HTTPError:
+            return  # nothing has changed
+        if archive.status_code != 200:
+            return
+        answer = self._control.post(
+            "/imports",
+            content=archive.content,
+            params={"name": self.copy},
+            headers={"Content-Type": "application/x-tar"},
+        )
+        if answer.status_code in {200, 201}:
+            self.there = True
+            self.imports += 1
+
+    def _remove(self) -> None:
+        answer = self._control.delete(f"/deployments/{self.copy}")
+        if answer.status_code in {202, 404}:
+            self.there = False

@@ -38,6 +38,7 @@ from checker import (  # noqa: E402 - after the path
 )
 from clients import (  # noqa: E402 - the same
     PIECES,
+    Archivist,
     Changer,
     Choice,
     Client,
@@ -242,8 +243,12 @@ class Run:
             random.Random(self.chance.random()),
             self.pause,
         )
-        actors: list[Client | Changer | Loader | Puller | Roller | Nemesis] = [
+        self.archivist = Archivist(
+            self.running.control, "calm", "copy", random.Random(self.chance.random()), self.pause
+        )
+        actors: list[Client | Changer | Loader | Puller | Roller | Archivist | Nemesis] = [
             *clients,
+            self.archivist,
             changer,
             self.roller,
             loader,
@@ -287,6 +292,7 @@ class Run:
         for name in CHURN:
             self.expect(lambda name=name: self.settle(name))
         self.finish_pulls()
+        self.expect(self.find_copy)
         for name in LAZY:
             self.expect(lambda name=name: until(lambda: self.asked(name) == 200, name, 60))
         for name in CALM:
@@ -309,7 +315,7 @@ class Run:
             f"healed within {healed:.1f} s; after a daemon's kill -9 all was gone {most}"
         ]
         turns = ", ".join(f"{count} x {what}" for what, count in sorted(self.roller.done.items()))
-        self.figures.append(f"turned: {turns}")
+        self.figures.append(f"turned: {turns}; {self.archivist.imports} imports")
         self.figures.append(
             f"at rest: descriptors {before[0]} -> {descriptors},"
             f" RSS {before[1] >> 20} -> {rss >> 20} MiB"
@@ -334,6 +340,19 @@ class Run:
                     right = not folder.exists()
                 if not right:
                     self.history.violations.append(f"{entry['name']} is listed with a wrong {name}")
+
+    def find_copy(self) -> None:
+        """What was imported is there, unless it was removed again."""
+        name, there = self.archivist.copy, self.archivist.there
+        if there:
+            self.running.wait(name, seconds=HEAL_SECONDS)
+        elif there is False:
+            until(
+                lambda: self.running.control.get(f"/deployments/{name}").status_code == 404,
+                f"{name} is gone, as was acknowledged",
+                20,
+            )
+        self.running.control.delete(f"/deployments/{name}")
 
     def finish_pulls(self) -> None:
         """Every pull comes to its end."""
