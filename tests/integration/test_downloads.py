@@ -108,6 +108,24 @@ def test_a_paused_pull_is_gone_on_with_and_a_cancelled_one_ended(
     assert running.control.delete("/pulls/2").json()["state"] == "cancelled"
 
 
+def test_what_had_arrived_of_a_cancelled_pull_can_be_removed(
+    running: Daemon, hub: StandInHub
+) -> None:
+    held = Fault(MAIN, "hold", method="GET", times=1)
+    hub.faults.append(held)
+    pull(running)
+    assert held.reached.wait(30)
+    place = running.state / "cache/hub/models--someone--tiny"
+    until(lambda: list(place.glob("blobs/*.incomplete")), "some of it has come")
+    assert running.control.delete("/pulls/1").json()["state"] == "cancelled"
+    until(lambda: not running.tree(), "the fetcher is gone")
+    assert running.control.get("/catalogue").json()["models"] == []
+    answer = running.control.delete("/catalogue/someone/tiny")
+    assert (answer.status_code, answer.json()["models"]) == (200, [])
+    assert not place.exists()
+    assert running.control.delete("/catalogue/someone/tiny").status_code == 404
+
+
 def test_a_pull_and_a_deployment_share_a_download_and_what_serves_stays(
     running: Daemon, hub: StandInHub
 ) -> None:

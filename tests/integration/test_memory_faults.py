@@ -20,7 +20,7 @@ backoff_max = 0.5
 [memory]
 reserve_bytes = 0
 """
-STORM_SECONDS = 3.0
+STORM_SECONDS = 2.0
 """Time enough for some tries, if there were any."""
 
 
@@ -30,14 +30,14 @@ def say(path: Path, size: int) -> None:
     new.replace(path)
 
 
-@pytest.fixture
-def free(tmp_path: Path) -> Path:
-    path = tmp_path / "free"
-    say(path, 3 * GIB)
+@pytest.fixture(scope="module")
+def free(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("memory") / "free"
+    say(path, 4 * GIB)
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def running(free: Path) -> Iterator[Daemon]:
     environment = {"TURSI_TEST_MEMORY": str(free)}
     with daemon(scripted=True, settings=SETTINGS, environment=environment) as one:
@@ -73,7 +73,7 @@ def test_what_another_process_takes_before_a_load_is_waited_for(
     assert running.status("thirsty")["phase"] == "queued"
     assert lives(running, "thirsty") == []
     assert ask(running, "other") == 200
-    say(free, 3 * GIB)
+    say(free, 4 * GIB)
     running.wait("thirsty", seconds=20)
     assert ask(running, "thirsty") == 200
 
@@ -81,22 +81,22 @@ def test_what_another_process_takes_before_a_load_is_waited_for(
 def test_what_another_process_takes_during_a_load_makes_no_storm(
     running: Daemon, free: Path
 ) -> None:
-    folder = model(running, "thirsty", load_seconds=0.8, fail="out_of_memory:There is no room.")
-    running.deploy("thirsty", folder)
-    running.wait("thirsty", "loading")
+    folder = model(running, "parched", load_seconds=0.8, fail="out_of_memory:There is no room.")
+    running.deploy("parched", folder)
+    running.wait("parched", "loading")
     say(free, GIB // 2)
-    running.wait("thirsty", "backoff")
+    running.wait("parched", "backoff")
     began = time.monotonic()
     while time.monotonic() - began < STORM_SECONDS:
         assert ask(running, "other") == 200
         time.sleep(0.05)
-    assert len(lives(running, "thirsty")) == 1
-    assert running.status("thirsty")["failure"] == "resource"
+    assert len(lives(running, "parched")) == 1
+    assert running.status("parched")["failure"] == "resource"
     (folder / "scripted.json").write_text(json.dumps({"echo": True}))
-    say(free, 3 * GIB)
-    running.wait("thirsty", seconds=20)
-    assert ask(running, "thirsty") == 200
-    assert len(lives(running, "thirsty")) == 2
+    say(free, 4 * GIB)
+    running.wait("parched", seconds=20)
+    assert ask(running, "parched") == 200
+    assert len(lives(running, "parched")) == 2
 
 
 def test_what_is_killed_while_it_loads_is_given_up_in_the_end(running: Daemon) -> None:

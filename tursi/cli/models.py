@@ -146,6 +146,8 @@ def rm(connection: Connection, *, model: str, json: bool) -> None:
     for entry in answer["models"]:
         name = " ".join(filter(None, (entry["name"], (entry["commit"] or "")[:12])))
         line(f"{name} is removed ({size(entry['size'])}).")
+    if not answer["models"]:
+        line(f"What had arrived of {model} is removed.")
 
 
 def _reference(text: str) -> Reference:
