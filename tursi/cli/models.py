@@ -199,12 +199,16 @@ def _look(status: Mapping[str, Any]) -> Look:
     if progress is None:
         return Look(Verdict.COMING, "waiting for its turn")
     stage = _STAGES.get(progress["stage"], progress["stage"])
-    if status["rate"]:
-        stage += f" at {size(status['rate'])}/s"
+    speed = f" at {size(status['rate'])}/s" if status["rate"] is not None else ""
     if status["remaining_seconds"] is not None and status["remaining_seconds"] >= 1:
-        stage += f", {duration(status['remaining_seconds'])} left"
+        speed += f", {duration(status['remaining_seconds'])} left"
     return Look(
-        Verdict.COMING, stage, progress["done"], progress["total"], progress["unit"] or "bytes"
+        Verdict.COMING,
+        stage,
+        progress["done"],
+        progress["total"],
+        progress["unit"] or "bytes",
+        speed=speed,
     )
 
 

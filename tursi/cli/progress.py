@@ -17,6 +17,7 @@ from tursi.model import Desired, Load, Phase
 POLL_SECONDS = 0.25
 _WINDOW_SECONDS = 10.0
 """What a rate is taken over."""
+_POINT_SECONDS = 0.1
 LINE_SECONDS = 5.0
 """Between two plain lines about the same stage."""
 
@@ -61,11 +62,13 @@ class Look:
     part: int | None = None
     """Of ``parts``: the file that it is at."""
     parts: int | None = None
+    speed: str = ""
+    """How fast it goes, where that is known; it changes all the time."""
 
     def __str__(self) -> str:
         """The stage, with how far it is."""
         if self.done is None:
-            return self.stage
+            return self.stage + self.speed
         if self.unit == "bytes":
             amount = size(self.done) + (f" of {size(self.total)}" if self.total else "")
         elif self.total:
@@ -76,7 +79,7 @@ class Look:
             amount += f" ({100 * min(self.done / self.total, 1):.0f} %)"
         if self.part and self.parts and self.parts > 1:
             amount += f", file {self.part} of {self.parts}"
-        return f"{self.stage}: {amount}"
+        return f"{self.stage}{self.speed}: {amount}"
 
 
 def look(status: Mapping[str, Any]) -> Look:
@@ -167,17 +170,19 @@ class Transfer:
     def look(self, done: int, total: int | None) -> Look:
         """What to show when so many are through."""
         now, points = self._monotonic(), self._points
-        points.append((now, done))
+        if not points or now - points[-1][0] >= _POINT_SECONDS:
+            points.append((now, done))
         while len(points) > 2 and now - points[1][0] >= _WINDOW_SECONDS:
             points.popleft()
-        stage = self._stage
+        speed = ""
         (first, before), (last, after) = points[0], points[-1]
         if last - first >= 1 and after > before:
             rate = (after - before) / (last - first)
-            stage += f" at {size(rate)}/s"
+            speed = f" at {size(rate)}/s"
             if total is not None and (total - done) / rate >= 1:
-                stage += f", {duration((total - done) / rate)} left"
-        return Look(Verdict.COMING, stage, float(done), total and float(total), "bytes")
+                speed += f", {duration((total - done) / rate)} left"
+        full = None if total is None else float(total)
+        return Look(Verdict.COMING, self._stage, float(done), full, "bytes", speed=speed)
 
 
 class Lines:

@@ -1,0 +1,66 @@
+"""``tursi export`` and ``import``: what is said while many bytes go by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tursi.cli.connection import Failure
+from tursi.cli.progress import Lines, Transfer
+from tursi.cli.target import new_file
+
+MIB = 1 << 20
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_transfer_tells_its_speed_and_what_is_left() -> None:
+    clock = Clock()
+    transfer = Transfer("importing", clock)
+    assert str(transfer.look(0, 100 * MIB)) == "importing: 0 B of 100 MiB (0 %)"
+    for step in range(1, 41):
+        clock.now = step / 4
+        said = transfer.look(step * MIB, 100 * MIB)
+    assert str(said) == "importing at 4 MiB/s, 15 s left: 40 MiB of 100 MiB (40 %)"
+    # Of the last seconds only.
+    for step in range(1, 81):
+        clock.now = 10 + step / 4
+        said = transfer.look((40 + step // 4) * MIB, None)
+    assert str(said).startswith("importing at 1 MiB/s: 60 MiB")
+
+
+def test_lines_are_few_whatever_the_speed(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    lines, transfer = Lines(clock), Transfer("importing", clock)
+    for step in range(200):
+        clock.now = step / 10
+        lines.show("big", transfer.look(step * step * 1000, 10**9))
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 4
+    assert all(each.startswith("big: importing") for each in said)
+
+
+def test_a_file_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with pytest.raises(ZeroDivisionError), new_file(path) as file:
+        file.write(b"%d" % (1 // 0))
+    assert [*tmp_path.iterdir()] == []
+    with new_file(path) as file:
+        file.write(b"whole")
+        assert not path.exists()
+    assert path.read_bytes() == b"whole"
+    with pytest.raises(Failure, match="exists already"), new_file(path):
+        pytest.fail("it was written over")
+    other = tmp_path / "b.tar"
+    with pytest.raises(Failure, match="can't be written"), new_file(other) as file:
+        other.write_bytes(b"somebody else's")
+    assert other.read_bytes() == b"somebody else's"
+    assert not [each for each in tmp_path.iterdir() if each.suffix == ".part"]
+    with pytest.raises(Failure, match="can't be written"), new_file(tmp_path / "none" / "c"):
+        pytest.fail("it was opened")
