@@ -473,6 +473,11 @@ class FakeFleet:
         rollup.count("", True, seconds / 100, 0.01, None, 4, 10, 20)
         return {"small": rollup}
 
+    def recent_of(self, name: str, seconds: float) -> dict[int, Rollup]:
+        rollup = Rollup()
+        rollup.count("", True, seconds / 100, 0.01, None, 4, 10, 20)
+        return {0: Rollup(), 2: rollup}
+
     def rooms(self) -> list[Room]:
         return [Room("host", 4000, 1000)]
 

@@ -6,7 +6,7 @@ import pytest
 from conversation import House
 from fake_keys import INFER, READ
 
-from tursi.model import Progress
+from tursi.model import Phase, Progress
 from tursi.rollup import Period, StatisticsQuery
 
 pytestmark = pytest.mark.usefixtures("both_paths")
@@ -119,3 +119,21 @@ def test_activity_is_everything_in_one_answer() -> None:
     assert (small["gpu_memory"], other["gpu_memory"]) == (3000, None)
     assert (other["requests_per_second"], other["latency"]) == (0.0, None)
     assert other["progress"]["total"] == 4
+    assert small["generations"] == []
+
+
+def test_generations_are_told_apart_while_there_are_several() -> None:
+    house = House()
+    small = house.fleet.statuses["small"]
+    (worker,) = small.workers
+    both = [
+        replace(worker, name=str(number), generation=number, phase=phase, in_flight=number)
+        for number, phase in ((2, Phase.READY), (2, Phase.LOADING), (1, Phase.READY))
+    ]
+    house.fleet.statuses["small"] = replace(small, workers=tuple(both))
+    (found,) = house.ask("GET", "/activity").json()["deployments"]
+    old, new = found["generations"]
+    assert (old["generation"], old["ready"], old["workers"], old["latency"]) == (1, 1, 1, None)
+    assert (new["generation"], new["ready"], new["workers"], new["in_flight"]) == (2, 1, 2, 4)
+    assert new["requests_per_second"] == pytest.approx(1 / 60)
+    assert new["latency"]["p95"] == pytest.approx(0.6, rel=0.01)

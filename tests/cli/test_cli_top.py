@@ -35,6 +35,7 @@ def row(name: str = "mini", **fields: Any) -> dict[str, Any]:
         "requests_per_second": 12.34, "errors_per_second": 0.0, "tokens_per_second": 1234.0,
         "latency": {"count": 9, "p50": 0.0123, "p95": 0.25, "p99": 1.5, "mean": 0.1},
         "batch_size": 2.25, "rss": 300 * 1024**2, "gpu_memory": None, "cpu_seconds": 10.0,
+        "generations": [],
         **fields,
     }  # fmt: skip
 
@@ -133,6 +134,23 @@ def test_a_loading_one_says_how_far_it_is() -> None:
     assert "load 25 %" in drawn(activity(loading), 160)[4]
     asking = row(phase="queued", progress={"stage": "resolve", "done": None, "total": None})
     assert "resolve" in drawn(activity(asking), 160)[4]
+
+
+def test_generations_have_rows_while_there_are_several() -> None:
+    latency = {"p50": 0.1, "p95": 0.3}
+    generations = [
+        {
+            "generation": number, "ready": 1, "workers": 2, "in_flight": number,
+            "requests_per_second": 2.0, "errors_per_second": 0.5, "latency": latency,
+        }
+        for number in (3, 4)
+    ]  # fmt: skip
+    lines = drawn(activity(row("b", generations=generations), row("a")), 160)
+    assert [line.split()[0] for line in lines[4:]] == ["a", "b", "generation", "generation"]
+    assert lines[7].split() == [
+        "generation", "4", "1/2", "4", "2.0", "0.5", "100", "ms", "300", "ms", "-", "4",
+        "-", "-", "-", "-",
+    ]  # fmt: skip
 
 
 def test_a_share_of_the_processor_needs_two_looks_at_the_same_processes() -> None:

@@ -132,13 +132,14 @@ def test_what_was_of_late_is_known_by_generation() -> None:
         recent.add(
             float(second), {("one", 1, 0): one(), ("one", 2, 0): one(2), ("two", 1, 5): one()}
         )
-    assert recent.of("one", 399.0, 10.0).requests == 30
-    assert recent.of("one", 399.0, 10.0, generation=2).requests == 20
-    assert recent.of("one", 399.0, 1.0, generation=1).latency.count == 1
-    assert recent.of("none", 399.0, 300.0).requests == 0
+    assert {number: each.requests for number, each in recent.of("one", 399.0, 10.0).items()} == {
+        1: 10, 2: 20,
+    }  # fmt: skip
+    assert recent.of("one", 399.0, 1.0)[1].latency.count == 1
+    assert recent.of("none", 399.0, 300.0) == {}
     # In steps of ten seconds, for five minutes.
-    assert 290 <= recent.of("two", 399.0, 1e9).requests <= 310
-    assert 110 <= recent.of("two", 399.0, 120.0).requests <= 130
+    assert 290 <= recent.of("two", 399.0, 1e9)[1].requests <= 310
+    assert 110 <= recent.of("two", 399.0, 120.0)[1].requests <= 130
     assert {name: each.requests for name, each in recent.all(399.0, 10.0).items()} == {
         "one": 30, "two": 10,
     }  # fmt: skip
@@ -149,7 +150,7 @@ def test_what_is_stored_is_not_changed_by_what_is_remembered(bench: Bench) -> No
     bench.count(generation=2)
     (record,) = bench.statistics.take(1.0)
     recent = bench.statistics.recent
-    assert [recent.of("one", 1.0, 10.0, generation).requests for generation in (1, 2)] == [1, 1]
+    assert [each.requests for each in recent.of("one", 1.0, 10.0).values()] == [1, 1]
     bench.count()
     bench.statistics.take(30.0)
     assert record.rollup.requests == 2

@@ -162,6 +162,18 @@ class DaemonUse(msgspec.Struct, frozen=True):
     """Bytes."""
 
 
+class GenerationActivity(msgspec.Struct, frozen=True):
+    """What one of several generations that are there has done in the last minute."""
+
+    generation: int
+    ready: int
+    workers: int
+    in_flight: int
+    requests_per_second: float
+    errors_per_second: float
+    latency: Times | None
+
+
 class DeploymentActivity(msgspec.Struct, frozen=True, kw_only=True):
     """What a deployment does now."""
 
@@ -186,6 +198,8 @@ class DeploymentActivity(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory: int | None
     cpu_seconds: float
     """Since the workers began, so that it falls when one ends."""
+    generations: list[GenerationActivity]
+    """While there are several, oldest first."""
 
 
 class Activity(msgspec.Struct, frozen=True):

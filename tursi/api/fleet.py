@@ -345,6 +345,10 @@ class Fleet(Protocol):
         """What each deployment did in the last ``seconds``."""
         ...
 
+    def recent_of(self, name: str, seconds: float) -> Mapping[int, Rollup]:
+        """What each of its generations did in the last ``seconds``."""
+        ...
+
     def rooms(self) -> Sequence[Room]:
         """Memory of the host and of each GPU."""
         ...

@@ -19,6 +19,7 @@ from tursi.api.figures import (
     DeploymentFigures,
     DeploymentStatisticsQuery,
     Figures,
+    GenerationActivity,
     KeyFigures,
     KeyStatisticsQuery,
     PeriodFigures,
@@ -30,12 +31,14 @@ from tursi.api.figures import (
 from tursi.api.fleet import Fleet
 from tursi.api.info import Info
 from tursi.errors import KeyNotFound
-from tursi.model import Caller, DeploymentStatus, Role, Scope
+from tursi.model import Caller, DeploymentStatus, Phase, Role, Scope
 from tursi.rollup import Period, Rollup
 from tursi.rollup import StatisticsQuery as Asked
 
 WINDOW_SECONDS = 10.0
 """What "now" means."""
+GENERATION_SECONDS = 60.0
+"""The same for generations, to one of which not many requests may go."""
 _LOOK_BACK = {Period.MINUTE: 3600, Period.HOUR: 86400, Period.DAY: 30 * 86400}
 
 KeyNames = Callable[[], Any]
@@ -132,10 +135,38 @@ class StatisticsControl:
             DaemonUse(info.version, info.pid, info.started_at, used.user + used.system, memory.rss),
             [*self._fleet.rooms()],
             [
-                _activity(status, recent.get(status.name, nothing), seconds)
+                _activity(
+                    status,
+                    recent.get(status.name, nothing),
+                    seconds,
+                    self._generations(status, now - info.started_at),
+                )
                 for status in self._fleet.deployments()
             ],
         )
+
+    def _generations(self, status: DeploymentStatus, up: float) -> list[GenerationActivity]:
+        numbers = sorted({each.generation for each in status.workers if each.generation})
+        if len(numbers) == 1 or not numbers:
+            return []
+        recent, nothing = self._fleet.recent_of(status.name, GENERATION_SECONDS), Rollup()
+        seconds = max(min(GENERATION_SECONDS, up), 1.0)
+        found = []
+        for number in numbers:
+            workers = [each for each in status.workers if each.generation == number]
+            done = recent.get(number, nothing)
+            found.append(
+                GenerationActivity(
+                    number,
+                    sum(each.phase is Phase.READY for each in workers),
+                    len(workers),
+                    sum(each.in_flight for each in workers),
+                    done.requests / seconds,
+                    done.failed / seconds,
+                    times(done.latency, done.seconds, done.served),
+                )
+            )
+        return found
 
 
 def _number(key: str, names: Mapping[int, str]) -> int:
@@ -149,7 +180,12 @@ def _number(key: str, names: Mapping[int, str]) -> int:
     return found
 
 
-def _activity(status: DeploymentStatus, recent: Rollup, seconds: float) -> DeploymentActivity:
+def _activity(
+    status: DeploymentStatus,
+    recent: Rollup,
+    seconds: float,
+    generations: list[GenerationActivity],
+) -> DeploymentActivity:
     return DeploymentActivity(
         name=status.name,
         phase=status.phase,
@@ -168,4 +204,5 @@ def _activity(status: DeploymentStatus, recent: Rollup, seconds: float) -> Deplo
         rss=sum(worker.rss or 0 for worker in status.workers),
         gpu_memory=sum(sum(worker.gpus.values()) for worker in status.workers) or None,
         cpu_seconds=sum(worker.cpu_seconds or 0.0 for worker in status.workers),
+        generations=generations,
     )

@@ -96,7 +96,9 @@ def frame(
 
     head = [_daemon(activity), Text(safe(trouble), "bold red") if trouble else _rooms(activity)]
     foot = [] if height is None else [_keys(sort)]
-    rows = sorted(activity["deployments"], key=lambda row: (SORTS[sort][1](row), row["name"]))
+    order = SORTS[sort][1]
+    deployments = sorted(activity["deployments"], key=lambda row: (order(row), row["name"]))
+    rows = [each for row in deployments for each in (row, *_generations(row))]
     room = len(rows) if height is None else max(height - len(head) - len(foot) - 2, 0)
     lines = [*head, Text("")]
     if rows:
@@ -113,6 +115,22 @@ def frame(
     for each in (*lines, *foot):
         each.truncate(width, overflow="ellipsis")
     return Text("\n", no_wrap=True, overflow="crop").join([*lines, *foot])
+
+
+def _generations(row: Row) -> list[Row]:
+    """A row for each generation, where there are several."""
+    return [
+        {
+            **each,
+            "name": f"  generation {each['generation']}",
+            "phase": "",
+            "replicas": each["workers"],
+            "queued": 0,
+            "rss": 0,
+            **dict.fromkeys(("progress", "tokens_per_second", "batch_size", "gpu_memory", "cpu")),
+        }
+        for each in row["generations"]
+    ]
 
 
 def _daemon(activity: Mapping[str, Any]) -> Text:
@@ -211,7 +229,7 @@ def _phase(row: Row) -> str:
     return f"{stage} {100 * min(progress['done'] / progress['total'], 1):.0f} %"
 
 
-def _rate(value: float, nothing: str = "-") -> str:
+def _rate(value: float | None, nothing: str = "-") -> str:
     if not value:
         return nothing
     return f"{value:.1f}" if value < 99.95 else f"{value:.0f}"

@@ -735,6 +735,10 @@ class Fleet:
         """What each deployment did in the last ``seconds``."""
         return self._ledger.recent(seconds)
 
+    def recent_of(self, name: str, seconds: float) -> Mapping[int, Rollup]:
+        """What each generation of the deployment did in the last ``seconds``."""
+        return self._ledger.recent_of(name, seconds)
+
     def rooms(self) -> list[Room]:
         """Memory of the host and of each GPU."""
         return list(self._prospect.rooms(self._memory.free()))

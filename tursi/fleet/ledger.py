@@ -70,6 +70,10 @@ class Ledger:
         """What each deployment did in the last ``seconds``."""
         return self._statistics.recent.all(self._reactor.seconds(), seconds)
 
+    def recent_of(self, deployment: str, seconds: float) -> Mapping[int, Rollup]:
+        """What each of its generations did in the last ``seconds``, up to some minutes."""
+        return self._statistics.recent.of(deployment, self._reactor.seconds(), seconds)
+
     async def tell(self, query: StatisticsQuery) -> Summary:
         """What was done; ``InvalidRequest`` where that is too much at once."""
         await self._write()

@@ -31,21 +31,18 @@ class Recent:
         self._fine.append((at, counted))
         self._forget(at)
 
-    def of(
-        self, deployment: str, at: float, seconds: float, generation: int | None = None
-    ) -> Rollup:
-        """What the deployment, or one generation of it, did in the ``seconds`` before ``at``.
+    def of(self, deployment: str, at: float, seconds: float) -> dict[int, Rollup]:
+        """What each generation of the deployment did in the ``seconds`` before ``at``.
 
         More than ``FINE_SECONDS`` ago it is known in steps of ``COARSE_SECONDS``. Refused
-        requests are of no generation.
+        requests are of no generation, which is 0.
         """
-        found = Rollup()
+        found: dict[int, Rollup] = {}
         for when, held in (*self._coarse, *self._fine):
-            if when <= at - seconds:
-                continue
-            for place, rollup in held.items():
-                if place[0] == deployment and generation in {None, place[1]}:
-                    found.merge(rollup)
+            if when > at - seconds:
+                for (name, generation, _), rollup in held.items():
+                    if name == deployment:
+                        found.setdefault(generation, Rollup()).merge(rollup)
         return found
 
     def all(self, at: float, seconds: float) -> dict[str, Rollup]:
