@@ -177,7 +177,9 @@ def test_a_load_longer_than_the_wait_and_a_full_queue_are_told_with_retry_after(
             thread.start()
         until(lambda: running.status("echo")["queued"] == 2, "two wait")
         full = running.client.post("/v1/embeddings", json=BODY)
-        assert (full.status_code, full.headers["retry-after"]) == (429, "1")
+        assert full.status_code == 429
+        # When the load is over, as far as that is known.
+        assert 1 <= int(full.headers["retry-after"]) <= 120
         assert full.json()["error"]["code"] == "queue_full"
         for thread in threads:
             thread.join(10)
