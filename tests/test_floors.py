@@ -110,16 +110,7 @@ FLOORS = {
     "hook": Floor(),
     "inference": Floor(
         (*WORDS, "heartbeat", "wire", "faces"),
-        (
-            "msgspec",
-            "torch",
-            "transformers",
-            "safetensors",
-            "tokenizers",
-            "numpy",
-            "jinja2",
-            "accelerate",
-        ),
+        ("msgspec", "torch", "transformers", "safetensors", "tokenizers", "numpy", "jinja2"),
     ),
     "fetcher": Floor(
         ("errors", "model", "wire", "selection"), ("msgspec", "huggingface_hub", "httpx")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
 import time
 from collections import Counter
@@ -16,6 +17,13 @@ import pytest
 from daemon import Daemon, daemon
 from patience import until
 from stand_in_hub import Fault, StandInHub
+
+from tursi.residency import Rules
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+from residents import compare, fleet, stretched
+from swaps import trace
 
 GIB = 1024**3
 # Each script passes for a model of 1 GiB, so that two of them have room: also one that has
@@ -311,3 +319,13 @@ def test_a_download_goes_on_where_a_killed_daemon_has_left_it(
     assert ask(other, "one").status == 200
     [rest] = [seen.range for seen in hub.seen if seen.range and re.search(path, seen.path)]
     assert int(rest.removeprefix("bytes=").removesuffix("-")) > 1_000_000
+
+
+def test_more_models_than_have_room_do_better_than_first_come_first_served(tmp_path: Path) -> None:
+    names = [f"m{number}" for number in range(10)]
+    with fleet(10, 3, tmp_path, load_seconds=0.1) as (running, took):
+        arrivals = stretched(trace(100, 10, 0, 10.0), took, names, 2.0)
+        fifo, ours = compare(running, arrivals, Rules(10 * took, 3 * took), 3)
+    assert (fifo.failed, ours.failed) == (0, 0)
+    assert ours.loads < fifo.loads
+    assert ours.percentile(0.95) < fifo.percentile(0.95)
