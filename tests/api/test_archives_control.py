@@ -209,6 +209,28 @@ def test_an_export_that_breaks_off_is_no_whole_answer() -> None:
     assert b"Content-Length: 10\r\n" in transport.value()
 
 
+def test_who_leaves_during_an_export_ends_it() -> None:
+    house = threaded()
+    ended: list[str] = []
+    channel, transport = house.connect()
+
+    def pieces() -> Any:
+        try:
+            yield b"an "
+            channel.pauseProducing()
+            yield b"arc"
+            yield b"hive"
+        finally:
+            ended.append("closed")
+
+    house.fleet.archives.exported = pieces()
+    channel.dataReceived(request("POST", "/deployments/small/export"))
+    assert transport.value().endswith(b"an arc")
+    assert ended == []
+    transport.leave()
+    assert ended == ["closed"]
+
+
 def test_what_cannot_be_exported_says_why() -> None:
     reply = threaded().ask("POST", "/deployments/small/export")
     assert (reply.status, reply.error["code"]) == (409, "files_unavailable")

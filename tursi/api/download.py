@@ -87,7 +87,7 @@ class FileStream:
         finally:
             # A step may still be under way, and is waited for there.
             self._in_thread(steps.close)
-            if request.producer is self:
+            if request.channel is not None and request.producer is self:
                 request.unregisterProducer()
 
     def _in_thread(self, work: Callable[[], Any]) -> Deferred[Any]:

@@ -253,8 +253,9 @@ class Request(server.Request):
         self.finish()
 
     def abort(self) -> None:
-        """Close the connection at once."""
-        self.channel.abort()
+        """Close the connection at once, unless it is gone."""
+        if self.channel is not None:
+            self.channel.abort()
 
     def incident(self, failure: Failure) -> InternalError:
         """Log a defect; the error that tells the client its id and nothing else."""

@@ -16,7 +16,7 @@ import click
 from tursi.cli.connection import Connection, Exit, Failure, path
 from tursi.cli.deployments import await_ready, risks, waiting
 from tursi.cli.options import as_json
-from tursi.cli.progress import Display, Transfer, display
+from tursi.cli.progress import Display, Look, Transfer, Verdict, display
 from tursi.cli.target import new_file
 from tursi.cli.terminal import dump, line, local_time, note, size
 
@@ -103,8 +103,12 @@ def import_(
             dump(plan) if json else None
             return
         total = os.fstat(source.fileno()).st_size if source.seekable() else None
-        with display() as shown:
-            answer = _send(connection, head, source, total, wishes, str(plan["name"]), shown)
+        try:
+            with display() as shown:
+                answer = _send(connection, head, source, total, wishes, str(plan["name"]), shown)
+        except KeyboardInterrupt:
+            note(f"{plan['name']} is not imported; nothing is kept of what was sent.")
+            raise
     status = answer["deployment"]
     if not json:
         line(_announcement(status, answer["outcome"]))
@@ -121,7 +125,8 @@ def _fetch(
     def advanced(done: int, total: int | None) -> None:
         shown.show(name, transfer.look(done, total))
 
-    advanced(0, None)
+    # For their hashes, which come before all else.
+    shown.show(name, Look(Verdict.COMING, "its files are read"))
     connection.download("POST", place, target, seconds=_SECONDS, advanced=advanced)
 
 
@@ -148,11 +153,7 @@ def _send(
     def advanced(done: int) -> None:
         shown.show(name, transfer.look(done, total))
 
-    try:
-        return _upload(connection, _pieces(head, source, advanced), wishes)
-    except KeyboardInterrupt:
-        note(f"{name} is not imported; nothing is kept of what was sent.")
-        raise
+    return _upload(connection, _pieces(head, source, advanced), wishes)
 
 
 def _pieces(head: bytes, source: IO[bytes], advanced: Callable[[int], None]) -> Iterator[bytes]:
