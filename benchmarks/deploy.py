@@ -37,6 +37,7 @@ from patience import until  # noqa: E402 - the same
 
 SCRIPT = """
 import sys
+sys.modules["torchao"] = None  # As where it isn't installed; transformers would import it.
 import torch
 torch.set_num_threads(1)
 import transformers
