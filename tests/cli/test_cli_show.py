@@ -141,7 +141,7 @@ def test_a_model_is_shown_with_whether_it_fits(api: Api) -> None:
     api.on("POST", "/deployments", {"message": "It fits."})
     text = shown(api, "org/mini")
     assert text.startswith("org/mini\n")
-    assert "would it fit" in text
+    assert "if deployed" in text
     assert "It fits." in text
     assert "curl" not in text
     assert api.asked[-1].parameters == {"dry_run": "1"}

@@ -60,7 +60,7 @@ def show(connection: Connection, *, name: str, json: bool) -> None:
         _write(_model(model))
         _write(_files(model["card"]["files"]), "files")
     if deployment is None:
-        _write(_room(connection, name))
+        _write(_room(connection, name), "memory")
     else:
         _write(_history(generations), "history")
         _tell_routes(connection, deployment["name"], model)
@@ -229,7 +229,7 @@ def _room(connection: Connection, name: str) -> Rows:
         )
     except Failure:
         return []
-    return [("would it fit", asked.body["message"])]
+    return [("if deployed", asked.body["message"])]
 
 
 def _tell_routes(connection: Connection, name: str, model: Mapping[str, Any] | None) -> None:
