@@ -333,6 +333,34 @@ def test_the_number_of_replicas_follows_the_waiting(house: House) -> None:
     assert house.do(house.fleet.scale("a", 1, "me")).replicas == 1
 
 
+def test_a_new_generation_goes_on_with_as_many_as_have_room(house: House) -> None:
+    house.up("/models/a", max_replicas=3)
+    house.ready(1)
+    for number in (2, 3):
+        for _ in range(5):
+            house.fleet.count("a", 1, 0, 200, "", 1.0, 2.0, None, Usage())
+            house.reactor.advance(1)
+        house.turn()
+        assert house.fleet.deployment("a").replicas == number
+        house.ready(1)
+    gib = 2**30
+    house.available = 4 * gib
+    house.up("/models/b", size=2 * gib, max_replicas=3)
+    first = next(each for each in house.workers if each.generation == 2)
+    assert isinstance(first, Answering)
+    house.available = 2 * gib
+    first.become(Phase.READY)
+    house.turn()
+    first.say()
+    house.turn()
+    assert house.fleet.deployment("a").stable == 1
+    for _ in range(4):
+        house.reactor.advance(1)
+        house.turn()
+    status = house.fleet.deployment("a")
+    assert (status.generation, status.stable, status.replicas) == (2, None, 1)
+
+
 def test_what_there_is_no_room_for_is_not_asked_for_all_the_time(house: House) -> None:
     house.up("/models/a", max_replicas=8)
     house.ready(1)

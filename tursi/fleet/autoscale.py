@@ -80,18 +80,20 @@ class Autoscale:
             return
         if deployment.stable is not None and deployment.canary is None and not deployment.failed:
             # Until the new generation has taken over, the waiting tells nothing of it.
+            if member.waits is not None and member.scale > deployment.replicas:
+                self._scale(member, member.scale - 1, member.waits)
             return
         oldest = member.queue.oldest
         waited = max(
             sum(waits) / len(waits) if waits else 0.0, now - oldest if oldest is not None else 0.0
         )
-        ready = [worker for worker in member.of(member.shown.number) if worker.phase is Phase.READY]
+        serving = member.of(deployment.served.generation.number)
+        ready = [worker for worker in serving if worker.phase is Phase.READY]
         most = deployment.max_replicas or deployment.replicas
         if len(ready) < member.scale > deployment.replicas and member.waits is not None:
             # There was room when it was asked for.
-            self._hold(member, scaler, member.waits)
-            member.scale -= 1
-            self._soon()
+            scaler.hold(now)
+            self._scale(member, member.scale - 1, member.waits)
             return
         wanted = scaler.decide(
             now,
@@ -106,21 +108,22 @@ class Autoscale:
             if hindrance is not None:
                 self._hold(member, scaler, hindrance)
                 return
-        if wanted != member.scale:
-            cause = (
-                f"requests waited {waited:.2g} s"
-                if wanted > member.scale
-                else "requests have not waited for a while"
-            )
-            self._journal.note(
-                "autoscale",
-                f"{deployment.name} goes from {member.scale} to {wanted} of "
-                f"{deployment.replicas}-{most} replicas",
-                deployment=deployment.name,
-                cause=cause,
-            )
-            member.scale = wanted
-            self._soon()
+        if wanted > member.scale:
+            self._scale(member, wanted, f"requests waited {waited:.2g} s")
+        elif wanted < member.scale:
+            self._scale(member, wanted, "requests have not waited for a while")
+
+    def _scale(self, member: Member, wanted: int, why: str) -> None:
+        deployment = member.deployment
+        self._journal.note(
+            "autoscale",
+            f"{deployment.name} goes from {member.scale} to {wanted} of "
+            f"{deployment.replicas}-{deployment.max_replicas} replicas",
+            deployment=deployment.name,
+            cause=why,
+        )
+        member.scale = wanted
+        self._soon()
 
     def _hindrance(self, member: Member, wanted: int) -> str | None:
         """Why there can't be so many, or ``None``."""
@@ -134,7 +137,7 @@ class Autoscale:
             )
         if not self._memory.fits_beside(member):
             return "another replica finds no room on the GPUs"
-        workers = member.of(member.shown.number)
+        workers = member.of(member.deployment.served.generation.number)
         threads = max((worker.threads for worker in workers), default=1)
         on_cpu = any(worker.loaded and worker.loaded.device == "cpu" for worker in workers)
         cores = self._host.cores
