@@ -182,7 +182,9 @@ def script(model: Model) -> Start:
 
 def restart(ours: Daemon, model: Model, rounds: int) -> None:
     """Restart its worker with its weights in the page cache, and without them."""
-    ours.control.put(f"/deployments/{model.name}", json={"model": str(model.folder)})
+    body = {"model": str(model.folder), "load": "manual"}
+    ours.control.put(f"/deployments/{model.name}", json=body)
+    ours.control.post(f"/deployments/{model.name}/load")
     ready(ours, model.name)
     found: dict[str, list[Start]] = {"  warm": [], "  cold": []}
     resident: dict[str, list[float]] = {"  warm": [], "  cold": []}

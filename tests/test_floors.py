@@ -110,7 +110,16 @@ FLOORS = {
     "hook": Floor(),
     "inference": Floor(
         (*WORDS, "heartbeat", "wire", "faces"),
-        ("msgspec", "torch", "transformers", "safetensors", "tokenizers", "numpy", "jinja2"),
+        (
+            "msgspec",
+            "torch",
+            "transformers",
+            "safetensors",
+            "tokenizers",
+            "numpy",
+            "jinja2",
+            "accelerate",
+        ),
     ),
     "fetcher": Floor(
         ("errors", "model", "wire", "selection"), ("msgspec", "huggingface_hub", "httpx")

@@ -69,7 +69,9 @@ class FakeWorker:
     log = None
     uuid: str | None = None
     in_flight = 0
-    loaded = Loaded(task="feature-extraction", device="cpu", dtype="float32")
+    loaded = Loaded(
+        task="feature-extraction", device="cpu", dtype="float32", choices={"device": "cpu: so."}
+    )
     pid: int | None = None
     rss: int | None = None
 
@@ -310,6 +312,7 @@ def test_a_deployment_is_found_loaded_and_served(bench: Bench) -> None:
     [generation] = bench.do(bench.fleet.generations("a"))
     assert generation.resolution is not None
     assert generation.resolution.dtype == "float32"
+    assert generation.resolution.choices == {"device": "cpu: so."}
 
 
 def test_the_same_again_changes_nothing_and_keeps_the_replicas(bench: Bench) -> None:

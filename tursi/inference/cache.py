@@ -110,10 +110,12 @@ class SharedCache:
         """Drop every row but these, and the places that only the others needed."""
         lengths = [self.lengths[row] for row in rows]
         width = max(lengths)
-        index = torch.tensor(rows, dtype=torch.long, device=self._layers[0].keys.device)
+        wanted = torch.tensor(rows, dtype=torch.long)
         kept = []
         for layer in self._layers:
             places = _places(layer, width)
+            # Layers may be on several devices.
+            index = wanted = wanted.to(layer.keys.device)
             kept.append(
                 (
                     _fit(layer.keys, places).index_select(0, index),

@@ -14,29 +14,38 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 class Choice(NamedTuple):
-    """A device, and why it is that one, as a sentence."""
+    """One device or several, and why it is these, as a sentence."""
 
-    device: torch.device
+    devices: tuple[torch.device, ...]
     why: str
+
+    @property
+    def first(self) -> torch.device:
+        """Where inputs go."""
+        return self.devices[0]
+
+    def __str__(self) -> str:
+        """As a user would name it."""
+        return ",".join(map(str, self.devices))
 
 
 def explain_device(wanted: str, because: str | None = None) -> Choice:
-    """The device that ``wanted`` names, as ``choose_device`` does, and why.
+    """The device, or devices with commas between them, that ``wanted`` names, and why.
 
-    ``because`` is the reason of whoever chose it.
+    As ``choose_device`` does. ``because`` is the reason of whoever chose it.
     """
-    device = choose_device(wanted)
-    if because is not None:
-        return Choice(device, f"{device}: {because}.")
-    if wanted != "auto":
-        return Choice(device, f"{device}: it was asked for.")
+    devices = tuple(map(choose_device, wanted.split(",")))
+    if because is not None or wanted != "auto":
+        name = ", ".join(map(str, devices))
+        return Choice(devices, f"{name}: {because or 'it was asked for'}.")
+    [device] = devices
     if device.type == "cuda":
         count = torch.cuda.device_count()
         which = f"the first of {count} GPUs" if count > 1 else "the only GPU"
-        return Choice(device, f"{device}: {which} ({torch.cuda.get_device_name(device)}).")
+        return Choice(devices, f"{device}: {which} ({torch.cuda.get_device_name(device)}).")
     if device.type == "mps":
-        return Choice(device, "mps: the Apple GPU.")
-    return Choice(device, f"cpu: {_no_gpu()}.")
+        return Choice(devices, "mps: the Apple GPU.")
+    return Choice(devices, f"cpu: {_no_gpu()}.")
 
 
 def _no_gpu() -> str:
@@ -124,3 +133,10 @@ def explain_attention(model: Any) -> str:
     if name == "eager":
         return "eager: transformers has nothing faster for this architecture here."
     return f"{name}: transformers' choice for this architecture here."
+
+
+def torch_dtype(wanted: torch.dtype | str, *names: str | None) -> torch.dtype:
+    """``wanted``, or else the first of ``names`` that is one."""
+    if isinstance(wanted, torch.dtype):
+        return wanted
+    return next((_DTYPES[name] for name in names if name in _DTYPES), torch.float32)

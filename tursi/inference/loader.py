@@ -22,6 +22,7 @@ from tursi.inference.device import (
     explain_attention,
     explain_device,
     explain_dtype,
+    torch_dtype,
 )
 from tursi.inference.embedding import Embedder
 from tursi.inference.fidelity import Fidelity
@@ -39,6 +40,7 @@ from tursi.inference.pretrained import (
 )
 from tursi.inference.readahead import Readahead
 from tursi.inference.scheduler import Engine
+from tursi.inference.split import free_memory, split
 from tursi.inference.tokens import Tokenizer, Tokens, sane_limit
 from tursi.model import Loaded, LoadOrder, Progress, Task, Trust
 
@@ -83,16 +85,20 @@ def _load(
     torch.set_num_threads(order.threads)
     progress(Progress("load"))
     checkpoint = Checkpoint(Path(order.folder), Trust(order.allow_pickle, order.trust_remote_code))
-    device, why_device = explain_device(order.device, order.device_because)
+    choice = explain_device(order.device, order.device_because)
     dtype = choose_dtype(order.dtype)
     checkpoint.check()
     task = checkpoint.task(order.task)
     config = read_config(checkpoint)
-    quantization.check(order.quantization, config, device)
+    quantization.check(order.quantization, config, choice.devices)
     tokenizer = read_tokenizer(checkpoint)
     auto_class = find_class(checkpoint, task, config)
+    places = None
+    if len(choice.devices) > 1:
+        computes_in = torch_dtype(dtype, checkpoint.named_dtype, checkpoint.stored_dtype)
+        places = split(auto_class, config, computes_in, free_memory(choice.devices))
     _await(readahead, progress)
-    model = read_model(checkpoint, task, config, auto_class, dtype, progress)
+    model = read_model(checkpoint, task, config, auto_class, dtype, progress, places)
     model.eval().requires_grad_(False)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     settings = checkpoint.json("sentence_bert_config.json", inside=True)
@@ -103,16 +109,17 @@ def _load(
         limit = _limit(config, tokenizer, settings)
         wrapped = _tokenizer(model, tokenizer, limit, lower=bool(settings.get("do_lower_case")))
     choices = {
-        "device": why_device,
+        "device": choice.why,
         "dtype": explain_dtype(
             order.dtype, model.dtype, checkpoint.named_dtype, checkpoint.stored_dtype
         ),
         "attention": explain_attention(model),
         "quantization": _quantize(
-            order.quantization, task, model, wrapped, limit, checkpoint, device, progress
+            order.quantization, task, model, wrapped, limit, checkpoint, choice.first, progress
         ),
     }
-    model.to(device)
+    if places is None:
+        model.to(choice.first)
     meter = Meter()
     meter.loaded()
     progress(Progress("warm"))
@@ -142,7 +149,7 @@ def _load(
     meter.warm()
     loaded = Loaded(
         task=task.value,
-        device=str(model.device),
+        device=str(model.device if places is None else choice),
         dtype=str(model.dtype).removeprefix("torch."),
         max_length=limit,
         dimensions=dimensions,

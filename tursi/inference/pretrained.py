@@ -95,8 +95,12 @@ def read_model(
     auto_class: Any,
     dtype: torch.dtype | str,
     progress: Callable[[Progress], None],
+    places: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The model with the head that ``task`` needs, on the processor."""
+    """The model with the head that ``task`` needs, on the processor.
+
+    Or, with ``places``, each module on the device that they name for it.
+    """
     with _ProgressBar(checkpoint.shards, progress):
         model, report = _read(
             "weights",
@@ -109,6 +113,7 @@ def read_model(
                 output_loading_info=True,
                 # Not to ignore them: they are in the report, which names them.
                 ignore_mismatched_sizes=True,
+                **({} if places is None else {"device_map": dict(places)}),
                 **_local(checkpoint),
             ),
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -43,7 +43,7 @@ class _Place:
         setattr(self.parent, self.name, layer)
 
 
-def check(wanted: str, model_config: Any, device: torch.device) -> None:
+def check(wanted: str, model_config: Any, devices: Sequence[torch.device]) -> None:
     """Raise ``QuantizationUnsupported`` for what is known not to work before any weight is read."""
     if wanted == NONE:
         return
@@ -55,11 +55,13 @@ def check(wanted: str, model_config: Any, device: torch.device) -> None:
         raise QuantizationUnsupported(
             f"The model's weights are quantized already ({_own(model_config)}); {_WITHOUT}."
         )
-    if device.type not in {"cpu", "cuda"}:
-        raise QuantizationUnsupported(
-            f"Weights can't be quantized for the device {device.type!r}; {_WITHOUT}, or choose "
-            "the device cpu or cuda."
-        )
+    for device in devices:
+        if len(devices) > 1 or device.type not in {"cpu", "cuda"}:
+            name = ",".join(map(str, devices))
+            raise QuantizationUnsupported(
+                f"Weights can't be quantized for the device {name!r}; {_WITHOUT}, or choose the "
+                "device cpu or one GPU (cuda:N)."
+            )
 
 
 def explain_none(model_config: Any) -> str:
