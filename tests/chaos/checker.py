@@ -260,6 +260,19 @@ def slope(points: Sequence[tuple[float, float]]) -> Slope:
     return Slope(60 * rise / spread if spread else 0.0, points[-1][0] - points[0][0])
 
 
+def floor(points: Sequence[tuple[float, float]], parts: int = 6) -> list[tuple[float, float]]:
+    """The least in each part of the time: what comes and goes is no growth."""
+    if not points:
+        return []
+    began, seconds = points[0][0], points[-1][0] - points[0][0]
+    least: dict[int, tuple[float, float]] = {}
+    for at, value in points:
+        part = min(int(parts * (at - began) / seconds), parts - 1) if seconds else 0
+        if part not in least or value < least[part][1]:
+            least[part] = at, value
+    return [least[part] for part in sorted(least)]
+
+
 WARM_SECONDS = 10.0
 """What a new daemon uses in its first seconds tells nothing."""
 MEASURED_SECONDS = 60.0
@@ -275,10 +288,10 @@ def flat(samples: Sequence[Sample]) -> tuple[Slope, Slope, list[str]]:
         by_daemon.setdefault(sample.daemon, []).append(sample)
     longest = max(by_daemon.values(), key=lambda each: each[-1].at - each[0].at, default=[])
     warm = [each for each in longest if each.at - longest[0].at >= WARM_SECONDS]
-    descriptors = slope([(each.at, each.descriptors) for each in warm])
-    rss = slope([(each.at, each.rss) for each in warm])
+    descriptors = slope(floor([(each.at, each.descriptors) for each in warm]))
+    rss = slope(floor([(each.at, each.rss) for each in warm]))
     found = []
-    if descriptors.seconds >= MEASURED_SECONDS:
+    if warm and warm[-1].at - warm[0].at >= MEASURED_SECONDS:
         if descriptors.per_minute > MAX_DESCRIPTORS_PER_MINUTE:
             found.append(f"descriptors grow by {descriptors.per_minute:.1f} a minute")
         if rss.per_minute > MAX_RSS_PER_MINUTE:

@@ -16,6 +16,7 @@ from checker import (
     Wanted,
     Window,
     flat,
+    floor,
     judge,
     lost_changes,
     lost_turns,
@@ -167,6 +168,14 @@ def test_what_grows_is_found_in_the_daemon_that_lived_longest() -> None:
     assert found == "RSS grows by 60.0 MiB a minute"
     # A few seconds say nothing.
     assert flat(samples(1, 60, rss=2**20))[2] == []
+
+
+def test_what_comes_and_goes_does_not_grow() -> None:
+    busy = [(float(at), 100.0 + 30 * (at > 60 and at % 7 > 2)) for at in range(120)]
+    assert slope(busy).per_minute > 5
+    assert slope(floor(busy)).per_minute == pytest.approx(0.0)
+    assert floor([]) == []
+    assert floor([(1.0, 2.0)]) == [(1.0, 2.0)]
 
 
 def test_all_of_it_is_told() -> None:

@@ -218,6 +218,20 @@ def test_the_next_daemon_goes_on_with_what_had_not_ended(path: Path) -> None:
     after.close()
 
 
+def test_what_is_asked_for_at_the_very_end_is_left_to_the_next_daemon(path: Path) -> None:
+    one = Bench(path, FakeHub())
+    one.start("org/a")
+    one.do(one.pulls.pause(1, "uid 0"))
+    one.pulls.close()
+    assert one.start("org/b").state is PullState.RUNNING
+    assert one.do(one.pulls.resume(1, "uid 0")).state is PullState.RUNNING
+    assert [name for name, *_ in one.hub.asked] == ["org/a"]
+    one.close()
+    two = Bench(path, FakeHub())
+    assert sorted(name for name, *_ in two.hub.asked) == ["org/a", "org/b"]
+    two.close()
+
+
 def test_what_may_come_besides_data_is_kept(path: Path) -> None:
     before = Bench(path, FakeHub())
     risky = Trust(allow_pickle=True)

@@ -107,6 +107,7 @@ class Pulls:
         self._reactor = reactor
         self._now = now
         self._going: dict[int, _Going] = {}
+        self._closed = False
 
     async def open(self) -> None:
         """Go on with what an earlier daemon had not finished."""
@@ -115,6 +116,7 @@ class Pulls:
 
     def close(self) -> None:
         """Stop every download; the next daemon goes on with them."""
+        self._closed = True
         for going in self._going.values():
             going.halt()
         self._going.clear()
@@ -206,7 +208,8 @@ class Pulls:
         return going
 
     def _begin(self, going: _Going) -> None:
-        if going.running is not None:
+        # What is wanted at the very end is kept for the next daemon.
+        if going.running is not None or self._closed:
             return
         if going.timer is not None and going.timer.active():
             going.timer.cancel()
