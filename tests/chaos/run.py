@@ -76,7 +76,7 @@ reserve_bytes = 0
 min_residency_seconds = 0.5
 max_wait_seconds = 3.0
 [hub]
-stall_seconds = 3.0
+stall_seconds = 8.0
 endpoint = "{endpoint}"
 """
 GIB = 2**30

@@ -195,6 +195,22 @@ def test_a_hub_that_can_not_be_reached_is_tried_again_when_it_says_so(bench: Ben
     assert bench.state() is PullState.DONE
 
 
+def test_a_download_that_gets_on_is_soon_tried_again_however_often_it_breaks(
+    bench: Bench,
+) -> None:
+    bench.start()
+    waits = []
+    for done in (0.0, 0.0, 100.0, 200.0, 200.0):
+        _, waiting, progress = bench.hub.asked[-1]
+        progress(Progress("download", done, 400.0))
+        waiting.errback(FetchInterrupted("It broke."))
+        again = bench.do(bench.pulls.one(1)).next_try_at
+        assert again is not None
+        waits.append(again - bench.now())
+        bench.reactor.advance(waits[-1])
+    assert waits == [5, 10, 5, 5, 10]
+
+
 def test_what_trying_again_does_not_mend_has_failed(bench: Bench) -> None:
     bench.start()
     bench.hub.asked[0][1].errback(RepositoryNotFound("No such model."))

@@ -67,6 +67,9 @@ class _Going:
         self.running: Deferred[Resolution] | None = None
         self.timer: IDelayedCall | None = None
         self.attempts = 0
+        """Since more has come than ever before."""
+        self.most = 0.0
+        """Bytes that have come so far."""
         self.next_try_at: float | None = None
         self.progress: Progress | None = None
         self.rate = Rate()
@@ -220,6 +223,8 @@ class Pulls:
             if progress.stage == _DOWNLOAD and progress.done is not None:
                 going.rate.add(self._reactor.seconds(), progress.done)
                 self._expect(going)
+                if progress.done > going.most:
+                    going.most, going.attempts = progress.done, 0
             self._tell(going)
 
         # Held before its callbacks are added: they may run at once.
