@@ -146,9 +146,9 @@ def test_generations_have_rows_while_there_are_several() -> None:
         for number in (3, 4)
     ]  # fmt: skip
     lines = drawn(activity(row("b", generations=generations), row("a")), 160)
-    assert [line.split()[0] for line in lines[4:]] == ["a", "b", "generation", "generation"]
+    assert [line.split()[0] for line in lines[4:]] == ["a", "b", "gen", "gen"]
     assert lines[7].split() == [
-        "generation", "4", "1/2", "4", "2.0", "0.5", "100", "ms", "300", "ms", "-", "4",
+        "gen", "4", "1/2", "4", "2.0", "0.5", "100", "ms", "300", "ms", "-", "4",
         "-", "-", "-", "-",
     ]  # fmt: skip
 

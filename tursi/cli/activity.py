@@ -122,7 +122,7 @@ def _generations(row: Row) -> list[Row]:
     return [
         {
             **each,
-            "name": f"  generation {each['generation']}",
+            "name": f"  gen {each['generation']}",
             "phase": "",
             "replicas": each["workers"],
             "queued": 0,
