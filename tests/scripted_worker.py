@@ -277,7 +277,8 @@ class ScriptedWorker:
             self.send(answer)
 
     def event(self, id_: int, number: int, events: int) -> None:
-        if id_ not in self.open:
+        # Where the thread that computes hangs, nothing more comes of what it was at.
+        if id_ not in self.open or self.hung:
             return
         self.page.begin(Operation.DECODE)
         if number == events:
