@@ -150,6 +150,13 @@ def test_no_sizes(api: Api, text: str) -> None:
     assert not api.asked
 
 
+@pytest.mark.parametrize("option", ["--keep-alive", "--cpu", "--timeout"])
+@pytest.mark.parametrize("text", ["nan", "inf", "1e999", "-2"])
+def test_no_numbers(api: Api, option: str, text: str) -> None:
+    assert api.tursi("up", "org/mini", f"{option}={text}").exit_code == Exit.USAGE
+    assert not api.asked
+
+
 @pytest.mark.parametrize(
     ("outcome", "said"),
     [

@@ -308,6 +308,7 @@ def test_apply_sets_the_schedule_that_the_file_names(api: Api, tmp_path: Path) -
         ('[deployments.mini]\nmodel = "org/mini"\nreplicas = 0\n', "1 to 64 replicas"),
         ('[deployments.mini]\nmodel = "org/mini"\nload = "never"\n', "always, on_demand, manual"),
         ('[deployments.mini]\nmodel = "org/mini"\nkeep_alive = "1h"\n', "number of seconds"),
+        ('[deployments.mini]\nmodel = "org/mini"\nkeep_alive = inf\n', "number of seconds"),
     ],
 )
 def test_a_file_that_is_wrong_changes_nothing(

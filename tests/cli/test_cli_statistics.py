@@ -105,6 +105,8 @@ def test_the_longer_ago_the_longer_the_period(api: Api, since: str, by: str) -> 
 def test_nothing_is_said_to_be_nothing(api: Api) -> None:
     api.on("GET", "/deployments/mini/statistics", statistics(periods=[], total=NOTHING))
     assert "mini has had no requests since 2026-01-0" in api.tursi("stats", "mini").stdout
+    api.on("GET", "/statistics", statistics(deployments=[], total=NOTHING))
+    assert api.tursi("stats").stdout.startswith("There have been no requests since 2026-01-0")
     api.on("GET", "/statistics", refusal(404, "key_not_found", "There is no such key."))
     assert api.tursi("stats", "--key", "no").exit_code == Exit.NOT_FOUND
     assert api.tursi("stats", "--since", "soon").exit_code == Exit.USAGE

@@ -65,7 +65,8 @@ class House(Bench):
 
     def up(self, model: str, size: int = 5, **fields: Any) -> str:
         request = {"model": model, **{key: fields.pop(key) for key in ("dtype",) if key in fields}}
-        coroutine = self.fleet.deploy("a", Request(**request), 1, "me", **fields)
+        replicas = fields.pop("replicas", 1)
+        coroutine = self.fleet.deploy("a", Request(**request), replicas, "me", **fields)
         _, outcome = self.do(coroutine)
         if self.hub.asked:
             self.found(folder=model, size=size)
@@ -174,6 +175,29 @@ def test_one_that_can_not_answer_does_not(house: House, how: str) -> None:
     assert new.phase is Phase.DRAINING
     assert house.worker(1).phase is Phase.READY
     assert house.fates()[1] == [Fate.FAILED]
+
+
+def test_a_replica_that_goes_with_its_first_request_speaks_not_against_the_others(
+    house: House,
+) -> None:
+    serving(house)
+    house.do(house.fleet.scale("a", 2, "me"))
+    house.up("/models/b", replicas=2)
+    new = [worker for worker in house.workers if worker.generation == 2]
+    assert [worker.replica for worker in new] == [0, 1]
+    for worker in new:
+        worker.become(Phase.READY)
+    house.turn()
+    house.do(house.fleet.scale("a", 1, "me"))
+    first, second = new
+    assert isinstance(second, Answering)
+    second.asked[-1][1].failed(WorkerLost("It has been ended."))
+    house.turn()
+    assert house.fleet.deployment("a").phase is Phase.WARMING
+    assert isinstance(first, Answering)
+    first.say()
+    house.turn()
+    assert house.fates()[1] == [Fate.SERVING]
 
 
 def test_after_a_restart_what_had_served_does_and_what_failed_waits_to_be_asked_again(

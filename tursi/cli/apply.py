@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -155,7 +156,7 @@ def _schedule(given: dict[str, Any]) -> dict[str, Any]:
     if schedule.get("load", Load.ALWAYS) not in [*Load]:
         raise InvalidRequest(f"load is one of {', '.join(Load)}.", param="load")
     seconds = schedule.get("keep_alive", 0.0)
-    if type(seconds) not in {int, float} or not seconds >= -1:
+    if type(seconds) not in {int, float} or not -1 <= seconds < math.inf:
         raise InvalidRequest("keep_alive is a number of seconds, or -1.", param="keep_alive")
     return schedule
 

@@ -13,7 +13,7 @@ import click
 
 from tursi.cli import memory
 from tursi.cli.connection import Connection, Exit, Failure, path
-from tursi.cli.options import Replicas, Size, as_json
+from tursi.cli.options import Number, Replicas, Size, as_json
 from tursi.cli.progress import Verdict, display, look, wait
 from tursi.cli.terminal import dump, line, local_time, note, size, table
 from tursi.errors import InvalidRequest
@@ -34,7 +34,7 @@ def waiting(command: Command) -> Command:
     for option in (
         click.option(
             "--timeout",
-            type=click.FloatRange(min=0),
+            type=Number(min=0),
             default=READY_SECONDS,
             show_default=True,
             help="Seconds to wait until it is ready.",
@@ -69,7 +69,7 @@ def waiting(command: Command) -> Command:
     help="Give it so many percent of the requests, and leave the rest to what serves now.",
 )
 @click.option("--memory", type=Size(), help="Most memory of each worker, such as 2GiB.")
-@click.option("--cpu", type=click.FloatRange(min=0, min_open=True), help="Most cores of each.")
+@click.option("--cpu", type=Number(min=0, min_open=True), help="Most cores of each.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads to compute with.")
 @click.option("--files", type=click.IntRange(min=1), help="Most open files of each worker.")
 @click.option("--processes", type=click.IntRange(min=1), help="Most processes and threads.")
@@ -80,7 +80,7 @@ def waiting(command: Command) -> Command:
 )
 @click.option(
     "--keep-alive",
-    type=click.FloatRange(min=-1),
+    type=Number(min=-1),
     help="Seconds without a request until what is loaded on demand is unloaded; -1: never.",
 )
 @click.option("--dry-run", is_flag=True, help="Only tell whether it would find room in memory.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from datetime import UTC, datetime, timedelta
 
@@ -34,6 +35,19 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # older ones take no arg
         # As everywhere: GB are powers of 1000, GiB of 1024; G alone is memory, so GiB.
         base = 1000 if rest == "b" and unit else 1024
         return int(float(number) * base ** _UNITS[unit])
+
+
+class Number(click.FloatRange):
+    """A number within bounds, and neither infinite nor what isn't one at all."""
+
+    def convert(
+        self, value: float, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """That number."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is no number that can be used here.", param, ctx)
+        return number
 
 
 _AGO = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}

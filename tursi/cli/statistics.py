@@ -53,7 +53,8 @@ def stats(
     groups = answer["periods" if by in _PERIODS else f"{by}s"]
     rows = [row for row in groups if row["requests"]]
     if not rows:
-        line(f"{name or 'Nothing'} has had no requests since {local_time(answer['since'])}.")
+        had = f"{name} has had" if name else "There have been"
+        line(f"{had} no requests since {local_time(answer['since'])}.")
         return
     lines = [
         *((_name(row, by), *_figures(row)) for row in rows),

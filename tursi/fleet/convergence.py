@@ -278,6 +278,7 @@ class Convergence:
         """Drop a removed deployment once its last worker has gone."""
         if member.leaving and not member.workers:
             self._members.pop(member.deployment.name, None)
+            self._memory.shortages.forget(member.deployment.name)
 
     # -- actions ------------------------------------------------------------------
 

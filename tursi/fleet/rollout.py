@@ -169,6 +169,9 @@ class Rollouts:
         if wrong is None:
             member.proven.add(tried)
             member.queue.pump()
+        elif member.leaving or key in member.retiring:
+            # It was not to stay anyhow.
+            return
         elif key.generation == member.deployment.generation.number:
             self._journal.note(
                 "smoke.failed",
