@@ -309,6 +309,20 @@ def test_apply_sets_the_schedule_that_the_file_names(api: Api, tmp_path: Path) -
         ('[deployments.mini]\nmodel = "org/mini"\nload = "never"\n', "always, on_demand, manual"),
         ('[deployments.mini]\nmodel = "org/mini"\nkeep_alive = "1h"\n', "number of seconds"),
         ('[deployments.mini]\nmodel = "org/mini"\nkeep_alive = inf\n', "number of seconds"),
+        ('[deployments.mini]\nmodel = "org/mini"\ntask = []\n', "task is a text."),
+        ('[deployments.mini]\nmodel = "org/mini"\ndevice = 3\n', "device is a text."),
+        ('[deployments.mini]\nmodel = "org/mini"\nreplicas = true\n', "whole number, or a range"),
+        ('[deployments.mini]\nmodel = "org/mini"\ncanary = true\n', "canary is a whole number."),
+        ('[deployments.mini]\nmodel = "org/mini"\nallow_pickle = "yes"\n', "is true or false."),
+        ('[deployments.mini]\nmodel = "org/mini"\nlimits = 5\n', "limits is a table."),
+        (
+            '[deployments.mini]\nmodel = "org/mini"\nlimits = { memory = "2G" }\n',
+            "limits.memory is a whole number.",
+        ),
+        (
+            '[deployments.mini]\nmodel = "org/mini"\nlimits = { ram = 2 }\n',
+            "unexpected keyword argument 'ram'",
+        ),
     ],
 )
 def test_a_file_that_is_wrong_changes_nothing(

@@ -32,6 +32,25 @@ _FIELDS = (
     *(each.name for each in fields(Request)), "replicas", "max_replicas", "canary", *_SCHEDULE,
 )  # fmt: skip
 
+_WORDS = {
+    (str,): "a text",
+    (int,): "a whole number",
+    (int, float): "a number",
+    (int, str): 'a whole number, or a range such as "1-4"',
+    (bool,): "true or false",
+    (dict,): "a table",
+}
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("model", "task", "device", "dtype", "quantization", "load"), (str,)),
+    **dict.fromkeys(("allow_pickle", "trust_remote_code"), (bool,)),
+    **dict.fromkeys(("max_replicas", "canary"), (int,)),
+    "replicas": (int, str),
+    "limits": (dict,),
+}
+_LIMITS: dict[str, tuple[type, ...]] = {
+    each.name: (int, float) if each.name == "cpu" else (int,) for each in fields(Limits)
+}
+
 
 class _Change(NamedTuple):
     """What has to be done to one deployment."""
@@ -148,6 +167,18 @@ def _check_fields(given: dict[str, Any]) -> None:
     unknown = sorted(given.keys() - _FIELDS)
     if unknown:
         raise InvalidRequest(f"There is no field {unknown[0]!r}; use {', '.join(_FIELDS)}.")
+    _check_types(given, _TYPES)
+    _check_types(given.get("limits", {}), _LIMITS, "limits.")
+
+
+def _check_types(
+    given: dict[str, Any], types: dict[str, tuple[type, ...]], where: str = ""
+) -> None:
+    for key, value in given.items():
+        allowed = types.get(key)
+        # Not isinstance: true is no number.
+        if allowed is not None and type(value) not in allowed:
+            raise InvalidRequest(f"{where}{key} is {_WORDS[allowed]}.", param=f"{where}{key}")
 
 
 def _schedule(given: dict[str, Any]) -> dict[str, Any]:
