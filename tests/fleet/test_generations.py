@@ -274,6 +274,7 @@ def test_where_nothing_else_serves_the_first_failure_is_enough(
     after.become(2, Phase.BACKOFF, "it was killed")
     assert [each.generation for each in after.workers] == [2, 1]
     assert waiting == []
+    assert after.fleet.deployment("a").reason == "it was killed Generation 1 is loaded again."
     after.ready(1)
     # Who waited is served by what had served before.
     assert len(after.worker(1).asked) == 1

@@ -395,6 +395,8 @@ class Member:
         reason = look.reason
         if look.phase is not Phase.READY and reason and serving:
             reason = f"{reason} Generation {serving[0].generation} keeps serving."
+        elif deployment.failed and reason and stable is not None and self.awake:
+            reason = f"{reason} Generation {stable} is loaded again."
         known = generation.resolution or Resolution(folder="")
         loaded = next((status for status in current if status.task), None)
         task, device, dtype = (
