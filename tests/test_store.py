@@ -919,7 +919,7 @@ def test_a_failed_upgrade_leaves_the_version_before_it(
 
 def test_the_package_shows_only_what_is_needed() -> None:
     assert sorted(package.__all__) == [
-        "Outcome", "Store", "backup", "give", "inspect", "prepare", "report", "restore",
+        "NEWEST", "Outcome", "Store", "backup", "give", "inspect", "prepare", "report", "restore",
     ]  # fmt: skip
     assert issubclass(DatabaseBusy, TursiError)
 

@@ -186,7 +186,7 @@ def test_status_shows_everything_the_daemon_says(api: Api) -> None:
     for expected in ("2026-01-0", "tcp:8430 (inference, health)", "torch 2, python 3", "/s\\x1b"):
         assert expected in output
     assert "rlimits and watch (no\\x1b), Landlock 7, network not closed" in output
-    assert json.loads(api.tursi("status", "--json").output) == found
+    assert json.loads(api.tursi("status", "--json").output) == {"running": True, **found}
 
 
 def test_help_needs_neither_a_daemon_nor_slow_imports() -> None:
