@@ -253,6 +253,24 @@ def test_on_demand_both_generations_of_a_canary_come_and_go(house: House) -> Non
     assert (house.fleet.deployment("a").ready, canary.ready) == (1, 1)
 
 
+@pytest.mark.parametrize("canary", [None, 50])
+def test_what_is_new_is_loaded_before_what_is_idle_goes(house: House, canary: int | None) -> None:
+    house.up("/models/a", schedule=Schedule(Load.ON_DEMAND, 2))
+    house.ready(1)
+    house.reactor.advance(1.5)
+    house.up("/models/b", canary=canary)
+    house.reactor.advance(5)
+    house.turn()
+    assert house.worker(1).phase is Phase.READY
+    assert house.fleet.deployment("a").unloads_at is None
+    house.ready(2)
+    assert house.worker(2).phase is Phase.READY
+    house.reactor.advance(3)
+    house.turn()
+    assert house.worker(2).phase is Phase.DRAINING
+    assert house.fates()[1] == ([] if canary else [Fate.SERVING])
+
+
 def test_where_nothing_else_serves_the_first_failure_is_enough(
     house: House, tmp_path: Path
 ) -> None:

@@ -192,6 +192,18 @@ class Member:
         )
 
     @property
+    def changing(self) -> bool:
+        """Whether a new generation has still to be loaded, to see whether it can be."""
+        deployment = self.deployment
+        if deployment.stable is None or deployment.failed:
+            return False
+        return deployment.canary is None or not any(
+            worker.phase is Phase.READY and self.is_proven(key, worker)
+            for key, worker in self.workers.items()
+            if key.generation == deployment.generation.number
+        )
+
+    @property
     def occupied(self) -> bool:
         """Whether it can't go just now, for requests that it has or is to have."""
         if any(worker.in_flight for worker in self.workers.values()):

@@ -56,6 +56,9 @@ class Residence:
         seconds = self._keep_alive(member)
         if member.deployment.schedule.load is not Load.ON_DEMAND or not member.awake or seconds < 0:
             return None
+        if member.changing:
+            # What is new is loaded once, used or not.
+            return None
         # What has failed takes no memory, and coming back it would forget its failures.
         if member.loaded_at is None or not any(
             worker.phase in _SERVES for worker in member.workers.values()
