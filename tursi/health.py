@@ -114,7 +114,7 @@ class Checks:
         return found.addTimeout(SECONDS, self._reactor).addCallbacks(answered, silent)
 
     def _writes(self) -> Part:
-        waiting, now = self._fleet.storage().waiting, self._reactor.seconds()
+        waiting, now = self._fleet.records.storage().waiting, self._reactor.seconds()
         if not waiting:
             self._stuck_since = None
         elif self._stuck_since is None:

@@ -140,9 +140,9 @@ class Daemon(Service):
             folders={"state": folders.state, "cache": folders.cache, "logs": folders.logs},
             dropped={
                 "hooks": lambda: self._hooks.dropped,
-                "notes": lambda: self._fleet.storage().notes_dropped,
-                "statistics": lambda: self._fleet.storage().minutes_dropped,
-                "worker logs": lambda: self._fleet.storage().log_lines_dropped,
+                "notes": lambda: self._fleet.records.storage().notes_dropped,
+                "statistics": lambda: self._fleet.records.storage().minutes_dropped,
+                "worker logs": lambda: self._fleet.records.storage().log_lines_dropped,
                 "log": lambda: logging.current.dropped,
             },
             reactor=reactor,
@@ -298,7 +298,7 @@ class Daemon(Service):
         self._children.monitor.startService()
         await self._keys.start()
         self._gpus.start(self._fleet.look)
-        self._hooks.start(lambda tell: self._fleet.watch(None, tell))
+        self._hooks.start(lambda tell: self._fleet.records.watch(None, tell))
         await self._fleet.open()
         # Who has connected there has waited, rather than being told to come again.
         self._ports.open(each for each in self._listeners if is_handed_over(each))
@@ -311,7 +311,7 @@ class Daemon(Service):
         log.info("workers are confined by {containment}", containment=str(level))
         self._notifier.ready()
         self._notifier.status(self._describe())
-        self._fleet.watch(None, lambda _: self._notifier.changed(self._describe))
+        self._fleet.records.watch(None, lambda _: self._notifier.changed(self._describe))
 
     def _describe(self) -> str:
         return describe(self._fleet.deployments())
@@ -408,7 +408,7 @@ class Daemon(Service):
         """Keep that there was a SIGHUP; nobody can tell from whom."""
         code = error.code if isinstance(error, TursiError) else None
         entry = AuditEntry(0, time.time(), "SIGHUP", "reload", code=code)
-        ensureDeferred(self._fleet.record(entry)).addErrback(
+        ensureDeferred(self._fleet.records.record(entry)).addErrback(
             lambda failure: log.failure("a reload is not audited", failure)
         )
 

@@ -283,6 +283,16 @@ class FakeFleet:
     archives: FakeArchives = field(default_factory=FakeArchives)
     meanwhile: Callable[[], None] = lambda: None
 
+    @property
+    def prospect(self) -> FakeFleet:
+        """It tells of memory itself."""
+        return self
+
+    @property
+    def records(self) -> FakeFleet:
+        """And of the past."""
+        return self
+
     def submit(self, model: str, work: Work, sink: Sink) -> Passage:
         if self.refuse is not None:
             raise self.refuse

@@ -122,7 +122,7 @@ class Bank(Bench):
         self.turn()
 
     def told(self, name: str) -> list[tuple[str, str]]:
-        events = self.do(self.fleet.events(name, 0, 100))
+        events = self.do(self.fleet.records.events(name, 0, 100))
         return [(each.kind, each.cause or "") for each in events if each.kind in {"load", "unload"}]
 
 

@@ -309,7 +309,7 @@ def test_a_deployment_is_found_loaded_and_served(bench: Bench) -> None:
     status = bench.fleet.deployment("a")
     assert (status.phase, status.ready, status.task) == (Phase.READY, 2, "feature-extraction")
     assert bench.fleet.find("/models/a") == "a"
-    [generation] = bench.do(bench.fleet.generations("a"))
+    [generation] = bench.do(bench.fleet.records.generations("a"))
     assert generation.resolution is not None
     assert generation.resolution.dtype == "float32"
     assert generation.resolution.choices == {"device": "cpu: so."}
@@ -470,14 +470,14 @@ def test_a_restart_looks_again_for_files_that_were_not_there(bench: Bench) -> No
 
 def test_events_are_written_and_watched(bench: Bench) -> None:
     seen: list[Event] = []
-    unwatch = bench.fleet.watch("a", seen.append)
+    unwatch = bench.fleet.records.watch("a", seen.append)
     bench.deploy()
     bench.deploy("b", model="org/b")
     bench.not_found(RepositoryNotFound("There is no such repository."))
     unwatch()
     bench.do(bench.fleet.stop("b", "uid 0"))
     assert {event.deployment for event in seen} == {"a"}
-    written = bench.do(bench.fleet.events("a", 0, 100))
+    written = bench.do(bench.fleet.records.events("a", 0, 100))
     assert [event.kind for event in written] == [event.kind for event in seen]
     assert "fetch.failed" in [event.kind for event in written]
 
@@ -574,7 +574,9 @@ def test_when_workers_die_everywhere_nothing_is_started_for_a_minute(bench: Benc
 
 
 def told(bench: Bench, kind: str) -> list[Event]:
-    return [each for each in bench.do(bench.fleet.events(None, 0, 1000)) if each.kind == kind]
+    return [
+        each for each in bench.do(bench.fleet.records.events(None, 0, 1000)) if each.kind == kind
+    ]
 
 
 def test_when_the_system_refuses_processes_nothing_is_started_until_it_has_some(
@@ -722,7 +724,7 @@ def test_files_that_are_gone_are_fetched_again_as_they_were(bench: Bench) -> Non
     assert len(bench.workers) == 2
     bench.workers[1].become(Phase.READY)
     assert bench.phase() is Phase.READY
-    kinds = [event.kind for event in bench.do(bench.fleet.events("a", 0, 100))]
+    kinds = [event.kind for event in bench.do(bench.fleet.records.events("a", 0, 100))]
     assert kinds.count("files.lost") == 1
 
 
@@ -840,11 +842,11 @@ def test_what_a_model_may_bring_reaches_the_hub_the_worker_and_the_status(bench:
     assert (order.allow_pickle, order.trust_remote_code) == (True, True)
     status = bench.fleet.deployment("a")
     assert (status.allow_pickle, status.trust_remote_code) == (True, True)
-    [first, second] = bench.do(bench.fleet.generations("a"))
+    [first, second] = bench.do(bench.fleet.records.generations("a"))
     assert (first.request.trust, second.request.trust) == (Trust(), request.trust)
     assert any(
         "pickle files allowed, its own code trusted" in event.message
-        for event in bench.do(bench.fleet.events("a", 0, 10))
+        for event in bench.do(bench.fleet.records.events("a", 0, 10))
     )
 
 
@@ -859,7 +861,7 @@ def test_quantization_makes_a_generation_and_reaches_the_worker_and_the_status(
     bench.found()
     assert bench.workers[-1].order.quantization == "int8"
     assert bench.fleet.deployment("a").quantization == "int8"
-    events = bench.do(bench.fleet.events("a", 0, 10))
+    events = bench.do(bench.fleet.records.events("a", 0, 10))
     assert any(event.message.endswith("as int8") for event in events)
 
 
@@ -925,7 +927,7 @@ def test_everything_is_described_in_lines(bench: Bench) -> None:
 
 def test_threads_beyond_the_cores_are_told_when_it_comes_to_that(bench: Bench) -> None:
     def told() -> list[str]:
-        events = bench.do(bench.fleet.events(None, 0, 1000))
+        events = bench.do(bench.fleet.records.events(None, 0, 1000))
         return [event.message for event in events if event.kind == "threads.overcommitted"]
 
     bench.deploy(replicas=3, limits=Limits(threads=2))
@@ -970,6 +972,8 @@ def test_what_a_worker_warns_of_is_an_event(bench: Bench) -> None:
     worker.observer.warned(worker, "worker.memory", "it uses much")
     bench.turn()
     (event,) = [
-        each for each in bench.do(bench.fleet.events("a", 0, 100)) if each.kind == "worker.memory"
+        each
+        for each in bench.do(bench.fleet.records.events("a", 0, 100))
+        if each.kind == "worker.memory"
     ]
     assert event.message == "it uses much"

@@ -90,7 +90,10 @@ class House(Bench):
         self.turn()
 
     def fates(self) -> list[list[Fate]]:
-        return [[turn.fate for turn in each.turns] for each in self.do(self.fleet.generations("a"))]
+        return [
+            [turn.fate for turn in each.turns]
+            for each in self.do(self.fleet.records.generations("a"))
+        ]
 
 
 @pytest.fixture
@@ -340,7 +343,7 @@ def test_both_generations_follow_the_scale_and_a_canary_that_crashed_is_told_of(
     house.ready(2)
     house.do(house.fleet.scale("a", 2, "me"))
     assert sorted(each.generation for each in house.workers) == [1, 1, 2, 2]
-    [told] = [line for line in house.do(house.fleet.why("a")).sentences if "canary" in line]
+    [told] = [line for line in house.do(house.fleet.records.why("a")).sentences if "canary" in line]
     assert "10 % of the requests" in told
     for _ in range(30):
         house.fleet.count("a", 1, 0, 200, "", 0.1, 0.0, None, Usage())
@@ -371,7 +374,7 @@ def test_the_number_of_replicas_follows_the_waiting(house: House) -> None:
     assert wait(4, 2.0) == 3
     house.ready(1)
     assert wait(70, 0.0) == 2
-    told = [event.message for event in house.do(house.fleet.events("a", 0, 100))]
+    told = [event.message for event in house.do(house.fleet.records.events("a", 0, 100))]
     assert "a goes from 1 to 2 of 1-3 replicas" in told
     assert house.do(house.fleet.scale("a", 1, "me")).replicas == 1
 
@@ -413,7 +416,9 @@ def test_what_there_is_no_room_for_is_not_asked_for_all_the_time(house: House) -
         house.reactor.advance(1)
     assert house.fleet.deployment("a").replicas == 1
     held = [
-        event for event in house.do(house.fleet.events("a", 0, 100)) if event.kind.endswith("held")
+        event
+        for event in house.do(house.fleet.records.events("a", 0, 100))
+        if event.kind.endswith("held")
     ]
     assert len(held) == 1
     assert "of memory" in (held[0].cause or "")

@@ -84,7 +84,7 @@ def fit(bench: Bench, name: str, gib: float, **fields: Any) -> Fit:
     folder = f"/models/{name}-new"
     bench.hub.blueprints[folder] = of_size(gib)
     answer: list[Fit] = []
-    asking = Deferred.fromCoroutine(bench.fleet.fit(name, Request(folder, **fields), None))
+    asking = Deferred.fromCoroutine(bench.fleet.prospect.fit(name, Request(folder, **fields), None))
     asking.addCallback(answer.append)
     bench.found(folder=folder, size=int(gib * GIB))
     [found] = answer
@@ -114,14 +114,14 @@ def test_what_was_measured_holds_for_whoever_deploys_the_same_again(tmp_path: Pa
         second.deploy(name, model="/models/a", dtype=dtype)
         second.found(folder="/models/a", size=GIB)
         assert second.fleet.deployment(name).memory == 3 * GIB
-    known = second.do(second.fleet.memory("other"))
+    known = second.do(second.fleet.prospect.memory("other"))
     assert known.measured
     assert known.footprint is not None
     assert known.footprint.host_peaks == Peaks(3 * GIB, 2 * GIB)
     # Whoever computes otherwise starts anew.
     second.deploy("half", model="/models/a", dtype="bfloat16")
     second.found(folder="/models/a", size=GIB)
-    assert not second.do(second.fleet.memory("half")).measured
+    assert not second.do(second.fleet.prospect.memory("half")).measured
     second.store.stop()
 
 
@@ -130,20 +130,20 @@ def test_what_is_used_in_service_counts_from_then_on(bench: Bench) -> None:
     one = serve(bench, "a", Peaks(GIB, GIB))
     one.pid, one.rss, one.in_flight = 2**22 + 5, 5 * GIB, 1
     bench.reactor.advance(5.1)
-    found = bench.do(bench.fleet.memory("a")).footprint
+    found = bench.do(bench.fleet.prospect.memory("a")).footprint
     assert found is not None
     assert (found.host_peaks.busy, found.host_settled) == (5 * GIB, 5 * GIB)
     # Less is no news.
     one.rss = 2 * GIB
     bench.reactor.advance(5.1)
-    assert bench.do(bench.fleet.memory("a")).footprint == found
+    assert bench.do(bench.fleet.prospect.memory("a")).footprint == found
 
 
 def test_a_worker_that_says_nothing_is_looked_at(bench: Bench) -> None:
     come(bench, "a", 1)
     worker(bench, "a").rss = 4 * GIB
     serve(bench, "a")
-    found = bench.do(bench.fleet.memory("a")).footprint
+    found = bench.do(bench.fleet.prospect.memory("a")).footprint
     assert found is not None
     assert found.host_peaks.warm == 4 * GIB
 
@@ -353,7 +353,7 @@ def test_a_large_model_is_shared_by_several(bench: Bench) -> None:
     bench.gpus = [gpu(0, 40), gpu(1, 30), gpu(2, 20)]
     come(bench, "a", 50)
     assert worker(bench, "a").place("auto") == "cuda:0,cuda:1"
-    fits = bench.do(bench.fleet.memory("a"))
+    fits = bench.do(bench.fleet.prospect.memory("a"))
     assert [(each.device, each.total) for each in fits.rooms[1:]] == [
         (f"cuda:{number}", 80 * GIB) for number in range(3)
     ]
@@ -454,7 +454,7 @@ def test_a_larger_replacement_says_what_the_old_one_gives_back(bench: Bench) -> 
     assert fit(bench, "a", 12).verdict is Verdict.WAITS
     assert fit(bench, "a", 100).verdict is Verdict.NEVER
     # The same again is there.
-    there = bench.do(bench.fleet.memory("a"))
+    there = bench.do(bench.fleet.prospect.memory("a"))
     assert (there.verdict, there.gives_back) == (Verdict.FITS, 0)
     assert there.message.startswith("It is in memory")
 
@@ -462,11 +462,11 @@ def test_a_larger_replacement_says_what_the_old_one_gives_back(bench: Bench) -> 
 def test_what_is_being_downloaded_is_known_by_its_size(bench: Bench) -> None:
     request = Request("org/name")
     bench.hub.entries = []
-    unknown = bench.do(bench.fleet.fit(None, request, None))
+    unknown = bench.do(bench.fleet.prospect.fit(None, request, None))
     assert unknown.verdict is Verdict.UNKNOWN
     bench.deploy("name", model="org/name")
     _, _, progress = bench.hub.asked[0]
     progress(Progress("download", 1.0, float(2 * GIB)))
-    found = bench.do(bench.fleet.fit("other", request, None))
+    found = bench.do(bench.fleet.prospect.fit("other", request, None))
     assert found.verdict is Verdict.FITS
     assert found.memory == BASE + int(2 * GIB * 1.2)

@@ -110,7 +110,7 @@ class Audit:
         self, request: Request, what: str, target: str | None, status: int, code: str | None
     ) -> None:
         caller = request.caller
-        await self._fleet.record(
+        await self._fleet.records.record(
             AuditEntry(
                 id=0,
                 at=self._now(),

@@ -35,17 +35,21 @@ class Database:
     ) -> AuditLog:
         """List who changed what, or was refused it."""
         begin = since.timestamp() if since is not None else 0.0
-        return AuditLog(await self._fleet.audit(AuditQuery(begin, who, action, target, limit)))
+        return AuditLog(
+            await self._fleet.records.audit(AuditQuery(begin, who, action, target, limit))
+        )
 
     @endpoint("GET", "/database", role=Role.CONTROL, reply=DatabaseReport)
     async def check(self) -> DatabaseReport:
         """Read all of the database, and tell how it is."""
-        return await self._fleet.database_report()
+        return await self._fleet.records.database_report()
 
     @endpoint("POST", "/database/backup", role=Role.CONTROL, reply=bytes, media=_SQLITE)
     async def backup(self) -> Download:
         """Answer with a consistent copy of the database, an SQLite file."""
-        return Download(partial(_opened, await self._fleet.backup()), "tursi.sqlite", _SQLITE)
+        return Download(
+            partial(_opened, await self._fleet.records.backup()), "tursi.sqlite", _SQLITE
+        )
 
 
 def _opened(path: Path) -> tuple[int, Iterator[bytes]]:

@@ -113,7 +113,9 @@ class DeploymentControl:
             quantization=quantization or "none",
         )
         if dry_run:
-            return await self._fleet.fit(name, request, replicas, beside=canary is not None)
+            return await self._fleet.prospect.fit(
+                name, request, replicas, beside=canary is not None
+            )
         before = self._before(name)
         least, most = _replicas(before, replicas, max_replicas)
         deployment, outcome = await self._fleet.deploy(
@@ -188,7 +190,7 @@ class DeploymentControl:
     @endpoint("GET", "/deployments/<name>/memory", reply=Fit, **_CONTROL)
     async def memory(self, name: str) -> Fit:
         """Tell what each of the deployment's workers needs of memory, and what there is."""
-        return await self._fleet.memory(name)
+        return await self._fleet.prospect.memory(name)
 
     # -- history ------------------------------------------------------------------------
 
@@ -200,17 +202,17 @@ class DeploymentControl:
     @endpoint("GET", "/deployments/<name>/generations", reply=Generations, **_CONTROL)
     async def generations(self, name: str) -> Generations:
         """List the deployment's versions."""
-        return Generations(await self._fleet.generations(name))
+        return Generations(await self._fleet.records.generations(name))
 
     @endpoint("GET", "/deployments/<name>/lives", query=LivesQuery, reply=Lives, **_CONTROL)
     async def lives(self, name: str, limit: int) -> Lives:
         """List the lives of the deployment's workers."""
-        return Lives(await self._fleet.lives(name, limit))
+        return Lives(await self._fleet.records.lives(name, limit))
 
     @endpoint("GET", "/deployments/<name>/crashes", query=CrashesQuery, reply=Crashes, **_CONTROL)
     async def crashes(self, name: str, limit: int) -> Crashes:
         """List the lives of the deployment's workers that ended unasked."""
-        return Crashes(await self._fleet.crashes(name, limit))
+        return Crashes(await self._fleet.records.crashes(name, limit))
 
     @endpoint("GET", "/deployments/<name>/crashes/<number>", reply=Dossier, **_CONTROL)
     async def crash(self, name: str, number: str) -> Dossier:
@@ -220,12 +222,12 @@ class DeploymentControl:
             raise CrashNotFound(
                 f"{number[:50]!r} is no crash's id; `tursi crashes {name}` lists them."
             )
-        return await self._fleet.crash(name, found)
+        return await self._fleet.records.crash(name, found)
 
     @endpoint("GET", "/deployments/<name>/why", reply=Story, **_CONTROL)
     async def why(self, name: str) -> Story:
         """Tell why the deployment is as it is."""
-        return await self._fleet.why(name)
+        return await self._fleet.records.why(name)
 
     @endpoint(
         "GET", "/deployments/<name>/logs", query=LogsQuery, reply=Lines, follow=str, **_CONTROL
@@ -233,11 +235,11 @@ class DeploymentControl:
     async def logs(self, name: str, lines: int, follow: bool) -> Lines | Follow[str]:
         """Show what the deployment's workers have written."""
         if not follow:
-            return Lines(await self._fleet.log_tail(name, lines))
+            return Lines(await self._fleet.records.log_tail(name, lines))
         self._fleet.deployment(name)
         return Follow(
-            subscribe=lambda callback: self._fleet.follow_log(name, callback),
-            history=lambda: self._fleet.log_tail(name, lines),
+            subscribe=lambda callback: self._fleet.records.follow_log(name, callback),
+            history=lambda: self._fleet.records.log_tail(name, lines),
             unseen=_beyond,
             encode=_line,
         )
@@ -267,10 +269,10 @@ class DeploymentControl:
     ) -> Events | Follow[Event]:
         """List what has happened."""
         if not follow:
-            return Events(await self._fleet.events(deployment, after, limit))
+            return Events(await self._fleet.records.events(deployment, after, limit))
         return Follow(
-            subscribe=lambda callback: self._fleet.watch(deployment, callback),
-            history=lambda: self._fleet.events(deployment, after, limit),
+            subscribe=lambda callback: self._fleet.records.watch(deployment, callback),
+            history=lambda: self._fleet.records.events(deployment, after, limit),
             unseen=_later,
             encode=_event,
         )

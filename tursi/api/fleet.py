@@ -194,6 +194,98 @@ class Pulls(Protocol):
         ...
 
 
+class Prospect(Protocol):
+    """Tells whether there is room in memory (``tursi.fleet.prospect``)."""
+
+    async def fit(
+        self, name: str | None, request: Request, replicas: int | None, *, beside: bool = False
+    ) -> Fit:
+        """Whether ``deploy`` of the same would find room, ``beside`` what serves if need be."""
+        ...
+
+    async def memory(self, name: str) -> Fit:
+        """What each of its workers needs of memory, and what there is; ``DeploymentNotFound``."""
+        ...
+
+    def rooms(self) -> Sequence[Room]:
+        """Memory of the host and of each GPU."""
+        ...
+
+
+class Records(Protocol):
+    """What is kept of the past (``tursi.fleet.records``)."""
+
+    async def generations(self, name: str) -> list[Generation]:
+        """Its generations, oldest first."""
+        ...
+
+    async def lives(self, name: str, limit: int) -> list[WorkerLife]:
+        """Its latest worker lives, newest first."""
+        ...
+
+    async def crashes(self, name: str, limit: int) -> list[Crash]:
+        """Its latest crashes, newest first."""
+        ...
+
+    async def crash(self, name: str, number: int) -> Dossier:
+        """One of them with all its evidence; ``CrashNotFound``."""
+        ...
+
+    async def why(self, name: str) -> Story:
+        """Why it is as it is."""
+        ...
+
+    async def events(self, deployment: str | None, after: int, limit: int) -> list[Event]:
+        """The newest ``limit`` events after the id ``after``, oldest first."""
+        ...
+
+    def watch(
+        self, deployment: str | None, callback: Callable[[Event], None]
+    ) -> Callable[[], None]:
+        """Call back with each new event until the returned function is called."""
+        ...
+
+    async def log_tail(self, name: str, lines: int) -> list[str]:
+        """The last lines of its workers' logs."""
+        ...
+
+    def follow_log(self, name: str, callback: Callable[[str], None]) -> Callable[[], None]:
+        """Call back with each new line until the returned function is called."""
+        ...
+
+    async def statistics(self, query: StatisticsQuery) -> Summary:
+        """What was done; ``InvalidRequest`` where that is too much at once."""
+        ...
+
+    def recent(self, seconds: float) -> Mapping[str, Rollup]:
+        """What each deployment did in the last ``seconds``."""
+        ...
+
+    def recent_of(self, name: str, seconds: float) -> Mapping[int, Rollup]:
+        """What each of its generations did in the last ``seconds``."""
+        ...
+
+    async def record(self, entry: AuditEntry) -> None:
+        """Add to the audit; returns when that is on the disk, or has to wait for it."""
+        ...
+
+    async def audit(self, query: AuditQuery) -> list[AuditEntry]:
+        """The newest entries of the audit that ``query`` asks for, oldest first."""
+        ...
+
+    async def backup(self) -> Path:
+        """A consistent copy of the database, which the caller removes."""
+        ...
+
+    async def database_report(self) -> DatabaseReport:
+        """How the database is, all of it read."""
+        ...
+
+    def storage(self) -> StorageStatus:
+        """What waits for the disk, and what is lost."""
+        ...
+
+
 class Fleet(Protocol):
     """What serves models; every change it answers for is durable."""
 
@@ -251,16 +343,6 @@ class Fleet(Protocol):
         """Go back to an earlier generation; ``None``: the last other one."""
         ...
 
-    async def fit(
-        self, name: str | None, request: Request, replicas: int | None, *, beside: bool = False
-    ) -> Fit:
-        """Whether ``deploy`` of the same would find room, ``beside`` what serves if need be."""
-        ...
-
-    async def memory(self, name: str) -> Fit:
-        """What each of its workers needs of memory, and what there is; ``DeploymentNotFound``."""
-        ...
-
     async def remove(self, name: str, by: str) -> DeploymentStatus:
         """Delete it; its workers drain in the background."""
         ...
@@ -299,58 +381,14 @@ class Fleet(Protocol):
         """Let the canary take over; ``NoCanary``."""
         ...
 
-    async def generations(self, name: str) -> list[Generation]:
-        """Its generations, oldest first."""
+    @property
+    def prospect(self) -> Prospect:
+        """Whether there is room in memory."""
         ...
 
-    async def lives(self, name: str, limit: int) -> list[WorkerLife]:
-        """Its latest worker lives, newest first."""
-        ...
-
-    async def crashes(self, name: str, limit: int) -> list[Crash]:
-        """Its latest crashes, newest first."""
-        ...
-
-    async def crash(self, name: str, number: int) -> Dossier:
-        """One of them with all its evidence; ``CrashNotFound``."""
-        ...
-
-    async def why(self, name: str) -> Story:
-        """Why it is as it is."""
-        ...
-
-    async def events(self, deployment: str | None, after: int, limit: int) -> list[Event]:
-        """The newest ``limit`` events after the id ``after``, oldest first."""
-        ...
-
-    def watch(
-        self, deployment: str | None, callback: Callable[[Event], None]
-    ) -> Callable[[], None]:
-        """Call back with each new event until the returned function is called."""
-        ...
-
-    async def log_tail(self, name: str, lines: int) -> list[str]:
-        """The last lines of its workers' logs."""
-        ...
-
-    def follow_log(self, name: str, callback: Callable[[str], None]) -> Callable[[], None]:
-        """Call back with each new line until the returned function is called."""
-        ...
-
-    async def statistics(self, query: StatisticsQuery) -> Summary:
-        """What was done; ``InvalidRequest`` where that is too much at once."""
-        ...
-
-    def recent(self, seconds: float) -> Mapping[str, Rollup]:
-        """What each deployment did in the last ``seconds``."""
-        ...
-
-    def recent_of(self, name: str, seconds: float) -> Mapping[int, Rollup]:
-        """What each of its generations did in the last ``seconds``."""
-        ...
-
-    def rooms(self) -> Sequence[Room]:
-        """Memory of the host and of each GPU."""
+    @property
+    def records(self) -> Records:
+        """What is kept of the past."""
         ...
 
     @property
@@ -366,26 +404,6 @@ class Fleet(Protocol):
     @property
     def pulls(self) -> Pulls:
         """Downloads."""
-        ...
-
-    async def record(self, entry: AuditEntry) -> None:
-        """Add to the audit; returns when that is on the disk, or has to wait for it."""
-        ...
-
-    async def audit(self, query: AuditQuery) -> list[AuditEntry]:
-        """The newest entries of the audit that ``query`` asks for, oldest first."""
-        ...
-
-    async def backup(self) -> Path:
-        """A consistent copy of the database, which the caller removes."""
-        ...
-
-    async def database_report(self) -> DatabaseReport:
-        """How the database is, all of it read."""
-        ...
-
-    def storage(self) -> StorageStatus:
-        """What waits for the disk, and what is lost."""
         ...
 
     def health(self) -> tuple[str, list[Part]]:

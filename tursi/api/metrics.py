@@ -168,14 +168,14 @@ class Metrics(Collector):
             "tursi_memory_free_bytes", "The part of it that loads may still take.",
             labels=["device"],
         )  # fmt: skip
-        for room in self._fleet.rooms():
+        for room in self._fleet.prospect.rooms():
             for gauge, size in ((total, room.total), (free, room.free)):
                 if size is not None:
                     gauge.add_metric([room.device], size)
         yield from (total, free)
 
     def _storage(self) -> Iterator[Metric]:
-        status = self._fleet.storage()
+        status = self._fleet.records.storage()
         yield GaugeMetricFamily(
             "tursi_notes_waiting", "Notes of what happened that wait for the database.",
             value=status.waiting,

@@ -100,7 +100,7 @@ class StatisticsControl:
         begin = since.timestamp() if since is not None else self._now() - _LOOK_BACK[length]
         begin = max(begin - begin % length, 0)
         number = None if key is None else _number(key, names)
-        found = await self._fleet.statistics(Asked(length, begin, deployment, number))
+        found = await self._fleet.records.statistics(Asked(length, begin, deployment, number))
         alone = len(found.deployments) <= 1
         return Statistics(
             period,
@@ -125,7 +125,7 @@ class StatisticsControl:
         """Show what the daemon and every deployment do now."""
         now, info = self._now(), self._info
         seconds = max(min(WINDOW_SECONDS, now - info.started_at), 1.0)
-        recent = self._fleet.recent(WINDOW_SECONDS)
+        recent = self._fleet.records.recent(WINDOW_SECONDS)
         with self._process.oneshot():
             used, memory = self._process.cpu_times(), self._process.memory_info()
         nothing = Rollup()
@@ -133,7 +133,7 @@ class StatisticsControl:
             now,
             seconds,
             DaemonUse(info.version, info.pid, info.started_at, used.user + used.system, memory.rss),
-            [*self._fleet.rooms()],
+            [*self._fleet.prospect.rooms()],
             [
                 _activity(
                     status,
@@ -149,7 +149,7 @@ class StatisticsControl:
         numbers = sorted({each.generation for each in status.workers if each.generation})
         if len(numbers) == 1 or not numbers:
             return []
-        recent, nothing = self._fleet.recent_of(status.name, GENERATION_SECONDS), Rollup()
+        recent, nothing = self._fleet.records.recent_of(status.name, GENERATION_SECONDS), Rollup()
         seconds = max(min(GENERATION_SECONDS, up), 1.0)
         found = []
         for number in numbers:

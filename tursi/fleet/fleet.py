@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from random import random
 from typing import Any
@@ -38,23 +38,15 @@ from tursi.fleet.passage import Passage, Work
 from tursi.fleet.prospect import Prospect
 from tursi.fleet.pulls import Pulls
 from tursi.fleet.queue import RequestQueue, shutting_down
+from tursi.fleet.records import Records
 from tursi.fleet.residence import Residence
 from tursi.fleet.routing import Routing
-from tursi.fleet.story import tell
 from tursi.hub import Hub
 from tursi.model import (
-    AuditEntry,
-    AuditQuery,
-    Crash,
-    DatabaseReport,
     Deployment,
     DeploymentStatus,
     Desired,
-    Dossier,
-    Event,
-    Fit,
     Footprint,
-    Generation,
     Gpu,
     Host,
     Load,
@@ -63,22 +55,14 @@ from tursi.model import (
     Reference,
     Request,
     Resolution,
-    Room,
     Schedule,
-    StorageStatus,
-    Story,
     Usage,
-    Verdict,
-    WorkerLife,
     check_replicas,
     check_weight,
     deployment_name,
 )
-from tursi.plan import LOADING
-from tursi.rollup import Rollup, StatisticsQuery, Summary
 from tursi.store import Outcome, Store
 from tursi.supervision.link import Sink
-from tursi.supervision.logs import LifeLog
 
 log = Logger()
 
@@ -89,9 +73,6 @@ CLIENT_ERROR, SERVER_ERROR = 400, 500
 REMEMBERED_LIVES = 100
 """Of each deployment, when a daemon begins; more failures than these make no difference."""
 REMEMBERED_EVENTS = 1000
-TOLD_EVENTS = 200
-TOLD_CRASHES = 20
-"""What a story is made of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,11 +150,17 @@ class Fleet:
             clock=_clock(reactor),
         )
         self._residence = Residence(self._members, self._memory, _clock(reactor))
-        self._prospect = Prospect(
+        self.prospect = Prospect(
+            member=self._member,
+            members=self._members,
             memory=self._memory,
             residence=self._residence,
+            footprints=self._footprints,
+            hub=hub,
+            pulls=self.pulls,
+            order=lambda *wish: self._convergence.order(*wish),  # noqa: PLW0108 - it is made later
             gpus=gpus,
-            total=host.memory,
+            host=host,
             clock=_clock(reactor),
         )
         self._measuring = Measuring(members=self._members, footprints=self._footprints, gpus=gpus)
@@ -188,10 +175,23 @@ class Fleet:
             settings=configuration.workers,
             host=host,
             memory=self._memory,
-            prospect=self._prospect,
+            prospect=self.prospect,
             residence=self._residence,
             measuring=self._measuring,
             reactor=reactor,
+            now=now,
+        )
+        self.records = Records(
+            member=self._member,
+            members=self._members,
+            store=store,
+            journal=self._journal,
+            crashes=self._crashes,
+            ledger=self._ledger,
+            logs=self._logs,
+            devices=self._convergence.devices,
+            governor=self._convergence.governor,
+            workers=lambda: self._configuration.workers,
             now=now,
         )
         self._outlook = Outlook(
@@ -440,82 +440,6 @@ class Fleet:
         )
         return self._changed(deployment, outcome)
 
-    async def fit(
-        self, name: str | None, request: Request, replicas: int | None, *, beside: bool = False
-    ) -> Fit:
-        """Whether ``deploy`` of the same would find room; it changes and downloads nothing.
-
-        With ``beside`` it is for a canary, so that what serves has to stay.
-        """
-        checked = request.checked(self._host)
-        reference = Reference.parse(checked.model)
-        member = self._members.get(name or reference.short_name)
-        if replicas is None:
-            replicas = member.deployment.replicas if member else 1
-        check_replicas(replicas)
-        same = member is not None and member.deployment.generation.request == checked
-        resolution = await self._on_disk(reference, checked, member if same else None)
-        if resolution is None:
-            size = self._coming(reference)
-            if size is None:
-                return Fit(
-                    Verdict.UNKNOWN,
-                    f"{checked.model} isn't on the disk, so that its size isn't known; "
-                    f"`tursi pull {checked.model}` downloads it.",
-                    replicas=replicas,
-                )
-            # What is being downloaded has told how large it is.
-            resolution = Resolution(folder=f"hub:{checked.model}", size=size)
-            self._footprints.expect(resolution)
-        else:
-            await self._footprints.look(resolution)
-        order = self._convergence.order(name or reference.short_name, checked, resolution)
-        found = self._prospect.of(order, replicas, member, same=same)
-        if beside and found.verdict is Verdict.IN_PLACE:
-            message = (
-                f"There is no room for a canary beside what {name or reference.short_name} serves: "
-                "it would wait for memory. Without --canary it would take the other's place."
-            )
-            return replace(found, verdict=Verdict.WAITS, message=message, evicts=())
-        return found
-
-    async def _on_disk(
-        self, reference: Reference, request: Request, member: Member | None
-    ) -> Resolution | None:
-        """The model's files, if they are here."""
-        if member is not None and not member.lost:
-            known = member.deployment.generation.resolution
-            if known is not None:
-                return known
-        if reference.folder is not None:
-            return await self._hub.resolve(reference, lambda _: None, request.trust)
-        entries = [
-            entry
-            for entry in await self._hub.catalogue()
-            if entry.name == reference.repository and reference.revision in {None, entry.commit}
-        ]
-        if not entries:
-            return None
-        entry = max(entries, key=lambda entry: entry.used_at or 0.0)
-        return Resolution(folder=entry.folder, commit=entry.commit, size=entry.size)
-
-    def _coming(self, reference: Reference) -> int | None:
-        """The bytes of what is being downloaded, if the hub has listed them."""
-        name = str(reference)
-        told = [
-            member.fetch.progress
-            for member in self._members.values()
-            if member.fetch is not None and member.deployment.generation.request.model == name
-        ]
-        told += self.pulls.progress(name)
-        totals = [each.total for each in told if each is not None and each.unit == "bytes"]
-        return next((int(total) for total in totals if total), None)
-
-    async def memory(self, name: str) -> Fit:
-        """What each of its workers needs of memory, and what there is."""
-        deployment = self._member(name).deployment
-        return await self.fit(name, deployment.generation.request, deployment.replicas)
-
     async def roll_back(
         self, name: str, number: int | None, by: str
     ) -> tuple[DeploymentStatus, str]:
@@ -659,116 +583,6 @@ class Fleet:
         self._check_opened()
         shown = self._measuring.shown
         return [shown(member.status()) for _, member in sorted(self._members.items())]
-
-    async def generations(self, name: str) -> list[Generation]:
-        """Its generations, oldest first."""
-        self._member(name)
-        await self._journal.written()
-        return await self._store.generations(name)
-
-    async def lives(self, name: str, limit: int) -> list[WorkerLife]:
-        """Its latest worker lives, newest first."""
-        self._member(name)
-        return await self._store.lives(name, limit)
-
-    async def crashes(self, name: str, limit: int) -> list[Crash]:
-        """Its latest crashes, newest first."""
-        self._member(name)
-        return await self._crashes.newest(name, limit)
-
-    async def crash(self, name: str, number: int) -> Dossier:
-        """One of them with all its evidence; ``CrashNotFound``."""
-        self._member(name)
-        return await self._crashes.one(name, number)
-
-    async def why(self, name: str) -> Story:
-        """Why it is as it is."""
-        member = self._member(name)
-        crashes = await self._crashes.newest(name, TOLD_CRASHES)
-        events = await self._store.events(name, 0, TOLD_EVENTS)
-        return tell(
-            member.status(),
-            events,
-            crashes,
-            self._configuration.workers,
-            self._now(),
-            suspects=self._convergence.devices.suspects,
-            loading=sorted(
-                {
-                    worker.deployment
-                    for each in self._members.values()
-                    for worker in each.workers.values()
-                    if worker.phase in LOADING
-                }
-            ),
-            paused=self._convergence.governor.trouble,
-        )
-
-    async def events(self, deployment: str | None, after: int, limit: int) -> list[Event]:
-        """The newest ``limit`` events after the id ``after``, oldest first."""
-        return await self._store.events(deployment, after, limit)
-
-    def watch(
-        self, deployment: str | None, callback: Callable[[Event], None]
-    ) -> Callable[[], None]:
-        """Call back with each new event until the returned function is called."""
-        return self._journal.watch(deployment, callback)
-
-    async def log_tail(self, name: str, lines: int) -> list[str]:
-        """The last lines that its workers wrote, or the last one that lived."""
-        workers = self._member(name).workers.values()
-        lives = [worker.uuid for worker in workers if worker.uuid is not None]
-        if not lives:
-            lives = [life.uuid for life in await self._store.lives(name, 1)]
-        return self._logs.tail(name, lives, lines)
-
-    def follow_log(self, name: str, callback: Callable[[str], None]) -> Callable[[], None]:
-        """Call back with each line that its workers write until the answer is called."""
-        self._member(name)
-        return self._logs.follow(name, callback)
-
-    async def statistics(self, query: StatisticsQuery) -> Summary:
-        """What was done; ``InvalidRequest`` where that is too much at once."""
-        return await self._ledger.tell(query)
-
-    def recent(self, seconds: float) -> Mapping[str, Rollup]:
-        """What each deployment did in the last ``seconds``."""
-        return self._ledger.recent(seconds)
-
-    def recent_of(self, name: str, seconds: float) -> Mapping[int, Rollup]:
-        """What each generation of the deployment did in the last ``seconds``."""
-        return self._ledger.recent_of(name, seconds)
-
-    def rooms(self) -> list[Room]:
-        """Memory of the host and of each GPU."""
-        return list(self._prospect.rooms(self._memory.free()))
-
-    async def record(self, entry: AuditEntry) -> None:
-        """Add to the audit; returns when that is on the disk, or has to wait for it."""
-        await self._journal.audit(entry)
-
-    async def audit(self, query: AuditQuery) -> list[AuditEntry]:
-        """The newest entries of the audit that ``query`` asks for, oldest first."""
-        await self._journal.written()
-        return await self._store.audit(query)
-
-    async def backup(self) -> Path:
-        """A consistent copy of the database, which the caller removes."""
-        await self._journal.written()
-        return await self._store.backup()
-
-    async def database_report(self) -> DatabaseReport:
-        """How the database is, all of it read."""
-        return await self._store.report()
-
-    def storage(self) -> StorageStatus:
-        """What waits for the disk, and what is lost."""
-        return StorageStatus(
-            waiting=self._journal.waiting,
-            notes_dropped=self._journal.dropped,
-            minutes_dropped=self._ledger.dropped,
-            log_lines_dropped=LifeLog.unwritten,
-        )
 
     def health(self) -> tuple[str, list[Part]]:
         """``healthy`` or ``degraded``, and the health of each deployment."""

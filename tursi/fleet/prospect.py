@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeAlias
 
 from tursi.admission import Free
+from tursi.fleet.footprints import Footprints
 from tursi.fleet.member import Member
 from tursi.fleet.memory import Memory, There
+from tursi.fleet.pulls import Pulls
 from tursi.fleet.residence import LOAD_SECONDS, Pool, Residence
-from tursi.model import Fit, Footprint, Gpu, LoadOrder, Room, Verdict, mebibytes
+from tursi.hub import Hub
+from tursi.model import (
+    Fit,
+    Footprint,
+    Gpu,
+    Host,
+    LoadOrder,
+    Reference,
+    Request,
+    Resolution,
+    Room,
+    Verdict,
+    check_replicas,
+    mebibytes,
+)
 from tursi.plan import LOAD_SLOTS
 from tursi.residency import Waiting
+
+MakeOrder: TypeAlias = Callable[[str, Request, Resolution], LoadOrder]
+"""What a worker of the deployment with that name would be told."""
 
 
 class Prospect:
@@ -19,17 +40,73 @@ class Prospect:
     def __init__(
         self,
         *,
+        member: Callable[[str], Member],
+        members: Mapping[str, Member],
         memory: Memory,
         residence: Residence,
+        footprints: Footprints,
+        hub: Hub,
+        pulls: Pulls,
+        order: MakeOrder,
         gpus: Callable[[], Sequence[Gpu]],
-        total: int | None,
+        host: Host,
         clock: Callable[[], float],
     ) -> None:
+        self._member = member
+        self._members = members
         self._memory = memory
         self._residence = residence
+        self._footprints = footprints
+        self._hub = hub
+        self._pulls = pulls
+        self._order = order
         self._gpus = gpus
-        self._total = total
+        self._host = host
         self._clock = clock
+
+    async def fit(
+        self, name: str | None, request: Request, replicas: int | None, *, beside: bool = False
+    ) -> Fit:
+        """Whether ``deploy`` of the same would find room; it changes and downloads nothing.
+
+        With ``beside`` it is for a canary, so that what serves has to stay.
+        """
+        checked = request.checked(self._host)
+        reference = Reference.parse(checked.model)
+        member = self._members.get(name or reference.short_name)
+        if replicas is None:
+            replicas = member.deployment.replicas if member else 1
+        check_replicas(replicas)
+        same = member is not None and member.deployment.generation.request == checked
+        resolution = await self._on_disk(reference, checked, member if same else None)
+        if resolution is None:
+            size = self._coming(reference)
+            if size is None:
+                return Fit(
+                    Verdict.UNKNOWN,
+                    f"{checked.model} isn't on the disk, so that its size isn't known; "
+                    f"`tursi pull {checked.model}` downloads it.",
+                    replicas=replicas,
+                )
+            # What is being downloaded has told how large it is.
+            resolution = Resolution(folder=f"hub:{checked.model}", size=size)
+            self._footprints.expect(resolution)
+        else:
+            await self._footprints.look(resolution)
+        order = self._order(name or reference.short_name, checked, resolution)
+        found = self.of(order, replicas, member, same=same)
+        if beside and found.verdict is Verdict.IN_PLACE:
+            message = (
+                f"There is no room for a canary beside what {name or reference.short_name} serves: "
+                "it would wait for memory. Without --canary it would take the other's place."
+            )
+            return replace(found, verdict=Verdict.WAITS, message=message, evicts=())
+        return found
+
+    async def memory(self, name: str) -> Fit:
+        """What each of its workers needs of memory, and what there is."""
+        deployment = self._member(name).deployment
+        return await self.fit(name, deployment.generation.request, deployment.replicas)
 
     def of(self, order: LoadOrder, replicas: int, member: Member | None, *, same: bool) -> Fit:
         """Whether so many workers that are told this find room.
@@ -65,18 +142,53 @@ class Prospect:
             evicts,
             gives_back,
             needs,
-            self.rooms(free),
+            self._rooms(free),
         )
 
-    def rooms(self, free: Free) -> tuple[Room, ...]:
-        """What the host and each GPU have."""
+    def rooms(self) -> tuple[Room, ...]:
+        """Memory of the host and of each GPU."""
+        return self._rooms(self._memory.free())
+
+    def _rooms(self, free: Free) -> tuple[Room, ...]:
         return (
-            Room("host", self._total, free.host),
+            Room("host", self._host.memory, free.host),
             *(
                 Room(gpu.device, gpu.total, free.gpus.get(gpu.device), gpu.name)
                 for gpu in self._gpus()
             ),
         )
+
+    async def _on_disk(
+        self, reference: Reference, request: Request, member: Member | None
+    ) -> Resolution | None:
+        """The model's files, if they are here."""
+        if member is not None and not member.lost:
+            known = member.deployment.generation.resolution
+            if known is not None:
+                return known
+        if reference.folder is not None:
+            return await self._hub.resolve(reference, lambda _: None, request.trust)
+        entries = [
+            entry
+            for entry in await self._hub.catalogue()
+            if entry.name == reference.repository and reference.revision in {None, entry.commit}
+        ]
+        if not entries:
+            return None
+        entry = max(entries, key=lambda entry: entry.used_at or 0.0)
+        return Resolution(folder=entry.folder, commit=entry.commit, size=entry.size)
+
+    def _coming(self, reference: Reference) -> int | None:
+        """The bytes of what is being downloaded, if the hub has listed them."""
+        name = str(reference)
+        told = [
+            member.fetch.progress
+            for member in self._members.values()
+            if member.fetch is not None and member.deployment.generation.request.model == name
+        ]
+        told += self._pulls.progress(name)
+        totals = [each.total for each in told if each is not None and each.unit == "bytes"]
+        return next((int(total) for total in totals if total), None)
 
     def _verdict(
         self,
