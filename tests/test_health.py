@@ -40,6 +40,10 @@ class Fleet:
         self.starting = False
         self.waiting = 0
 
+    @property
+    def records(self) -> Fleet:
+        return self
+
     def storage(self) -> StorageStatus:
         return StorageStatus(waiting=self.waiting)
 
