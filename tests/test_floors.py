@@ -49,7 +49,7 @@ FLOORS = {
     "folder": Floor(("errors",)),
     "duration": Floor(),
     "sketch": Floor(),
-    "rollup": Floor(("sketch",)),
+    "rollup": Floor(("model", "sketch")),
     # 1: pure thought
     "config": Floor(WORDS, SANS_IO),
     "wire": Floor(WORDS, SANS_IO),

@@ -8,6 +8,7 @@ from enum import IntEnum, StrEnum
 from math import log
 from typing import NamedTuple
 
+from tursi.model import Usage
 from tursi.sketch import LEAST, MOST, SCALE, ZERO, Sketch, bin_of
 
 
@@ -40,6 +41,28 @@ class Period(IntEnum):
     MINUTE = 60
     HOUR = 3600
     DAY = 86400
+
+
+class Observation(NamedTuple):
+    """One request, at its end."""
+
+    deployment: str
+    """Empty where it got to none."""
+    generation: int
+    """0 where no worker got it."""
+    key: int
+    """0 without one."""
+    status: int
+    """Of HTTP."""
+    code: str
+    """Of the error that it ended by, or empty."""
+    seconds: float
+    """Its whole time,"""
+    waited: float
+    """and the part of it until a worker got it."""
+    first_byte: float | None
+    """Seconds until then, of a stream."""
+    usage: Usage
 
 
 class Rollup:

@@ -61,7 +61,7 @@ from tursi.model import (
     WorkerLife,
     WorkerStatus,
 )
-from tursi.rollup import Rollup, StatisticsQuery, Summary
+from tursi.rollup import Observation, Rollup, StatisticsQuery, Summary
 
 
 class Head(NamedTuple):
@@ -263,7 +263,7 @@ class FakeFleet:
         default_factory=lambda: {"small": status("small")}
     )
     passages: list[Passage] = field(default_factory=list)
-    counted: list[tuple[Any, ...]] = field(default_factory=list)
+    counted: list[Observation] = field(default_factory=list)
     refuse: Exception | None = None
     calls: list[tuple[object, ...]] = field(default_factory=list)
     history: list[Event] = field(default_factory=list)
@@ -300,8 +300,8 @@ class FakeFleet:
         self.passages.append(passage)
         return passage
 
-    def count(self, *observation: object) -> None:
-        self.counted.append(observation)
+    def count(self, seen: Observation) -> None:
+        self.counted.append(seen)
 
     def find(self, model: str) -> str:
         for one in self.statuses.values():

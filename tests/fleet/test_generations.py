@@ -13,6 +13,7 @@ from tursi import wire
 from tursi.errors import NoCanary, QueueFull, WorkerLost
 from tursi.fleet import Work
 from tursi.model import Fate, Load, Phase, Request, Schedule, Usage
+from tursi.rollup import Observation
 from tursi.supervision.link import Sink
 
 END = wire.End(Usage(), "")
@@ -256,6 +257,33 @@ def test_on_demand_both_generations_of_a_canary_come_and_go(house: House) -> Non
     assert (house.fleet.deployment("a").ready, canary.ready) == (1, 1)
 
 
+def test_a_sleeping_canary_that_is_promoted_is_loaded_to_see_whether_it_can_be(
+    house: House,
+) -> None:
+    house.up("/models/a", schedule=Schedule(Load.ON_DEMAND, -1))
+    house.ready(1)
+    house.up("/models/b", canary=50)
+    house.ready(2)
+    house.do(house.fleet.unload("a", "me"))
+    house.gone(1)
+    house.gone(2)
+    house.do(house.fleet.promote("a", "me"))
+    house.ready(2)
+    assert house.fleet.deployment("a").phase is Phase.READY
+    assert house.fates()[1][-1] is Fate.SERVING
+
+
+def test_what_sleeps_looks_like_what_comes_back(house: House) -> None:
+    house.up("/models/a", schedule=Schedule(Load.ON_DEMAND, 2))
+    house.ready(1)
+    house.up("/models/b")
+    house.become(2, Phase.FAILED, "The weights are damaged.")
+    house.do(house.fleet.unload("a", "me"))
+    status = house.fleet.deployment("a")
+    assert (status.generation, status.model) == (1, "/models/a")
+    assert "Generation 2 could not take over" in (status.reason or "")
+
+
 @pytest.mark.parametrize("canary", [None, 50])
 def test_what_is_new_is_loaded_before_what_is_idle_goes(house: House, canary: int | None) -> None:
     house.up("/models/a", schedule=Schedule(Load.ON_DEMAND, 2))
@@ -346,9 +374,9 @@ def test_both_generations_follow_the_scale_and_a_canary_that_crashed_is_told_of(
     [told] = [line for line in house.do(house.fleet.records.why("a")).sentences if "canary" in line]
     assert "10 % of the requests" in told
     for _ in range(30):
-        house.fleet.count("a", 1, 0, 200, "", 0.1, 0.0, None, Usage())
-        house.fleet.count("a", 2, 0, 500, "internal_error", 0.1, 0.0, None, Usage())
-        house.fleet.count("a", 2, 0, 499, "request_cancelled", 0.1, 0.0, None, Usage())
+        house.fleet.count(Observation("a", 1, 0, 200, "", 0.1, 0.0, None, Usage()))
+        house.fleet.count(Observation("a", 2, 0, 500, "internal_error", 0.1, 0.0, None, Usage()))
+        house.fleet.count(Observation("a", 2, 0, 499, "request_cancelled", 0.1, 0.0, None, Usage()))
     canary = house.fleet.deployment("a").canary
     assert canary is not None
     assert (canary.requests, canary.errors) == (60, 30)
@@ -361,7 +389,7 @@ def test_the_number_of_replicas_follows_the_waiting(house: House) -> None:
 
     def wait(seconds: int, waited: float) -> int:
         for _ in range(seconds):
-            house.fleet.count("a", 1, 0, 200, "", 1.0, waited, None, Usage())
+            house.fleet.count(Observation("a", 1, 0, 200, "", 1.0, waited, None, Usage()))
             house.reactor.advance(1)
             house.turn()
         return house.fleet.deployment("a").replicas
@@ -384,7 +412,7 @@ def test_a_new_generation_goes_on_with_as_many_as_have_room(house: House) -> Non
     house.ready(1)
     for number in (2, 3):
         for _ in range(5):
-            house.fleet.count("a", 1, 0, 200, "", 1.0, 2.0, None, Usage())
+            house.fleet.count(Observation("a", 1, 0, 200, "", 1.0, 2.0, None, Usage()))
             house.reactor.advance(1)
         house.turn()
         assert house.fleet.deployment("a").replicas == number
@@ -412,7 +440,7 @@ def test_what_there_is_no_room_for_is_not_asked_for_all_the_time(house: House) -
     house.ready(1)
     house.available = 2**20
     for _ in range(30):
-        house.fleet.count("a", 1, 0, 200, "", 1.0, 2.0, None, Usage())
+        house.fleet.count(Observation("a", 1, 0, 200, "", 1.0, 2.0, None, Usage()))
         house.reactor.advance(1)
     assert house.fleet.deployment("a").replicas == 1
     held = [

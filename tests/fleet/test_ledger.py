@@ -12,7 +12,7 @@ from twisted.internet.task import Clock
 from tursi.errors import DatabaseFull
 from tursi.fleet.ledger import SAMPLE_SECONDS, Ledger
 from tursi.model import Usage
-from tursi.rollup import Period, Record, Rollup, StatisticsQuery, Summary
+from tursi.rollup import Observation, Period, Record, Rollup, StatisticsQuery, Summary
 
 
 class FakeStore:
@@ -61,7 +61,7 @@ class Bench:
         self.clock.pump([0.5] * int(2 * seconds))
 
     def count(self, status: int = 200) -> None:
-        self.ledger.count("one", 1, 0, status, "", 0.5, 0.2, None, Usage())
+        self.ledger.count(Observation("one", 1, 0, status, "", 0.5, 0.2, None, Usage()))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from tursi.fleet import statistics as statistics_module
 from tursi.fleet.recent import Recent
 from tursi.fleet.statistics import Statistics, error_class
 from tursi.model import Usage
-from tursi.rollup import ErrorClass, Rollup
+from tursi.rollup import ErrorClass, Observation, Rollup
 
 USAGE = Usage(7, 11, 4, 0.1, 0.1)
 
@@ -23,7 +23,9 @@ class Bench:
     def count(
         self, deployment: str = "one", generation: int = 1, key: int = 0, status: int = 200
     ) -> None:
-        self.statistics.count(deployment, generation, key, status, "", 0.5, 0.2, None, USAGE)
+        self.statistics.count(
+            Observation(deployment, generation, key, status, "", 0.5, 0.2, None, USAGE)
+        )
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from tursi.model import (
     Usage,
     WorkerLife,
 )
-from tursi.rollup import Rollup, StatisticsQuery, Summary
+from tursi.rollup import Observation, Rollup, StatisticsQuery, Summary
 
 
 class Head(Protocol):
@@ -293,23 +293,8 @@ class Fleet(Protocol):
         """Hand over a request, or raise the error to answer with."""
         ...
 
-    def count(
-        self,
-        deployment: str,
-        generation: int,
-        key: int,
-        status: int,
-        code: str,
-        seconds: float,
-        waited: float,
-        first_byte: float | None,
-        usage: Usage,
-    ) -> None:
-        """Count a request that has ended, wherever it has got to, for the statistics.
-
-        ``deployment`` is empty and ``generation`` 0 where it got to none, ``key`` 0 where it
-        had none. ``first_byte`` is in seconds from its beginning, of a stream.
-        """
+    def count(self, seen: Observation) -> None:
+        """Count a request at its end, the refused ones too."""
         ...
 
     def find(self, model: str) -> str:

@@ -24,6 +24,7 @@ from tursi.errors import (
 from tursi.faces.route import Answer, Match, Route, addressed, status_of
 from tursi.fleet import Work
 from tursi.model import Caller, Role, Scope, Usage
+from tursi.rollup import Observation
 
 if TYPE_CHECKING:
     from tursi.api.site import Site
@@ -300,9 +301,10 @@ class Exchange:
         if status != UNAUTHORIZED:
             # Who asks without a key that would do is nobody's user.
             generation, waited = (ticket.generation, ticket.waited) if ticket else (0, 0.0)
-            inference.fleet.count(
+            seen = Observation(
                 deployment, generation, key or 0, status, code, seconds, waited, self._first, usage
             )
+            inference.fleet.count(seen)
         if key is not None:
             inference.keyring.charge(request.caller, usage.prompt_tokens + usage.completion_tokens)
 

@@ -56,11 +56,11 @@ from tursi.model import (
     Request,
     Resolution,
     Schedule,
-    Usage,
     check_replicas,
     check_weight,
     deployment_name,
 )
+from tursi.rollup import Observation
 from tursi.store import Outcome, Store
 from tursi.supervision.link import Sink
 
@@ -315,29 +315,16 @@ class Fleet:
             self._journal.note("load", f"{name} is loaded", deployment=name, cause="a request")
             self._convergence.soon()
 
-    def count(
-        self,
-        deployment: str,
-        generation: int,
-        key: int,
-        status: int,
-        code: str,
-        seconds: float,
-        waited: float,
-        first_byte: float | None,
-        usage: Usage,
-    ) -> None:
-        """Count a request, the refused ones too (``Statistics.count``)."""
-        member = self._members.get(deployment)
-        if member is not None and generation:
+    def count(self, seen: Observation) -> None:
+        """Count a request, the refused ones too."""
+        member = self._members.get(seen.deployment)
+        if member is not None and seen.generation:
             # A stream that breaks has begun well, and what clients do wrong is theirs.
-            broken = bool(code) and status < CLIENT_ERROR
-            failed = broken or status >= SERVER_ERROR
-            member.routing.count(generation, seconds, failed=failed)
-            self._autoscale.count(deployment, waited + usage.queue_seconds)
-        self._ledger.count(
-            deployment, generation, key, status, code, seconds, waited, first_byte, usage
-        )
+            broken = bool(seen.code) and seen.status < CLIENT_ERROR
+            failed = broken or seen.status >= SERVER_ERROR
+            member.routing.count(seen.generation, seen.seconds, failed=failed)
+            self._autoscale.count(seen.deployment, seen.waited + seen.usage.queue_seconds)
+        self._ledger.count(seen)
 
     def find(self, model: str) -> str:
         """The deployment's name for its name or full reference; ``ModelNotFound``."""
@@ -558,7 +545,10 @@ class Fleet:
         """Let the canary take over once it is ready; ``NoCanary``."""
         self._check_open()
         self._member(name)
-        return self._act_on(await self._store.promote(name, by=by, at=self._now()))
+        deployment = await self._store.promote(name, by=by, at=self._now())
+        # Like anything new it is loaded once, to see whether it can be.
+        self._member(name).wake(self._reactor.seconds())
+        return self._act_on(deployment)
 
     def _act_on(self, deployment: Deployment) -> DeploymentStatus:
         member = self._adopt(deployment)

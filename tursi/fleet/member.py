@@ -390,7 +390,9 @@ class Member:
     def shown(self) -> Generation:
         """The generation that it looks like: a canary is told of apart."""
         deployment = self.deployment
-        if deployment.canary is not None and deployment.stable is not None:
+        # Nothing else tells any more what a sleeping one is, when it comes back.
+        apart = deployment.canary is not None or (deployment.failed and not self.awake)
+        if apart and deployment.stable is not None:
             return deployment.stable
         return deployment.generation
 
@@ -409,6 +411,9 @@ class Member:
             reason = f"{reason} Generation {serving[0].generation} keeps serving."
         elif deployment.failed and reason and stable is not None and self.awake:
             reason = f"{reason} Generation {stable} is loaded again."
+        elif deployment.failed and stable is not None and not self.awake:
+            number = deployment.generation.number
+            reason = f"Generation {number} could not take over; `tursi history` tells why."
         known = generation.resolution or Resolution(folder="")
         loaded = next((status for status in current if status.task), None)
         task, device, dtype = (

@@ -13,8 +13,7 @@ from tursi.errors import (
 )
 from tursi.faces.route import STATUS
 from tursi.fleet.recent import Recent, Series
-from tursi.model import Usage
-from tursi.rollup import ErrorClass, Period, Record, Rollup
+from tursi.rollup import ErrorClass, Observation, Period, Record, Rollup
 
 MAX_HELD = 5_000
 """Records that wait for the database; older ones are counted and dropped."""
@@ -63,26 +62,11 @@ class Statistics:
         self.dropped = 0
         """Records that are lost."""
 
-    def count(
-        self,
-        deployment: str,
-        generation: int,
-        key: int,
-        status: int,
-        code: str,
-        seconds: float,
-        waited: float,
-        first_byte: float | None,
-        usage: Usage,
-    ) -> None:
-        """Add one request.
-
-        ``deployment`` may be empty and ``generation`` 0 where it got to none, ``key`` is 0
-        without one; ``status`` is the HTTP status, ``code`` that of the error it ended by.
-        Of ``seconds``, its whole time, it has ``waited`` until a worker got it.
-        """
+    def count(self, seen: Observation) -> None:
+        """Add one request."""
         if not self._start <= self._now() < self._end:
             self._turn()
+        deployment, generation, key, status, code, seconds, waited, first_byte, usage = seen
         series = (deployment, generation, key)
         rollup = self._open.get(series)
         if rollup is None:
