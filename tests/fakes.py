@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from zope.interface import implementer
 
@@ -20,6 +20,18 @@ from twisted.python.failure import Failure
 from tursi.errors import TursiError
 from tursi.model import Dossier, Phase, WorkerLife
 from tursi.wire import End, Head
+
+T = TypeVar("T")
+
+
+def result(deferred: Deferred[T]) -> T:
+    """What ``deferred`` has fired with; raises what it has failed with."""
+    found: list[Any] = []
+    deferred.addCallbacks(found.append, lambda failure: found.append(failure.value))
+    assert found, "the Deferred has not fired"
+    if isinstance(found[0], BaseException):
+        raise found[0]
+    return found[0]  # type: ignore[no-any-return]
 
 
 class InlineReactor(MemoryReactorClock):

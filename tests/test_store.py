@@ -6,10 +6,10 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
-from fakes import InlineConnectionPool, InlineReactor
+from fakes import InlineConnectionPool, InlineReactor, result
 
 from twisted.internet.defer import Deferred
 
@@ -53,19 +53,8 @@ from tursi.store import Outcome, Store, connection, inspect, prepare, schema
 from tursi.store import file as store_file
 from tursi.store import store as store_module
 
-T = TypeVar("T")
 MINILM = Request("sentence-transformers/all-MiniLM-L6-v2")
 LIFE = WorkerLife(uuid="a1", deployment="e5", generation=1, replica=0, boot_id="b", spawned_at=10.0)
-
-
-def result(deferred: Deferred[T]) -> T:
-    """What ``deferred`` has fired with; raises what it has failed with."""
-    found: list[Any] = []
-    deferred.addCallbacks(found.append, lambda failure: found.append(failure.value))
-    assert found, "the Deferred has not fired"
-    if isinstance(found[0], BaseException):
-        raise found[0]
-    return found[0]  # type: ignore[no-any-return]
 
 
 def opened(path: Path) -> Store:

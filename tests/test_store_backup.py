@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import InlineConnectionPool, InlineReactor
+from fakes import InlineConnectionPool, InlineReactor, result
 
 from twisted.internet.defer import Deferred
 
@@ -24,15 +24,6 @@ from tursi.lock import StateLock
 from tursi.model import AuditQuery
 from tursi.mounts import file_system
 from tursi.store import Store, backup, inspect, prepare, report, restore, schema
-
-
-def result(deferred: Deferred[Any]) -> Any:
-    found: list[Any] = []
-    deferred.addCallbacks(found.append, lambda failure: found.append(failure.value))
-    assert found, "the Deferred has not fired"
-    if isinstance(found[0], BaseException):
-        raise found[0]
-    return found[0]
 
 
 def opened(path: Path) -> Store:

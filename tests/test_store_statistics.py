@@ -4,12 +4,10 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
-from fakes import InlineConnectionPool, InlineReactor
-
-from twisted.internet.defer import Deferred
+from fakes import InlineConnectionPool, InlineReactor, result
 
 from tursi.config import Storage
 from tursi.errors import InvalidRequest
@@ -17,19 +15,8 @@ from tursi.rollup import Period, Record, Rollup, StatisticsQuery, Summary
 from tursi.store import Store, file, prepare, schema
 from tursi.store import statistics as statistics_module
 
-T = TypeVar("T")
 DAY = 86400
 NOON = 20_000 * DAY + DAY // 2
-
-
-def result(deferred: Deferred[T]) -> T:
-    """What ``deferred`` has fired with; raises what it has failed with."""
-    found: list[Any] = []
-    deferred.addCallbacks(found.append, lambda failure: found.append(failure.value))
-    assert found, "the Deferred has not fired"
-    if isinstance(found[0], BaseException):
-        raise found[0]
-    return found[0]  # type: ignore[no-any-return]
 
 
 @pytest.fixture
