@@ -91,7 +91,7 @@ def test_the_file_is_read_through_by_one_at_a_time(path: Path) -> None:
     prepare(written(path, "x"))
     running = Store(path, InlineReactor(), Waiting)
     running.start()
-    first = running.report()
+    first: Deferred[Any] = running.report()
     with pytest.raises(DatabaseBusy, match="read through"):
         result(running.backup())
     Waiting.waiting.pop().callback("report")
