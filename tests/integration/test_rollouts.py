@@ -143,8 +143,8 @@ def test_a_canary_gets_its_share_and_is_promoted(running: Daemon) -> None:
     running.start()
 
     def both() -> bool:
-        found = running.status("search")
-        return bool(found["ready"] and found["canary"]["ready"])
+        workers = running.status("search")["workers"]
+        return {each["generation"] for each in workers if each["phase"] == "ready"} == {1, 2}
 
     until(both, "both are back")
     assert running.status("search")["canary"]["weight"] == 25
