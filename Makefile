@@ -23,14 +23,12 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 run: $(VENV)/.installed $(STATE)/model/.installed
 	$(BIN)/python -m tursi.cli.demo --state $(STATE) --model $(STATE)/model
 
-# TESTS=tests/test_store.py runs only those. Tests of real processes have bounds in
-# time, so they run one after the other.
+# TESTS=tests/test_store.py runs only those.
 test: $(VENV)/.installed-test $(STATE)/model/.installed
 ifdef TESTS
 	$(BIN)/python -m pytest $(TESTS)
 else
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --ignore tests/integration
-	$(BIN)/python -m pytest tests/integration
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 endif
 
 # CHAOS_SEED=7 repeats a run as far as processes and clocks allow; CHAOS_LIVES=10000
