@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--close", action="store_true", help="close the data socket and live on")
     one.add_argument("--fork", type=int, default=0, help="that many processes that escape")
     one.add_argument("--flood", type=int, default=0, help="bytes to write to stdout and stderr")
-    one.add_argument("--leak", type=int, default=0, help="bytes to keep at every request")
+    one.add_argument("--leak", type=int, default=0, help="bytes to keep after every request")
     one.add_argument("--say", action="store_true", help="write the folder's file `say` to stderr")
     one.add_argument("--announce", type=int, default=0, help="a frame of that many bytes")
     one.add_argument("--obey", action="store_true", help="misbehave at real-time signals: OBEYED")
@@ -219,7 +219,8 @@ class ScriptedWorker:
             return self.smoke(id_)
         self.requests += 1
         if self.options.leak:
-            self.kept.append(os.urandom(self.options.leak))
+            # After the answer: whoever takes too much may be killed at any moment.
+            self.later(0, lambda: self.kept.append(os.urandom(self.options.leak)))
         if self.requests == self.options.at:
             self.misbehave()
         if self.options.die_on and self.options.die_on.encode() in ask.body:
