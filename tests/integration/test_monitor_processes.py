@@ -112,13 +112,13 @@ async def test_an_escapee_that_holds_stdout_delays_nothing(tmp_path: Path) -> No
     # subreaper, so nothing of ours can find it.
     text = """
 import os, sys, time
+print("a partial line", end="", flush=True)
 if os.fork() == 0:
     os.setsid()
     if os.fork() == 0:
         os.execve("/bin/sleep", ["/bin/sleep", "300"], {})
     os._exit(0)
 os.wait()
-print("a partial line", end="", flush=True)
 time.sleep(300)
 """
     async with monitoring() as monitor:
