@@ -17,6 +17,7 @@ from tursi.model import (
     Event,
     FailureClass,
     Limits,
+    Load,
     Phase,
     Progress,
     Story,
@@ -278,6 +279,27 @@ def test_the_stopped_and_those_without_files() -> None:
     assert missing.sentences[1:3] == (
         "The reason: There is no folder /x.",
         "It began 10 min ago: uid 0 deploys mini: org/mini, 1 replica.",
+    )
+
+
+def test_what_is_not_loaded_tells_who_has_taken_its_place() -> None:
+    unload = Event(3, NOW - 60, "unload", "mini", "mini is unloaded", "big needs 3 GiB of memory")
+    scale = Event(4, NOW - 50, "scale", "mini", "uid 0 scales mini from 1 to 2", "uid 0")
+    asleep = status(load=Load.ON_DEMAND)
+    assert story(asleep, events=(CREATED, unload, scale)).sentences == (
+        "mini is not loaded.",
+        "It was unloaded 60 s ago: big needs 3 GiB of memory.",
+        "The last order came 50 s ago: uid 0 scales mini from 1 to 2.",
+        "None of its workers has ended unasked.",
+        "The next request for it loads it.",
+    )
+    load = Event(5, NOW - 40, "load", "mini", "mini is loaded", "a request of key 1 (ci)")
+    # The daemon has ended since.
+    assert story(asleep, events=(CREATED, unload, load)).sentences[1] == (
+        "Nobody has asked for it since the daemon began."
+    )
+    assert story(status(worker(), load=Load.ON_DEMAND), events=(CREATED, load)).sentences[1] == (
+        "It was loaded 40 s ago: a request of key 1 (ci)."
     )
 
 

@@ -60,7 +60,7 @@ def test_the_first_request_loads_it_and_when_nobody_asks_it_goes(running: Daemon
     running.wait("lazy", "stopped")
     told = kinds(running, "lazy")
     assert told[0] == ("unload", "nobody has used it for 0.5 s")
-    assert told[1] == ("load", "a request")
+    assert told[1] == ("load", "a request of 127.0.0.1")
     running.stop()
     running.start()
     assert running.status("lazy")["workers"] == []

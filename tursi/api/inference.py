@@ -123,6 +123,7 @@ class Inference:
                     body=body,
                     seconds=self.settings.deadline_seconds,
                     keep_alive=keep_alive,
+                    caller=caller,
                 )
             )
         except TursiError as error:

@@ -43,6 +43,7 @@ from tursi.fleet.residence import Residence
 from tursi.fleet.routing import Routing
 from tursi.hub import Hub
 from tursi.model import (
+    Caller,
     Deployment,
     DeploymentStatus,
     Desired,
@@ -298,13 +299,13 @@ class Fleet:
         member = self._find(model)
         if member.deployment.schedule.load is not Load.ON_DEMAND:
             return member.queue.submit(work, sink)
-        self._use(member)
+        self._use(member, work.caller)
         passage = member.queue.submit(work, sink)
         if work.keep_alive is not None:
             member.keep_alive = work.keep_alive
         return passage
 
-    def _use(self, member: Member) -> None:
+    def _use(self, member: Member, caller: Caller) -> None:
         """Note that it is used, and have it loaded if it isn't."""
         now = self._reactor.seconds()
         member.used_at = now
@@ -312,7 +313,8 @@ class Fleet:
         if not member.awake and member.deployment.desired is Desired.RUNNING:
             member.wake(now, demanded=True)
             name = member.deployment.name
-            self._journal.note("load", f"{name} is loaded", deployment=name, cause="a request")
+            cause = f"a request of {caller}"
+            self._journal.note("load", f"{name} is loaded", deployment=name, cause=cause)
             self._convergence.soon()
 
     def count(self, seen: Observation) -> None:

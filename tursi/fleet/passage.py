@@ -8,7 +8,7 @@ from typing import Protocol
 
 from tursi import wire
 from tursi.errors import TursiError, WorkerLost
-from tursi.model import Phase
+from tursi.model import Caller, Phase
 from tursi.supervision.link import Sink
 
 
@@ -24,6 +24,7 @@ class Work:
     """How long the client is to be kept waiting at most."""
     keep_alive: float | None = None
     """Seconds that what is loaded on demand stays unused after it; negative: for ever."""
+    caller: Caller = Caller()  # noqa: RUF009 - a frozen value
 
 
 class Replica(Protocol):

@@ -22,7 +22,7 @@ from tursi.fleet.passage import Clock, Passage, Replica, Work
 from tursi.fleet.poison import Suspects, digest
 from tursi.fleet.routing import Routing
 from tursi.loading import Loading
-from tursi.model import Crash, Phase
+from tursi.model import Caller, Crash, Phase
 from tursi.supervision.link import Sink
 
 RETRY_SECONDS = 1
@@ -95,8 +95,18 @@ class RequestQueue:
     @property
     def oldest(self) -> float | None:
         """When the request began that has waited longest, in monotonic seconds."""
-        first = next(iter(self._waiting.values()), None)
+        first = self._first
         return first.began if first is not None else None
+
+    @property
+    def caller(self) -> Caller | None:
+        """Whose request has waited longest."""
+        first = self._first
+        return first.work.caller if first is not None else None
+
+    @property
+    def _first(self) -> Passage | None:
+        return next(iter(self._waiting.values()), None)
 
     def configure(self, settings: Requests) -> None:
         """Go by these from now on; what already waits keeps its time."""

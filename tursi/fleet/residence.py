@@ -8,6 +8,7 @@ from typing import NamedTuple
 from tursi.admission import ANY, Free
 from tursi.fleet.member import Member
 from tursi.fleet.memory import Memory, There
+from tursi.fleet.words import duration
 from tursi.model import Load, Phase, mebibytes
 from tursi.plan import LOADING
 from tursi.residency import Decision, Resident, Waiting, decide, next_change, order, room_in
@@ -79,8 +80,11 @@ class Residence:
             self.first = self.first or chosen.load
             size = next(each.size for each in pool.waiting if each.name == chosen.load)
             of = "memory" if device == "" else f"memory of {device}"
+            caller = self._members[chosen.load].queue.caller
+            asked = "" if caller is None else f", which {caller} has asked for,"
+            need = f"{chosen.load}{asked} needs about {mebibytes(size)} of {of}"
             for name in chosen.evict:
-                found.setdefault(name, f"{chosen.load} needs about {mebibytes(size)} of {of}")
+                found.setdefault(name, f"{need}; {self._worth(self._members[name])}")
         self.paused = frozenset(paused)
         return [(self._members[name], reason) for name, reason in found.items()]
 
@@ -177,6 +181,16 @@ class Residence:
             return pool.room + sum(each.size for each in going)
 
         return [max(free.gpus, key=possible)] if free.gpus else []
+
+    def _worth(self, member: Member) -> str:
+        """Why it is one that goes, in a clause."""
+        idle = self._clock() - max(member.used_at, member.loaded_at or 0.0)
+        used = (
+            "it is in use" if member.queue.waiting else f"nobody has used it for {duration(idle)}"
+        )
+        if member.load_seconds is None:
+            return used
+        return f"{used}, and it loads in about {duration(max(member.load_seconds, 1.0))}"
 
     def _waits(self, member: Member, size: int) -> Waiting:
         since = member.woken_at if member.woken_at is not None else self._clock()

@@ -44,6 +44,8 @@ _WISHES = frozenset(
     {"create", "replace", "rollback", "canary", "promote", "start", "stop", "scale", "restart"}
 )
 """Kinds of what operators do."""
+_MOVES = frozenset({"load", "unload", "create", "replace", "rollback", "promote", "start"})
+"""Kinds of what brings one into memory, and out of it."""
 
 _DOING: Mapping[Phase, str] = {
     Phase.STOPPED: "stopped",
@@ -117,6 +119,7 @@ def tell(
     sentences = (
         _state(status, lead, events, now),
         *_generations(status, events, now),
+        *_moved(status, events, now),
         *_happened(status, troubled, crash, crashes, events, settings, now),
         *_evidence(status, crash),
         *_devices(status, crash, suspects),
@@ -169,17 +172,15 @@ def _cause(troubled: WorkerStatus | None, crashes: Sequence[Crash]) -> Crash | N
 def _state(
     status: DeploymentStatus, lead: WorkerStatus | None, events: Sequence[Event], now: float
 ) -> str:
+    if _is_asleep(status):
+        # Whoever has been unloaded is told of that next.
+        return f"{status.name} is not loaded."
     since = lead.since if lead else _last_wish_at(status, events)
-    asleep = status.phase is Phase.STOPPED and status.desired is Desired.RUNNING
-    doing = "not loaded" if asleep else _DOING[status.phase]
+    doing = _DOING[status.phase]
     if _is_too_large(status):
         doing = "too large for this machine as it is configured"
     if lead is None and status.desired is Desired.RUNNING and status.phase in _FETCHING:
-        doing = _FETCHING[status.phase]
-        if status.phase is Phase.QUEUED and status.progress:
-            doing = "asking the hub for its files"
-            if status.progress.stage == "download":
-                doing = "fetching its files from the hub"
+        doing = _fetching(status)
         failed = [event.at for event in events if event.kind == "fetch.failed"]
         if status.phase is not Phase.QUEUED and failed:
             since = max(since, failed[-1])
@@ -199,6 +200,14 @@ def _state(
     return f"{sentence}."
 
 
+def _fetching(status: DeploymentStatus) -> str:
+    if status.phase is not Phase.QUEUED or not status.progress:
+        return _FETCHING[status.phase]
+    if status.progress.stage == "download":
+        return "fetching its files from the hub"
+    return "asking the hub for its files"
+
+
 def _last_wish_at(status: DeploymentStatus, events: Sequence[Event]) -> float:
     wish = _last_wish(events)
     return wish.at if wish else status.updated_at
@@ -206,6 +215,11 @@ def _last_wish_at(status: DeploymentStatus, events: Sequence[Event]) -> float:
 
 def _last_wish(events: Sequence[Event]) -> Event | None:
     return next((event for event in reversed(events) if event.kind in _WISHES), None)
+
+
+def _is_asleep(status: DeploymentStatus) -> bool:
+    """Whether it is out of memory and comes back when that is wanted."""
+    return status.phase is Phase.STOPPED and status.desired is Desired.RUNNING
 
 
 def _progress(progress: Progress | None) -> str:
@@ -259,6 +273,19 @@ def _generations(status: DeploymentStatus, events: Sequence[Event], now: float) 
         yield f"{clause(scaled[-1].message)}: {clause(scaled[-1].cause or 'no reason is known')}."
 
 
+# -- how it came into memory, or went ---------------------------------------------------
+
+
+def _moved(status: DeploymentStatus, events: Sequence[Event], now: float) -> Iterator[str]:
+    if status.desired is Desired.STOPPED:
+        return
+    last = next((event for event in reversed(events) if event.kind in _MOVES), None)
+    if _is_asleep(status) and (last is None or last.kind != "unload"):
+        yield "Nobody has asked for it since the daemon began."
+    elif last is not None and last.kind in {"load", "unload"}:
+        yield f"It was {last.kind}ed {ago(last.at, now)}: {clause(last.cause or last.message)}."
+
+
 # -- what happened ----------------------------------------------------------------------
 
 
@@ -276,7 +303,7 @@ def _happened(
         yield from _again(troubled, crash, crashes, settings, now)
         return
     wish = _last_wish(events)
-    if status.phase is Phase.READY or status.desired is Desired.STOPPED:
+    if status.phase in {Phase.READY, Phase.STOPPED} or status.desired is Desired.STOPPED:
         if wish is not None:
             yield f"The last order came {ago(wish.at, now)}: {clause(wish.message)}."
         if not crashes:
