@@ -445,3 +445,26 @@ def test_back_off_is_waited_for_too(bank: Bank) -> None:
     worker.next_try_at = NOW + 7
     worker.become(Phase.BACKOFF, "it has crashed")
     assert outlook(bank, "a") == Loading("backoff", None, 17.0, 2)
+
+
+def test_what_was_loaded_by_hand_is_there_again_after_a_restart(bank: Bank, tmp_path: Path) -> None:
+    def deploy(name: str, load: Load) -> None:
+        bank.do(
+            bank.fleet.deploy(name, Request(f"/models/{name}"), 1, "uid 0", schedule=Schedule(load))
+        )
+
+    for name in ("kept", "unloaded", "loaded", "stopped", "asked"):
+        deploy(name, Load.ON_DEMAND if name == "asked" else Load.MANUAL)
+    for name in ("unloaded", "loaded", "stopped"):
+        bank.do(bank.fleet.unload(name, "uid 0"))
+    bank.do(bank.fleet.load("loaded", "uid 0"))
+    bank.do(bank.fleet.stop("stopped", "uid 0"))
+    bank.do(bank.fleet.start("stopped", "uid 0"))
+    bank.do(bank.fleet.load("asked", "uid 0"))
+    after = Bank(tmp_path)
+    after.begin()
+    wanted = {reference.folder for reference, _, _ in after.hub.asked}
+    for call in after.reactor.getDelayedCalls():
+        call.cancel()
+    after.store.stop()
+    assert wanted == {"/models/kept", "/models/loaded", "/models/stopped"}

@@ -427,7 +427,7 @@ class Fleet:
             canary=canary,
             imported=imported,
         )
-        return self._changed(deployment, outcome)
+        return await self._changed(deployment, outcome)
 
     async def roll_back(
         self, name: str, number: int | None, by: str
@@ -436,9 +436,11 @@ class Fleet:
         self._check_open()
         self._member(name)
         deployment, outcome = await self._store.roll_back(name, number, by=by, at=self._now())
-        return self._changed(deployment, outcome)
+        return await self._changed(deployment, outcome)
 
-    def _changed(self, deployment: Deployment, outcome: Outcome) -> tuple[DeploymentStatus, str]:
+    async def _changed(
+        self, deployment: Deployment, outcome: Outcome
+    ) -> tuple[DeploymentStatus, str]:
         """Act on what the store has made durable; says what came of it."""
         said = outcome.value
         known = self._members.get(deployment.name)
@@ -449,6 +451,7 @@ class Fleet:
         if outcome in {Outcome.UNCHANGED, Outcome.STARTED} and self._convergence.retry(member):
             said = "retried" if outcome is Outcome.UNCHANGED else said
         self._convergence.soon()
+        await self._remember_loaded(member)
         return member.status(), said
 
     async def remove(self, name: str, by: str) -> DeploymentStatus:
@@ -472,6 +475,7 @@ class Fleet:
         member = self._adopt(deployment)
         self._convergence.retry(member)
         self._convergence.soon()
+        await self._remember_loaded(member)
         return member.status()
 
     async def stop(self, name: str, by: str) -> DeploymentStatus:
@@ -498,6 +502,7 @@ class Fleet:
         member.wake(self._reactor.seconds())
         member.used_at = self._reactor.seconds()
         self._convergence.soon()
+        await self._remember_loaded(member)
         return member.status()
 
     async def unload(self, name: str, by: str) -> DeploymentStatus:
@@ -509,7 +514,14 @@ class Fleet:
                 f"{name} is to be loaded always; change that with `tursi up --load on_demand`."
             )
         self._convergence.unload(member, by)
+        await self._remember_loaded(member)
         return member.status()
+
+    async def _remember_loaded(self, member: Member) -> None:
+        """Have the next daemon know whether it is in memory, where nothing else decides that."""
+        deployment = member.deployment
+        if deployment.schedule.load is Load.MANUAL and deployment.loaded is not member.awake:
+            member.adopt(await self._store.set_loaded(deployment.name, member.awake))
 
     async def restart(self, name: str, by: str) -> DeploymentStatus:
         """Drain its workers and start them again."""
@@ -532,7 +544,7 @@ class Fleet:
         self._member(name)
         check_replicas(replicas, max_replicas)
         at = self._now()
-        return self._act_on(
+        return await self._act_on(
             await self._store.set_replicas(name, replicas, max_replicas, by=by, at=at)
         )
 
@@ -541,7 +553,8 @@ class Fleet:
         self._check_open()
         self._member(name)
         check_weight(weight)
-        return self._act_on(await self._store.set_canary(name, weight, by=by, at=self._now()))
+        deployment = await self._store.set_canary(name, weight, by=by, at=self._now())
+        return await self._act_on(deployment)
 
     async def promote(self, name: str, by: str) -> DeploymentStatus:
         """Let the canary take over once it is ready; ``NoCanary``."""
@@ -550,11 +563,12 @@ class Fleet:
         deployment = await self._store.promote(name, by=by, at=self._now())
         # Like anything new it is loaded once, to see whether it can be.
         self._member(name).wake(self._reactor.seconds())
-        return self._act_on(deployment)
+        return await self._act_on(deployment)
 
-    def _act_on(self, deployment: Deployment) -> DeploymentStatus:
+    async def _act_on(self, deployment: Deployment) -> DeploymentStatus:
         member = self._adopt(deployment)
         self._convergence.soon()
+        await self._remember_loaded(member)
         return member.status()
 
     @property

@@ -128,7 +128,8 @@ class Member:
         """Whether the files that it had are gone from the disk, and are fetched again."""
         self.crash: Crash | None = None
         """The last one, until a worker serves again."""
-        self.awake = deployment.schedule.load is Load.ALWAYS
+        load = deployment.schedule.load
+        self.awake = load is Load.ALWAYS or (load is Load.MANUAL and deployment.loaded)
         """Whether it is to be in memory."""
         self.demanded = False
         """Whether nobody but requests wants it there."""

@@ -210,6 +210,8 @@ class Deployment:
     canary: int | None = None
     """Percent of the requests that ``generation`` gets beside ``stable``; ``None``: it takes over
     as soon as it is ready."""
+    loaded: bool = False
+    """Whether somebody wants it in memory; it only matters for what is loaded manually."""
 
     @property
     def served(self) -> Deployment:

@@ -410,6 +410,12 @@ def set_replicas(
     return _load(txn, name), record(txn, at, "scale", message, deployment=name, cause=by)
 
 
+def set_loaded(txn: Any, name: str, loaded: bool) -> Deployment:
+    """Want it in memory or not, where only that decides."""
+    txn.execute("UPDATE deployments SET loaded = ? WHERE name = ?", (loaded, name))
+    return _load(txn, name)
+
+
 def _span(replicas: int, most: int | None) -> str:
     return str(replicas) if most is None else f"{replicas}-{most}"
 
@@ -496,7 +502,7 @@ def _mean(txn: Any, name: str, number: int, found: Resolution, *, at: float) -> 
 def _find(txn: Any, name: str) -> Deployment | None:
     txn.execute(
         "SELECT name, desired, replicas, created_at, updated_at, load, keep_alive,"
-        " max_replicas, generation, stable, canary"
+        " max_replicas, loaded, generation, stable, canary"
         " FROM deployments"
         " WHERE name = ? AND deleted_at IS NULL",
         (name,),
@@ -504,7 +510,7 @@ def _find(txn: Any, name: str) -> Deployment | None:
     row = txn.fetchone()
     if row is None:
         return None
-    name, desired, replicas, created_at, updated_at, load, keep_alive, most, *pointers = row
+    name, desired, replicas, created_at, updated_at, load, keep_alive, most, loaded, *pointers = row
     number, stable, canary = pointers
     turns = _turns(txn, name)
     schedule = Schedule(Load(load), keep_alive)
@@ -519,6 +525,7 @@ def _find(txn: Any, name: str) -> Deployment | None:
         most,
         _one(txn, name, stable, turns) if stable is not None else None,
         canary,
+        bool(loaded),
     )
 
 

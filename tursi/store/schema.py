@@ -382,6 +382,11 @@ _PULL_TRUST = (
     """,
 )
 
+_LOADED = (
+    # Of what is loaded manually, whether somebody wants it in memory: 0 or 1.
+    "ALTER TABLE deployments ADD COLUMN loaded INTEGER NOT NULL DEFAULT 0",
+)
+
 UPGRADES: tuple[Upgrade, ...] = (
     Upgrade("the first schema", _FIRST),
     Upgrade("pickle and remote code by generation", _TRUST),
@@ -393,5 +398,6 @@ UPGRADES: tuple[Upgrade, ...] = (
     Upgrade("measured memory of models", _MEASUREMENTS),
     Upgrade("statistics by key, minute, hour and day", _ROLLUPS),
     Upgrade("what pulls take besides data", _PULL_TRUST),
+    Upgrade("what has been loaded by hand", _LOADED),
 )
 """``UPGRADES[n]`` brings version ``n`` to ``n + 1``."""

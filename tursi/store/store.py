@@ -185,6 +185,10 @@ class Store:
         changed = self._write(deployments.set_replicas, name, replicas, most, by=by, at=at)
         return changed.addCallback(self._announced)
 
+    def set_loaded(self, name: str, loaded: bool) -> Deferred[Deployment]:
+        """Want it in memory or not, if it is loaded manually; ``DeploymentNotFound``."""
+        return self._write(deployments.set_loaded, name, loaded)
+
     def set_canary(self, name: str, weight: int, *, by: str, at: float) -> Deferred[Deployment]:
         """Give the canary that share; ``DeploymentNotFound``, ``NoCanary``."""
         changed = self._write(deployments.set_canary, name, weight, by=by, at=at)
