@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+POSITION_HEADER = "X-Queue-Position"
+"""Tells whoever had to wait the place in the queue."""
+
 
 @dataclass(frozen=True, slots=True)
 class Loading:

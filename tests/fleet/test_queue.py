@@ -24,6 +24,7 @@ from tursi.fleet.queue import CAUSE_SECONDS, RequestQueue, shutting_down
 from tursi.fleet.routing import Routing
 from tursi.loading import Loading
 from tursi.model import (
+    Caller,
     Crash,
     Deployment,
     Desired,
@@ -139,9 +140,11 @@ class Bench:
             poisoned=self.poisoned.append,
         )
 
-    def submit(self, seconds: float = 600.0, body: bytes = b"{}") -> Recorder:
+    def submit(
+        self, seconds: float = 600.0, body: bytes = b"{}", key: int | None = None
+    ) -> Recorder:
         recorder = Recorder()
-        self.queue.submit(work(seconds, body), recorder)
+        self.queue.submit(work(seconds, body, key), recorder)
         return recorder
 
     def come_up(self, *replicas: FakeReplica) -> None:
@@ -169,8 +172,9 @@ def crash(life: str, number: int) -> Crash:
     )
 
 
-def work(seconds: float = 600.0, body: bytes = b"{}") -> Work:
-    return Work("openai.embeddings", "id", "application/json", body, seconds)
+def work(seconds: float = 600.0, body: bytes = b"{}", key: int | None = None) -> Work:
+    caller = Caller(key=key)
+    return Work("openai.embeddings", "id", "application/json", body, seconds, caller=caller)
 
 
 def bodies(replica: FakeReplica) -> list[bytes]:
@@ -252,6 +256,26 @@ def test_requests_wait_in_order_for_room_and_a_full_queue_refuses_with_retry_aft
     replica.answer(2)
     assert len(second.said) == 3
     assert third.said == []
+
+
+def test_a_key_that_floods_the_queue_takes_no_turn_and_no_place_from_another() -> None:
+    replica = FakeReplica(room=1, phase=Phase.LOADING)
+    bench = Bench(replica, max_queued=4)
+    flood = [bench.submit(body=b"%d" % number, key=1) for number in range(4)]
+    with pytest.raises(QueueFull):
+        bench.submit(key=1)
+    other = bench.submit(body=b"other", key=2)
+    [refused] = flood[3].said
+    assert isinstance(refused, QueueFull)
+    assert bench.queue.waiting == 4
+    bench.come_up(replica)
+    assert bodies(replica) == [b"0"]
+    replica.answer(1)
+    assert bodies(replica) == [b"other"]
+    replica.answer(2)
+    [head, *_] = other.said
+    assert isinstance(head, wire.Head)
+    assert head.headers == {"X-Queue-Position": "2"}, "the place that it had when it came"
 
 
 def test_a_request_waits_for_a_load_and_is_then_dispatched() -> None:

@@ -16,6 +16,7 @@ from tursi.errors import (
     TursiError,
 )
 from tursi.faces.route import Answer
+from tursi.loading import POSITION_HEADER
 from tursi.tasks import Embeddings, Text
 
 MAX_INPUTS = 2048
@@ -83,7 +84,7 @@ def error_headers(error: TursiError) -> Mapping[str, str] | None:
     if error.retry_after is not None:
         headers = {"Retry-After": str(retry_after(error.retry_after))}
         if error.loading is not None:
-            headers["X-Queue-Position"] = str(error.loading.position)
+            headers[POSITION_HEADER] = str(error.loading.position)
         return headers
     if error.code == DeploymentUnavailable.code:
         # Clients retry every 503, but waiting doesn't help here.

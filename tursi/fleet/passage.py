@@ -8,6 +8,7 @@ from typing import Protocol
 
 from tursi import wire
 from tursi.errors import TursiError, WorkerLost
+from tursi.loading import POSITION_HEADER
 from tursi.model import Caller, Phase
 from tursi.supervision.link import Sink
 
@@ -104,7 +105,7 @@ class Passage:
 
     __slots__ = (
         "_head", "_id", "_queue", "_sink", "_worker", "began", "begun", "digest", "generation",
-        "life", "mark", "place", "retried", "timer", "waited", "work",
+        "life", "mark", "place", "position", "retried", "timer", "waited", "work",
     )  # fmt: skip
 
     def __init__(self, queue: Way, work: Work, sink: Sink, began: float) -> None:
@@ -130,6 +131,8 @@ class Passage:
         """Of the worker that died with it."""
         self.place = 0
         """In the queue; 0 if it isn't there."""
+        self.position = 0
+        """That it had when it came there."""
         self.timer: Timer | None = None
 
     def ask(self, now: float) -> wire.Ask:
@@ -196,7 +199,15 @@ class Passage:
     def _begin(self) -> None:
         self.begun = True
         head = self._head
-        if head is not None and self.mark is not None:
-            head = head._replace(headers={**head.headers, self.mark: str(self.generation)})
-        if head is not None:
-            self._sink.head(head)
+        if head is None:
+            return
+        if self.mark is not None:
+            head = _with(head, self.mark, self.generation)
+        if self.position:
+            head = _with(head, POSITION_HEADER, self.position)
+        self._sink.head(head)
+
+
+def _with(head: wire.Head, name: str, number: int) -> wire.Head:
+    """The same with one header more."""
+    return head._replace(headers={**head.headers, name: str(number)})

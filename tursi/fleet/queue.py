@@ -18,9 +18,11 @@ from tursi.errors import (
     WorkerLost,
 )
 from tursi.fleet.discretion import discreet
+from tursi.fleet.line import Line
 from tursi.fleet.passage import Clock, Passage, Replica, Work
 from tursi.fleet.poison import Suspects, digest
 from tursi.fleet.routing import Routing
+from tursi.fleet.words import clause
 from tursi.loading import Loading
 from tursi.model import Caller, Crash, Phase
 from tursi.supervision.link import Sink
@@ -74,7 +76,7 @@ class RequestQueue:
         self._crash = crash
         self._finished = finished
         self._poisoned = poisoned
-        self._waiting: OrderedDict[int, Passage] = OrderedDict()
+        self._waiting = Line()
         self._suspects = Suspects(clock.seconds)
         self._suspected: OrderedDict[int, Passage] = OrderedDict()
         """Those that wait to be alone with a worker."""
@@ -95,18 +97,14 @@ class RequestQueue:
     @property
     def oldest(self) -> float | None:
         """When the request began that has waited longest, in monotonic seconds."""
-        first = self._first
-        return first.began if first is not None else None
+        oldest = self._waiting.oldest
+        return oldest.began if oldest is not None else None
 
     @property
     def caller(self) -> Caller | None:
         """Whose request has waited longest."""
-        first = self._first
-        return first.work.caller if first is not None else None
-
-    @property
-    def _first(self) -> Passage | None:
-        return next(iter(self._waiting.values()), None)
+        oldest = self._waiting.oldest
+        return oldest.work.caller if oldest is not None else None
 
     def configure(self, settings: Requests) -> None:
         """Go by these from now on; what already waits keeps its time."""
@@ -128,8 +126,9 @@ class RequestQueue:
         if refusal is not None:
             raise refusal
         if self.waiting >= self._settings.max_queued:
-            raise self._full()
+            self._make_place(work.caller.key)
         self._enqueue(passage)
+        passage.position = self._ahead(passage) + 1
         if passage.digest is not None:
             self._pump_suspected()
         return passage
@@ -140,10 +139,7 @@ class RequestQueue:
             return
         refusal = self._unavailable()
         self._pump_suspected()
-        while self._waiting:
-            passage = next(iter(self._waiting.values()))
-            if not self._dispatch(passage):
-                break
+        while (passage := self._waiting.next) is not None and self._dispatch(passage):
             self._dequeue(passage)
         if refusal is not None and not self._ready():
             self._fail_waiting(refusal)
@@ -170,7 +166,7 @@ class RequestQueue:
         self._suspects.forgive()
 
     def _fail_waiting(self, error: TursiError) -> None:
-        for passage in (*self._suspected.values(), *self._waiting.values()):
+        for passage in (*self._suspected.values(), *self._waiting):
             # Another one's failure may have led this one out already.
             if passage.place:
                 self._dequeue(passage)
@@ -219,18 +215,20 @@ class RequestQueue:
     def _enqueue(self, passage: Passage, *, first: bool = False) -> None:
         self._next += 1
         passage.place = self._next
-        queue = self._waiting if passage.digest is None else self._suspected
-        queue[passage.place] = passage
-        if first:
-            queue.move_to_end(passage.place, last=False)
+        if passage.digest is None:
+            self._waiting.add(passage, first=first)
+        else:
+            self._suspected[passage.place] = passage
         limit = passage.work.seconds - (self._clock.seconds() - passage.began)
         if not self._ready():
             limit = min(limit, self._settings.load_wait_seconds)
         passage.timer = self._clock.callLater(max(limit, 0.0), lambda: self._expire(passage))
 
     def _dequeue(self, passage: Passage) -> None:
-        queue = self._waiting if passage.place in self._waiting else self._suspected
-        del queue[passage.place]
+        if passage in self._waiting:
+            self._waiting.remove(passage)
+        else:
+            del self._suspected[passage.place]
         passage.place = 0
         passage.stop_timer()
         self._reopen()
@@ -253,6 +251,20 @@ class RequestQueue:
         self._dequeue(passage)
         passage.refuse(error)
 
+    def _ahead(self, passage: Passage) -> int:
+        """How many that wait have their turns before it."""
+        if passage.place in self._suspected:
+            return list(self._suspected).index(passage.place)
+        return len(self._suspected) + self._waiting.ahead(passage)
+
+    def _make_place(self, key: int | None) -> None:
+        """Let whoever has most in the queue leave a place to a caller that has less."""
+        full, excess = self._full(), self._waiting.excess(key)
+        if excess is None:
+            raise full
+        self._dequeue(excess)
+        excess.refuse(full)
+
     def _full(self) -> QueueFull:
         loading = None if self._ready() else self._outlook(self.waiting + 1)
         return QueueFull(
@@ -264,12 +276,11 @@ class RequestQueue:
     def _still_loading(self, passage: Passage) -> ModelLoading:
         crash = self._crash()
         after = (
-            f"; its worker ended before: {discreet(crash.reason)}, crash {crash.id}"
+            f"; its worker ended before: {clause(discreet(crash.reason))}, crash {crash.id}"
             if crash
             else ""
         )
-        before = sum(place < passage.place for place in (*self._suspected, *self._waiting))
-        loading = self._outlook(before + 1)
+        loading = self._outlook(self._ahead(passage) + 1)
         return ModelLoading(
             f"The model is not ready yet ({self._stage()}{after}); try again shortly.",
             retry_after=_until(loading),
@@ -350,7 +361,7 @@ class RequestQueue:
         message = f"The worker of {self._name} ended while it held this request"
         if crash is not None:
             message += (
-                f": {discreet(crash.reason)} (crash {crash.id}, "
+                f": {clause(discreet(crash.reason))} (crash {crash.id}, "
                 f"`tursi crashes {self._name} {crash.id}` has the evidence)"
             )
         suspicion = self._suspects.of(passage.digest) if passage.digest else None
