@@ -62,22 +62,23 @@ docs: $(VENV)/.installed-docs
 clean:
 	rm -rf $(VENV) $(STATE) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-$(BIN)/python:
+# pip, as what a kill has left may have all but that.
+$(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Tursi needs Python 3.11 or newer; say which: make run PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 
 # The stamps make a second run fast; what they depend on makes it right.
-$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing Tursi and what it needs into $(VENV) (PyTorch is large) ..."
 	$(INSTALL) -e .
 	@touch $@
 
-$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing Tursi and what it needs into $(VENV) (PyTorch is large) ..."
 	$(INSTALL) -e '.[$*]'
 	@touch $@
 
-$(STATE)/model/.installed: etc/demo-model.txt | $(BIN)/python
+$(STATE)/model/.installed: etc/demo-model.txt | $(BIN)/pip
 	@echo "Installing the demo model into $(STATE)/model ..."
 	rm -rf $(STATE)/model
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \

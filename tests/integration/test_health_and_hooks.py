@@ -143,6 +143,8 @@ def test_the_doctor_sees_a_running_daemon() -> None:
         assert f"(pid {running.process.pid})" in found["daemon"]["message"]
         assert found["control socket"]["level"] == "ok"
         assert found["database"]["message"].startswith(str(running.state))
+        assert found["cache folder"]["message"].startswith(str(running.state / "cache"))
+        assert found["configuration"]["message"] == f"{running.configuration} is valid"
         assert "port" not in found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from dataclasses import asdict, replace
@@ -14,8 +13,8 @@ import click
 from tursi.cli.connection import Connection, Exit, Failure
 from tursi.cli.database import offline
 from tursi.cli.options import as_json
+from tursi.cli.process import find
 from tursi.cli.terminal import dump, safe
-from tursi.model import folders
 
 if TYPE_CHECKING:
     from tursi.doctor import Facts
@@ -41,9 +40,10 @@ def doctor(context: click.Context, *, hub: bool, json: bool) -> None:
 
     connection: Connection = context.obj
     status, unanswered = _ask(connection)
-    places = replace(folders(os.environ, os.getuid()), runtime=connection.socket.parent)
-    if status is not None and "state" in status:
-        places = replace(places, state=Path(status["state"]))
+    service = find(connection)
+    places, said = service.places, service.said
+    if said is not None and said.configuration is not None:
+        places = replace(places, configuration=Path(said.configuration))
     facts = collect(places, status=status, unanswered=unanswered)
     facts = replace(facts, database=_database(connection, facts))
     if hub:
