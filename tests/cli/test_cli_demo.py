@@ -134,7 +134,7 @@ def test_it_deploys_answers_explains_and_stops_at_ctrl_c(running: Demo) -> None:
     assert "all-MiniLM-L6-v2 is ready (feature-extraction, cpu, float32)." in shown
     assert re.search(r"0\.900 +#{18} +Refunds are paid", shown)
     assert re.search(r"curl http://127\.0\.0\.1:\d+/v1/embeddings", shown)
-    assert "all-MiniLM-L6-v2: loading" in stderr
+    assert "all-MiniLM-L6-v2: starting the worker" in stderr
     assert stderr.endswith("Stopping the daemon ...\n")
     assert (running.state / "stopped").exists()
 

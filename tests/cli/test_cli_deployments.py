@@ -51,6 +51,8 @@ def test_up_waits_with_a_line_per_stage_and_says_when_it_is_ready(api: Api) -> N
         "/deployments/mini",
         deployment("queued", workers=[], progress=progress("resolve")),
         deployment("queued", workers=[], progress=fetching),
+        deployment("loading"),
+        deployment("loading", progress=progress("import")),
         deployment("loading", progress=progress("read", 2**20, 2**22, part=1, parts=2)),
         deployment("loading", progress=progress("load", 3, 12, "tensors")),
         deployment("warming", progress=progress("warm")),
@@ -66,6 +68,7 @@ def test_up_waits_with_a_line_per_stage_and_says_when_it_is_ready(api: Api) -> N
         "mini: waiting for its turn",
         "mini: asking the hub",
         "mini: fetching: 1 MiB of 4 MiB (25 %)",
+        "mini: starting the worker",
         "mini: reading the weights: 1 MiB of 4 MiB (25 %), file 1 of 2",
         "mini: loading: 3 of 12 tensors (25 %)",
         "mini: warming up",
@@ -244,7 +247,7 @@ def test_up_waits_for_the_new_generation_while_the_old_one_serves(api: Api) -> N
     assert result.stdout.splitlines()[0] == (
         "mini: changed, generation 2 takes over when it is ready."
     )
-    assert "mini: loading" in result.stderr
+    assert "mini: starting the worker" in result.stderr
 
 
 def test_up_shows_why_it_is_tried_again_and_stops_waiting_in_time(api: Api) -> None:
@@ -303,7 +306,7 @@ def test_ctrl_c_in_up_leaves_the_deployment_to_come_up_and_says_so(api: Api) -> 
     assert process.returncode == Exit.INTERRUPTED
     assert stdout == b"mini: created from org/mini.\n"
     assert stderr.decode().splitlines() == [
-        "mini: loading",
+        "mini: starting the worker",
         (
             "Not waiting any longer; mini goes on coming up. `tursi ps` shows it, "
             "`tursi down mini` removes it."

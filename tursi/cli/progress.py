@@ -35,7 +35,8 @@ _STAGES: Mapping[str, str] = {
 _PHASES: Mapping[str, str] = {
     Phase.QUEUED: "waiting for its turn",
     Phase.SPAWNING: "starting the worker",
-    Phase.LOADING: "loading",
+    # Until it tells how far it is, it imports what it needs.
+    Phase.LOADING: "starting the worker",
     Phase.WARMING: "warming up",
 }
 _GIVEN_UP = {Phase.FAILED, Phase.QUARANTINED, Phase.WEDGED}
