@@ -242,7 +242,7 @@ def parse(text: str, source: str) -> Configuration:
     try:
         return msgspec.convert(tomllib.loads(text), Configuration)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigurationError(f"{source} isn't valid TOML: {error}") from None
+        raise ConfigurationError(f"{source} isn't valid TOML: {error}.") from None
     except msgspec.ValidationError as error:
         raise ConfigurationError(f"{source}: {error}") from None
 

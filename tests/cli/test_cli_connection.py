@@ -16,7 +16,7 @@ from scripted_api import Api, Reply, child, refusal, scripted_api
 
 from tursi import __version__
 from tursi.cli import main
-from tursi.cli.connection import Connection, Exit, failure, path
+from tursi.cli.connection import Connection, Exit, Failure, failure, path
 
 
 @pytest.fixture
@@ -156,6 +156,8 @@ def test_errors_have_exit_codes(body: object, status: int, expected: int, said: 
 
 def test_path_segments_are_encoded() -> None:
     assert path("models", "org/a b") == "/models/org%2Fa%20b"
+    with pytest.raises(Failure, match="The name is empty"):
+        path("models", "")
 
 
 def test_version_works_with_and_without_a_daemon(api: Api) -> None:

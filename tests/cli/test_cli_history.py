@@ -97,6 +97,8 @@ def test_events_say_what_happened_and_why(api: Api) -> None:
     assert api.asked[0].parameters == {"limit": "5", "deployment": "mini"}
     assert json.loads(api.tursi("events", "--json").stdout)["events"][0] == EVENT
     assert api.asked[1].parameters == {"limit": "50"}
+    api.on("GET", "/events", {"events": []})
+    assert api.tursi("events", "gone").stderr == "There are no events of gone.\n"
 
 
 def test_events_follow(api: Api) -> None:

@@ -90,8 +90,11 @@ def test_the_story_of_a_service(place: Place) -> None:
     assert elsewhere.stderr.startswith("tursi: No daemon answers at http://127.0.0.1:1 ")
     told = json.loads(place.tursi("status", "--json").stdout)
     assert (told["running"], told["pid"]) == (True, first)
-    socket_option = ["--socket", str(place.runtime / "control.sock"), "status"]
-    assert CliRunner().invoke(main, socket_option).exit_code == RUNS
+    by_socket = ["--socket", str(place.runtime / "control.sock")]
+    assert CliRunner().invoke(main, [*by_socket, "status"]).exit_code == RUNS
+    # It says where its database is, to whom has only named its socket.
+    restored = CliRunner().invoke(main, [*by_socket, "db", "restore", "copy"])
+    assert f"already running (pid {first})" in restored.stderr
 
     assert place.tursi("reload").stdout == "Nothing has changed.\n"
     place.configure("[hub]\noffline = true\n")

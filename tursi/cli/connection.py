@@ -337,6 +337,8 @@ class Connection:
 
 def path(*segments: str) -> str:
     """A URL path of these segments, each percent-encoded."""
+    if "" in segments:
+        raise Failure("The name is empty.", Exit.USAGE)
     with _utf8():
         return "".join("/" + quote(segment, safe="") for segment in segments)
 

@@ -14,6 +14,7 @@ import click
 
 from tursi.cli.connection import Connection, Exit, Failure, failure
 from tursi.cli.options import as_json
+from tursi.cli.process import find
 from tursi.cli.target import new_file
 from tursi.cli.terminal import dump, line, size
 from tursi.model import folders
@@ -120,14 +121,15 @@ def offline(
     seconds: float = _SECONDS,
 ) -> dict[str, Any]:
     """What the tool answers that works on the file itself; ``Failure``."""
-    usual = folders(os.environ, os.getuid())
-    if state is None and connection.socket != usual.socket.absolute():
+    service = find(connection, state=state)
+    usual = folders(os.environ, os.getuid()).socket.absolute()
+    if state is None and connection.socket != usual and service.said is None:
         # Another daemon's socket says nothing of where its state is.
         raise Failure(
             f"No daemon answers at {connection.socket}; name its state folder with --state.",
             Exit.NO_DAEMON,
         )
-    folder = (state or usual.state).absolute()
+    folder = service.places.state.absolute()
     command = [sys.executable, "-I", "-m", "tursi.database", action, str(folder)]
     try:
         done = subprocess.run(

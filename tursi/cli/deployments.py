@@ -281,7 +281,7 @@ def reference(text: str) -> Reference:
     if text and folder.is_dir():
         # Symbolic links stay: a hub cache's snapshots are made of them.
         return Reference.parse(os.path.abspath(folder))  # noqa: PTH100 - absolute() would keep ".."
-    if folder.exists():
+    if text and folder.exists():
         raise click.BadParameter(f"{text} is a file; a model is a folder.", param_hint="MODEL")
     if text.startswith(("/", ".", "~")):
         raise click.BadParameter(f"There is no folder {text}.", param_hint="MODEL")

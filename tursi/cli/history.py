@@ -10,7 +10,7 @@ import click
 
 from tursi.cli.connection import Connection, Exit, Failure, path
 from tursi.cli.options import as_json, since_time
-from tursi.cli.terminal import dump, line, local_time, size, table
+from tursi.cli.terminal import dump, line, local_time, note, size, table
 
 
 @click.command()
@@ -60,6 +60,8 @@ def events(
             return
         for event in answer["events"]:
             line(_event(event))
+        if not answer["events"]:
+            note(f"There are no events of {name}." if name else "There are no events.")
         return
     for event in _followed(connection, "/events", {**parameters, "follow": 1}):
         if json:
