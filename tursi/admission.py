@@ -31,6 +31,13 @@ class Free:
     gpus: Mapping[str, int] = field(default_factory=dict)
     suspects: Collection[str] = ()
     """GPUs that are only chosen where there is no other."""
+    machine: int | None = None
+    """What the host has, whatever the models may take together."""
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether it is what models may take together that leaves no more of the host."""
+        return self.host is not None and (self.machine is None or self.host < self.machine)
 
 
 @dataclass(frozen=True, slots=True)

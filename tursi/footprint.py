@@ -57,6 +57,8 @@ _KINDS: Mapping[str, tuple[str, float, bool]] = {
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 _QUANTIZED = {"int8": 1.1, "int4": 0.65}
 """Bytes of a number in a quantized matrix, its share of the scales included."""
+_MOST_AXES = 16
+"""Of a tensor: many more make a number that takes for ever to multiply."""
 _COMPARED = 2048
 """Tokens of the texts by which a quantized model is held against the unquantized one."""
 _EMBEDDINGS = ("embed", "wte", "wpe", "lm_head", "shared", "position_bias", "relative_attention")
@@ -115,19 +117,19 @@ class Terms:
     max_sequences: int = 16
 
 
-def tensors(header: Mapping[str, Any]) -> tuple[dict[str, Group], int]:
+def tensors(header: Iterable[tuple[str, Any]]) -> tuple[dict[str, Group], int]:
     """The tensors of one safetensors header by kind, and the parameters of the largest.
 
-    Raises ``ValueError`` for what is no such header.
+    ``header`` are its members. Raises ``ValueError`` for what is no such header.
     """
     parameters: dict[str, int] = {}
     matrices: dict[str, int] = {}
     largest = 0
-    for name, tensor in header.items():
+    for name, tensor in header:
         if name == "__metadata__":
             continue
         match tensor:
-            case {"dtype": str(kind), "shape": [*shape]} if all(
+            case {"dtype": str(kind), "shape": [*shape]} if len(shape) <= _MOST_AXES and all(
                 type(size) is int and 0 <= size < 2**48 for size in shape
             ):
                 count = math.prod(shape)
@@ -139,6 +141,13 @@ def tensors(header: Mapping[str, Any]) -> tuple[dict[str, Group], int]:
             matrices[kind] = matrices.get(kind, 0) + count
     groups = {kind: Group(kind, count, matrices.get(kind, 0)) for kind, count in parameters.items()}
     return groups, largest
+
+
+def stored(groups: Iterable[Group]) -> int:
+    """The bytes that they have in the file, at least."""
+    return sum(
+        int(group.parameters * _KINDS[group.kind][1]) for group in groups if group.kind in _KINDS
+    )
 
 
 def merge(groups: Iterable[Group]) -> tuple[Group, ...]:
@@ -242,6 +251,12 @@ def footprint(
         measured = max(gpu.highest or 0, told.weights) + (grows if gpu.busy is None else 0)
         needed = CONTEXT * count + measured
     return Footprint(device, max(load, settled), settled, needed, told, host, gpu)
+
+
+def least(needs: Footprint) -> int:
+    """Host memory without which no worker of it can be, however careful the reckoning."""
+    weights = 0 if needs.device.startswith("cuda") or not needs.estimate else needs.estimate.weights
+    return BASE // 2 + weights
 
 
 def kind(device: str) -> str:

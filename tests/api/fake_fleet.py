@@ -387,6 +387,7 @@ class FakeFleet:
         name: str | None,
         request: Request,
         replicas: int | None,
+        most: int | None = None,
         *,
         beside: bool = False,
     ) -> Fit:

@@ -462,8 +462,8 @@ def test_up_dry_run_shows_the_figures(api: Api) -> None:
     ]
     found = {
         "verdict": "in_place", "message": "It fits only in the place of ...", "memory": 2**30,
-        "measured": False, "gives_back": 2**29, "limit": 2**35, "footprint": footprint,
-        "rooms": rooms,
+        "measured": False, "gives_back": 2**29, "free": 2**34, "limit": 2**35,
+        "footprint": footprint, "rooms": rooms,
     }  # fmt: skip
     api.on("POST", "/deployments", found)
     assert api.tursi("up", "org/mini", "--dry-run").stdout.splitlines()[1:] == [
@@ -480,11 +480,12 @@ def test_up_dry_run_shows_the_figures(api: Api) -> None:
         "  limit           32.0 GiB for all models together",
     ]
     footprint["host_peaks"] = {"load": 2**30, "warm": 2**29, "busy": None}
-    found["measured"] = True
-    assert (
-        "  measured        1.0 GiB while loading, 512 MiB when ready"
-        in api.tursi("up", "org/mini", "--dry-run").stdout.splitlines()
-    )
+    found |= {"measured": True, "free": 0}
+    told = api.tursi("up", "org/mini", "--dry-run").stdout.splitlines()
+    assert "  measured        1.0 GiB while loading, 512 MiB when ready" in told
+    # It is the limit that leaves nothing, and not the machine.
+    assert "  free on host    16.0 GiB of 32.0 GiB" in told
+    assert "  limit           32.0 GiB for all models together, 0 B left" in told
 
 
 def test_up_dry_run_only_tells_whether_there_is_room(api: Api) -> None:

@@ -11,9 +11,11 @@ import pytest
 from test_fleet import NOW, Bench, FakeWorker
 
 from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
 
 from tursi.admission import Free
 from tursi.config import Configuration, Memory
+from tursi.errors import InvalidRequest
 from tursi.fleet.shortages import Shortages
 from tursi.footprint import BASE, CONTEXT, Blueprint, Group
 from tursi.model import (
@@ -442,6 +444,47 @@ def test_a_dry_run_has_the_figures(bench: Bench) -> None:
     assert found.rooms[0].total == 2**36
 
 
+def test_what_the_limit_leaves_is_told_apart_from_what_the_machine_has(bench: Bench) -> None:
+    bench.available = RESERVE + 10 * GIB
+    bench.fleet.configure(Configuration(memory=Memory(limit_bytes=3 * GIB)))
+    come(bench, "a", 2)
+    serve(bench, "a", Peaks(2 * GIB, 2 * GIB, 2 * GIB))
+    found = fit(bench, "b", 1)
+    assert found.verdict is Verdict.WAITS
+    assert "1.0 GiB are left of the 3.0 GiB for all models" in found.message
+    assert (found.free, found.rooms[0].free) == (GIB, 10 * GIB)
+    come(bench, "b", 1)
+    assert reason(bench, "b").endswith("1.0 GiB are left of the 3.0 GiB for all models.")
+
+
+def test_a_worker_may_have_less_than_it_needs(bench: Bench) -> None:
+    bench.available = RESERVE + 10 * GIB
+    assert "may have" not in fit(bench, "a", 2, limits=Limits(memory=3 * GIB)).message
+    tight = fit(bench, "a", 2, limits=Limits(memory=int(2.3 * GIB)))
+    assert tight.verdict is Verdict.FITS
+    assert "But each of its workers may have 2.3 GiB, and is ended" in tight.message
+    found = fit(bench, "a", 2, limits=Limits(memory=2 * GIB))
+    assert found.verdict is Verdict.NEVER
+    assert found.message == (
+        "It can't fit: 1 x about 2.4 GiB, and each of its workers may have 2.0 GiB."
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "replicas", "most"),
+    [("no name", 1, None), ("", 1, None), ("a", 65, None), ("a", 3, 2)],
+)
+def test_a_dry_run_refuses_what_can_not_be(
+    bench: Bench, name: str, replicas: int, most: int | None
+) -> None:
+    asking = Deferred.fromCoroutine(
+        bench.fleet.prospect.fit(name, Request("/models/a"), replicas, most)
+    )
+    failures: list[Failure] = []
+    asking.addErrback(failures.append)
+    assert isinstance(failures[0].value, InvalidRequest)
+
+
 def test_a_larger_replacement_says_what_the_old_one_gives_back(bench: Bench) -> None:
     bench.available = RESERVE + 10 * GIB
     come(bench, "a", 8)
@@ -464,6 +507,7 @@ def test_what_is_being_downloaded_is_known_by_its_size(bench: Bench) -> None:
     bench.hub.entries = []
     unknown = bench.do(bench.fleet.prospect.fit(None, request, None))
     assert unknown.verdict is Verdict.UNKNOWN
+    assert unknown.free is not None
     bench.deploy("name", model="org/name")
     _, _, progress = bench.hub.asked[0]
     progress(Progress("download", 1.0, float(2 * GIB)))

@@ -112,12 +112,12 @@ class DeploymentControl:
             trust_remote_code=bool(trust_remote_code),
             quantization=quantization or "none",
         )
-        if dry_run:
-            return await self._fleet.prospect.fit(
-                name, request, replicas, beside=canary is not None
-            )
         before = self._before(name)
         least, most = _replicas(before, replicas, max_replicas)
+        if dry_run:
+            return await self._fleet.prospect.fit(
+                name, request, least, most, beside=canary is not None
+            )
         deployment, outcome = await self._fleet.deploy(
             name, request, least, by, _schedule(before, load, keep_alive), most, canary
         )

@@ -198,7 +198,13 @@ class Prospect(Protocol):
     """Tells whether there is room in memory (``tursi.fleet.prospect``)."""
 
     async def fit(
-        self, name: str | None, request: Request, replicas: int | None, *, beside: bool = False
+        self,
+        name: str | None,
+        request: Request,
+        replicas: int | None,
+        most: int | None = None,
+        *,
+        beside: bool = False,
     ) -> Fit:
         """Whether ``deploy`` of the same would find room, ``beside`` what serves if need be."""
         ...

@@ -58,5 +58,9 @@ def _rooms(fit: dict[str, Any]) -> list[tuple[str, str]]:
         named = f" ({room['name']})" if room["name"] else ""
         rows.append((f"free on {room['device']}", f"{size(room['free'])}{of}{named}"))
     if fit.get("limit"):
-        rows.append(("limit", f"{size(fit['limit'])} for all models together"))
+        text = f"{size(fit['limit'])} for all models together"
+        free = [room["free"] for room in fit["rooms"] if room["device"] == "host"]
+        if fit["free"] not in {None, *free}:
+            text += f", {size(fit['free'])} left"
+        rows.append(("limit", text))
     return rows

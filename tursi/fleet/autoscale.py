@@ -127,13 +127,13 @@ class Autoscale:
 
     def _hindrance(self, member: Member, wanted: int) -> str | None:
         """Why there can't be so many, or ``None``."""
-        need, room = self._memory.need(member), self._memory.room()
+        need, free = self._memory.need(member), self._memory.free()
         # A canary's generations have as many each.
         more = need * (2 if member.deployment.canary is not None else 1)
-        if room is not None and more > room:
+        if free.host is not None and more > free.host:
             return (
-                f"another replica needs about {mebibytes(more)} of memory, {mebibytes(room)} "
-                "are free"
+                f"another replica needs about {mebibytes(more)} of memory, "
+                f"{self._memory.told(free)}"
             )
         if not self._memory.fits_beside(member):
             return "another replica finds no room on the GPUs"

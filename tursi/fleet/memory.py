@@ -172,21 +172,29 @@ class Memory:
     def free(self, but: str | None = None) -> Free:
         """What loads may still take, once the worker life ``but`` has gone too."""
         there = [each for each in self.there() if but is None or each.worker.uuid != but]
-        host: list[int] = []
-        if self.limit is not None:
-            host.append(self.limit - sum(each.host for each in there))
-        available = self._available()
+        machine = available = self._available()
         if available is not None:
             # What is there has not taken all that it needs yet.
             growth = sum(
                 max(0, each.host - (each.worker.status().rss or 0)) for each in there if each.loads
             )
-            host.append(available - self._settings.reserve_bytes - growth)
+            machine = max(0, available - self._settings.reserve_bytes - growth)
+        host = machine
+        if self.limit is not None:
+            left = max(0, self.limit - sum(each.host for each in there))
+            host = left if machine is None else min(left, machine)
         return Free(
-            max(0, min(host)) if host else None,
-            {gpu.device: self._free(gpu, there) for gpu in self._gpus()},
-            self._suspects(),
-        )
+            host, {gpu.device: self._free(gpu, there) for gpu in self._gpus()}, self._suspects(),
+            machine,
+        )  # fmt: skip
+
+    def told(self, free: Free) -> str:
+        """What is free of the host, as a clause."""
+        if free.host is None:
+            return "nobody knows what is free"
+        if free.is_limited and self.limit is not None:
+            return f"{mebibytes(free.host)} are left of the {mebibytes(self.limit)} for all models"
+        return f"{mebibytes(free.host)} are free"
 
     def _free(self, gpu: Gpu, there: Collection[There]) -> int:
         growth = 0
@@ -218,8 +226,7 @@ class Memory:
         generation = member.due
         if free.host is not None and needs.host > free.host:
             return (
-                f"It waits for memory: it needs about {mebibytes(needs.host)}, "
-                f"{mebibytes(free.host)} are free."
+                f"It waits for memory: it needs about {mebibytes(needs.host)}, {self.told(free)}."
             )
         device = self.device(member)
         if self.place(needs, device, free.gpus) is None:
@@ -261,10 +268,6 @@ class Memory:
         """Host memory that its next worker needs; 0 as long as nothing is known of it."""
         needs = self.of(member)
         return needs.host if needs is not None else 0
-
-    def room(self) -> int | None:
-        """Host memory that loads may still take."""
-        return self.free().host
 
     def without(self, free: Free, gone: Collection[There]) -> Free:
         """What would be free if these had gone."""

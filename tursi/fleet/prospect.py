@@ -12,6 +12,7 @@ from tursi.fleet.member import Member
 from tursi.fleet.memory import Memory, There
 from tursi.fleet.pulls import Pulls
 from tursi.fleet.residence import LOAD_SECONDS, Pool, Residence
+from tursi.footprint import least
 from tursi.hub import Hub
 from tursi.model import (
     Fit,
@@ -25,6 +26,7 @@ from tursi.model import (
     Room,
     Verdict,
     check_replicas,
+    deployment_name,
     mebibytes,
 )
 from tursi.plan import LOAD_SLOTS
@@ -65,39 +67,51 @@ class Prospect:
         self._clock = clock
 
     async def fit(
-        self, name: str | None, request: Request, replicas: int | None, *, beside: bool = False
+        self,
+        name: str | None,
+        request: Request,
+        replicas: int | None,
+        most: int | None = None,
+        *,
+        beside: bool = False,
     ) -> Fit:
         """Whether ``deploy`` of the same would find room; it changes and downloads nothing.
 
-        With ``beside`` it is for a canary, so that what serves has to stay.
+        Raises what that would raise for what can't be. With ``beside`` it is for a canary,
+        so that what serves has to stay.
         """
         checked = request.checked(self._host)
         reference = Reference.parse(checked.model)
-        member = self._members.get(name or reference.short_name)
+        name = deployment_name(reference.short_name if name is None else name)
+        member = self._members.get(name)
         if replicas is None:
             replicas = member.deployment.replicas if member else 1
-        check_replicas(replicas)
+        check_replicas(replicas, most)
         same = member is not None and member.deployment.generation.request == checked
         resolution = await self._on_disk(reference, checked, member if same else None)
         if resolution is None:
             size = self._coming(reference)
             if size is None:
+                free = self._memory.free()
                 return Fit(
                     Verdict.UNKNOWN,
-                    f"{checked.model} isn't on the disk, so that its size isn't known; "
-                    f"`tursi pull {checked.model}` downloads it.",
+                    f"{checked.model} isn't on the disk, so that its size isn't known, and "
+                    f"{self._memory.told(free)}; `tursi pull {checked.model}` downloads it.",
                     replicas=replicas,
+                    free=free.host,
+                    limit=self._memory.limit,
+                    rooms=self._rooms(free, free.machine),
                 )
             # What is being downloaded has told how large it is.
             resolution = Resolution(folder=f"hub:{checked.model}", size=size)
             self._footprints.expect(resolution)
         else:
             await self._footprints.look(resolution)
-        order = self._order(name or reference.short_name, checked, resolution)
-        found = self.of(order, replicas, member, same=same)
+        order = self._order(name, checked, resolution)
+        found = _within(self.of(order, replicas, member, same=same), checked.limits.memory)
         if beside and found.verdict is Verdict.IN_PLACE:
             message = (
-                f"There is no room for a canary beside what {name or reference.short_name} serves: "
+                f"There is no room for a canary beside what {name} serves: "
                 "it would wait for memory. Without --canary it would take the other's place."
             )
             return replace(found, verdict=Verdict.WAITS, message=message, evicts=())
@@ -126,8 +140,10 @@ class Prospect:
         figures = f"{replicas} x about {mebibytes(needs.host)}"
         if needs.gpu:
             figures += f", and {mebibytes(needs.gpu)} of GPU memory"
+        elif needs.device.startswith("cuda"):
+            figures += ", and nobody knows of GPU memory here"
         if free.host is not None:
-            figures += f", {mebibytes(free.host)} are free"
+            figures += f", {self._memory.told(free)}"
         if needs.gpu and free.gpus:
             told = (f"{mebibytes(size)} on {device}" for device, size in free.gpus.items())
             figures += f" and {', '.join(told)}"
@@ -142,16 +158,17 @@ class Prospect:
             evicts,
             gives_back,
             needs,
-            self._rooms(free),
+            self._rooms(free, free.machine),
         )
 
     def rooms(self) -> tuple[Room, ...]:
         """Memory of the host and of each GPU."""
-        return self._rooms(self._memory.free())
+        free = self._memory.free()
+        return self._rooms(free, free.host)
 
-    def _rooms(self, free: Free) -> tuple[Room, ...]:
+    def _rooms(self, free: Free, host: int | None) -> tuple[Room, ...]:
         return (
-            Room("host", self._host.memory, free.host),
+            Room("host", self._host.memory, host),
             *(
                 Room(gpu.device, gpu.total, free.gpus.get(gpu.device), gpu.name)
                 for gpu in self._gpus()
@@ -278,6 +295,19 @@ class Prospect:
         pool.waiting.append(Waiting("", size, since, 1, LOAD_SECONDS))
         chosen = self._residence.decide(pool)
         return None if chosen.load is None else chosen.evict
+
+
+def _within(found: Fit, own: int | None) -> Fit:
+    """The same for workers that may have no more than ``own`` bytes of the host each."""
+    if own is None or found.footprint is None or found.footprint.host <= own:
+        return found
+    limit = f"each of its workers may have {mebibytes(own)}"
+    if own < least(found.footprint):
+        sentence = f"It can't fit: {found.replicas} x about {mebibytes(found.footprint.host)}, and"
+        return replace(found, verdict=Verdict.NEVER, message=f"{sentence} {limit}.", evicts=())
+    return replace(
+        found, message=f"{found.message} But {limit}, and is ended if it needs more than that."
+    )
 
 
 def _together(needs: Footprint, count: int) -> int:

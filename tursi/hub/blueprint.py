@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tursi.folder import PICKLES, files
-from tursi.footprint import Blueprint, Group, dimensions, merge, tensors
+from tursi.footprint import Blueprint, Group, dimensions, merge, stored, tensors
 
-MAX_HEADER = 100_000_000
-"""Bytes; safetensors itself allows no more."""
-MAX_HEADERS = 200_000_000
+MAX_HEADER = 16 * 1024 * 1024
+"""Bytes, which are about 100,000 tensors; a file with more counts by its size."""
+MAX_HEADERS = 64 * 1024 * 1024
 """Bytes of all headers of a model together."""
-_MAX_JSON = 32 * 1024 * 1024
+_MAX_JSON = 16 * 1024 * 1024
 _LENGTH = 8
+_BETWEEN = re.compile(r"[ \t\r\n]*([{:,}]?)[ \t\r\n]*")
 _ONE = "model.safetensors"
 
 
@@ -41,8 +44,7 @@ def read(folder: Path) -> Blueprint:
             groups.clear()
             break
         try:
-            header, length = _header(folder / name, left)
-            found, widest = tensors(header)
+            found, widest, length = _header(folder / name, left)
         except (OSError, ValueError, RecursionError):
             groups.clear()
             break
@@ -104,21 +106,56 @@ def _config(path: Path) -> dict[str, Any]:
     return dimensions(config) if isinstance(config, dict) else {}
 
 
-def _header(path: Path, left: int) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file and its length; ``ValueError`` if there is none."""
+def _header(path: Path, left: int) -> tuple[dict[str, Group], int, int]:
+    """The tensors of a safetensors file by kind, the largest, and the length of its header.
+
+    ``ValueError`` for a header that is none, or tells of more than the file has.
+    """
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
+        size = os.fstat(file.fileno()).st_size - _LENGTH
         length = int.from_bytes(file.read(_LENGTH), "little")
-        if length > min(MAX_HEADER, left, size - _LENGTH):
+        if length > min(MAX_HEADER, left, size):
             raise ValueError(f"the header of {path.name} can't have {length} bytes")
-        header = json.loads(file.read(length))
-    if not isinstance(header, dict):
-        raise ValueError(f"the header of {path.name} is no object")  # noqa: TRY004 - of the file
-    return header, length
+        found, widest = tensors(members(file.read(length).decode("utf-8")))
+    if stored(found.values()) > size - length:
+        raise ValueError(f"{path.name} has fewer bytes than its header tells of")
+    return found, widest, length
+
+
+def members(text: str) -> Iterator[tuple[str, Any]]:
+    """The members of a JSON object, one by one; ``ValueError`` for what is none.
+
+    All in one go a long text would hold up every other thread until its end.
+    """
+    decoder = json.JSONDecoder()
+    mark, place = _mark(text, 0)
+    if mark != "{":
+        raise ValueError("the header is no object")
+    if _mark(text, place)[0] == "}":
+        return
+    while mark != "}":
+        name, place = decoder.raw_decode(text, place)
+        mark, place = _mark(text, place)
+        if mark != ":" or not isinstance(name, str):
+            raise ValueError("the header has a value without a name")
+        value, place = decoder.raw_decode(text, place)
+        mark, place = _mark(text, place)
+        if mark not in {",", "}"}:
+            raise ValueError("the header breaks off")
+        yield name, value
+
+
+def _mark(text: str, place: int) -> tuple[str, int]:
+    """The mark between two values, and where what follows it begins."""
+    found = _BETWEEN.match(text, place)
+    return (found[1], found.end()) if found else ("", place)
 
 
 def _json(path: Path) -> Any:
     """The value in a file; ``None`` where there is none that can be read."""
+    if not path.is_file():
+        # What is something else might be waited for without end.
+        return None
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_JSON + 1)

@@ -61,9 +61,9 @@ class Fit:
     """Whether that was measured, not estimated."""
     replicas: int = 1
     free: int | None = None
-    """That loads may still take."""
+    """That loads may still take: of the host, or of ``limit`` where that leaves less."""
     limit: int | None = None
-    """That all models may take."""
+    """That all models may take together."""
     evicts: tuple[str, ...] = ()
     """Deployments that would go."""
     gives_back: int = 0
@@ -71,4 +71,4 @@ class Fit:
     footprint: Footprint | None = None
     """What is known of each worker; ``None`` where the model's files aren't known."""
     rooms: tuple[Room, ...] = ()
-    """Of the host and of each GPU."""
+    """Of the host and of each GPU, whatever ``limit`` is."""
