@@ -199,7 +199,8 @@ def test_sockets_of_systemd_are_served_and_stay_its_own(activated: Activated) ->
     assert activated.log.read_text().count("but no listener uses it") == 1
 
     # A reload looks at them again, leaves them as they are, and can let go of one and take it back.
-    without = f"[[http.listeners]]\nendpoint = 'tcp:{activated.port}:interface=127.0.0.1'\n"
+    elsewhere = f"endpoint = 'tcp:{activated.port}:interface=127.0.0.1'"
+    without = f"[[http.listeners]]\n{elsewhere}\nroles = ['health']\n"
     for settings in (activated.configuration.read_text(), without, None):
         before = activated.configuration.read_text()
         if settings is not None:

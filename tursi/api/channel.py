@@ -14,6 +14,7 @@ from twisted.python.failure import Failure
 from twisted.web import http
 
 from tursi.api.access import Visitor
+from tursi.api.phrases import phrase
 from tursi.api.upload import STALL_SECONDS
 from tursi.errors import HostRefused, InvalidRequest, RequestTimeout, TursiError
 from tursi.faces.openai import errors
@@ -292,7 +293,7 @@ class Channel(http.HTTPChannel):
             b"X-Request-Id: %s\r\n%s\r\n"
             % (
                 status,
-                http.RESPONSES.get(status, b"Error"),
+                phrase(status),
                 length,
                 request_id,
                 b"".join(b"%s: %s\r\n" % each for each in _encoded(headers)),

@@ -20,10 +20,11 @@ from zope.interface import implementer
 from twisted.internet.interfaces import IPullProducer
 from twisted.internet.tcp import Connection
 from twisted.python.failure import Failure
-from twisted.web.http import NO_BODY_CODES, RESPONSES
+from twisted.web.http import NO_BODY_CODES
 from twisted.web.http_headers import Headers
 
 from tursi.api.channel import Channel
+from tursi.api.phrases import phrase
 from tursi.errors import InternalError, TursiError
 from tursi.faces import TABLE
 from tursi.faces.openai import errors
@@ -450,7 +451,7 @@ def _opening(status: int, content_type: str) -> bytes:
 
 
 def _status_line(status: int) -> bytes:
-    return b"HTTP/1.1 %d %b\r\n" % (status, RESPONSES.get(status, b"Unknown Status"))
+    return b"HTTP/1.1 %d %b\r\n" % (status, phrase(status))
 
 
 def _lines(headers: Headers) -> bytes:

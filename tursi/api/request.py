@@ -10,6 +10,7 @@ from twisted.python.failure import Failure
 from twisted.web import http, server
 
 from tursi.api.access import single
+from tursi.api.phrases import phrase
 from tursi.api.upload import STALL_SECONDS, Upload
 from tursi.errors import InternalError, PayloadTooLarge, TursiError
 from tursi.faces import TABLE
@@ -217,7 +218,7 @@ class Request(server.Request):
 
     def prepare(self, answer: Answer) -> bytes:
         """Set status and headers; the body to write."""
-        self.setResponseCode(answer.status)
+        self.setResponseCode(answer.status, phrase(answer.status))
         headers = self.responseHeaders
         headers.setRawHeaders(b"Content-Type", [answer.content_type.encode("latin-1")])
         headers.setRawHeaders(b"Content-Length", [b"%d" % len(answer.body)])
@@ -237,7 +238,7 @@ class Request(server.Request):
 
     def open_stream(self, status: int, headers: Mapping[str, str], exchange: Exchange) -> bool:
         """Begin an answer that ``exchange`` writes bit by bit; whether it must wait at first."""
-        self.setResponseCode(status)
+        self.setResponseCode(status, phrase(status))
         for name, value in headers.items():
             self.responseHeaders.setRawHeaders(name.encode("latin-1"), [value.encode("latin-1")])
         congested = self.channel.congested
