@@ -226,8 +226,8 @@ HOST = Host(memory=8 * 2**30, cores=4, files=1024)
         (Limits(memory=-1), "memory", "less than 64.0 MiB"),
         (Limits(memory=9 * 2**30), "memory", "9.0 GiB is more than the 8.0 GiB here"),
         (Limits(cpu=0.001), "cpu", "less than 0.01 of a core"),
-        (Limits(cpu=float("nan")), "cpu", "nan is less"),
-        (Limits(cpu=float("inf")), "cpu", "inf is less"),
+        (Limits(cpu=float("nan")), "cpu", "nan is no number of cores"),
+        (Limits(cpu=float("inf")), "cpu", "inf is no number of cores"),
         (Limits(cpu=4.5), "cpu", "4.5 is more than the 4 cores"),
         (Limits(threads=0), "threads", "0 is less than 1"),
         (Limits(threads=5), "threads", "5 is more than the 4 cores"),
@@ -243,6 +243,14 @@ def test_limits_that_cannot_be_met(limits: Limits, name: str, why: str) -> None:
     assert caught.value.param == f"limits.{name}"
     assert caught.value.message.startswith(f"The limit {name} can't be met: ")
     assert why in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "limits", [Limits(memory=2**60), Limits(cpu=1e9), Limits(threads=2**20), Limits(files=2**40)]
+)
+def test_limits_that_no_machine_can_meet(limits: Limits) -> None:
+    with pytest.raises(InvalidRequest, match="is more than the"):
+        limits.check(Host())
 
 
 def test_limits_that_can_be_met_or_are_not_known_to_be_too_much() -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from tursi.errors import ConfigurationError
-from tursi.model import DEFAULT_PORT, Role
+from tursi.model import DEFAULT_PORT, MAX_KEEP_ALIVE, Role
 
 # The upper bounds refuse "inf" and slips: every wait ends, every queue is bounded.
 Positive = Annotated[float, msgspec.Meta(gt=0, le=366 * 86400)]
@@ -135,7 +135,7 @@ class Memory(_Table, frozen=True):
     """For all workers together; 0 means what the machine has."""
     reserve_bytes: Annotated[int, msgspec.Meta(ge=0, le=1024**5)] = 512 * 1024 * 1024
     """Of what is free, on the host and on each GPU, so much stays so."""
-    keep_alive_seconds: Annotated[float, msgspec.Meta(ge=-1, le=366 * 86400)] = 300.0
+    keep_alive_seconds: Annotated[float, msgspec.Meta(ge=-1, le=MAX_KEEP_ALIVE)] = 300.0
     """How long a model that is loaded on demand stays without a request; -1: for ever."""
     max_wait_seconds: Positive = 30.0
     """Requests that have waited so long for a model's turn go before all others."""

@@ -60,6 +60,12 @@ def test_history_shows_what_each_generation_was(api: Api) -> None:
     assert len(json.loads(api.tursi("history", "mini", "--json").stdout)["generations"]) == 3
 
 
+def test_history_tells_smaller_weights(api: Api) -> None:
+    known = [generation(1, dtype="bfloat16", quantization="int8")]
+    api.on("GET", "/deployments/mini/generations", {"generations": known})
+    assert "  bfloat16, int8  " in api.tursi("history", "mini").stdout
+
+
 def test_history_says_what_became_of_each_generation(api: Api) -> None:
     turns = [
         [turn("serving", 1), turn("replaced", 9, "by generation 2")],
@@ -307,8 +313,10 @@ def test_apply_sets_the_schedule_that_the_file_names(api: Api, tmp_path: Path) -
         ('[deployments.mini]\nmodel = "org/mini"\ntask = "cooking"\n', "cooking"),
         ('[deployments.mini]\nmodel = "org/mini"\nreplicas = 0\n', "1 to 64 replicas"),
         ('[deployments.mini]\nmodel = "org/mini"\nload = "never"\n', "always, on_demand, manual"),
-        ('[deployments.mini]\nmodel = "org/mini"\nkeep_alive = "1h"\n', "number of seconds"),
-        ('[deployments.mini]\nmodel = "org/mini"\nkeep_alive = inf\n', "number of seconds"),
+        ('[deployments.mini]\nmodel = "org/mini"\nkeep_alive = "1h"\n', "keep_alive is a number."),
+        ('[deployments.mini]\nmodel = "org/mini"\nkeep_alive = inf\n', "seconds up to 31622400"),
+        ('[deployments.mini]\nmodel = "org/mini"\nkeep_alive = 1e300\n', "seconds up to 31622400"),
+        ('[deployments.mini]\nmodel = "org/mini"\nlimits = { cpu = inf }\n', "no number of cores"),
         ('[deployments.mini]\nmodel = "org/mini"\ntask = []\n', "task is a text."),
         ('[deployments.mini]\nmodel = "org/mini"\ndevice = 3\n', "device is a text."),
         ('[deployments.mini]\nmodel = "org/mini"\nreplicas = true\n', "whole number, or a range"),
@@ -321,7 +329,7 @@ def test_apply_sets_the_schedule_that_the_file_names(api: Api, tmp_path: Path) -
         ),
         (
             '[deployments.mini]\nmodel = "org/mini"\nlimits = { ram = 2 }\n',
-            "unexpected keyword argument 'ram'",
+            "There is no field 'limits.ram'; use memory, cpu, threads, files, processes.",
         ),
     ],
 )

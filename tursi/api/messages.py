@@ -9,6 +9,12 @@ import msgspec
 
 from tursi.fleet import Part
 from tursi.model import (
+    MAX_CPU,
+    MAX_FILES,
+    MAX_KEEP_ALIVE,
+    MAX_MEMORY,
+    MAX_PROCESSES,
+    MAX_THREADS,
     ApiKey,
     AuditEntry,
     CatalogueEntry,
@@ -39,15 +45,15 @@ class _Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class LimitsBody(_Body):
     """What each worker may use; what is absent has its default, or no limit."""
 
-    memory: Annotated[int, msgspec.Meta(ge=1, le=2**50)] | None = None
+    memory: Annotated[int, msgspec.Meta(ge=1, le=MAX_MEMORY)] | None = None
     """Bytes."""
-    cpu: Annotated[float, msgspec.Meta(gt=0, le=2**16)] | None = None
+    cpu: Annotated[float, msgspec.Meta(gt=0, le=MAX_CPU)] | None = None
     """Cores, such as 1.5."""
-    threads: Annotated[int, msgspec.Meta(ge=1, le=2**16)] | None = None
+    threads: Annotated[int, msgspec.Meta(ge=1, le=MAX_THREADS)] | None = None
     """Threads that compute."""
-    files: Annotated[int, msgspec.Meta(ge=1, le=2**31)] | None = None
+    files: Annotated[int, msgspec.Meta(ge=1, le=MAX_FILES)] | None = None
     """Open descriptors."""
-    processes: Annotated[int, msgspec.Meta(ge=1, le=2**22)] | None = None
+    processes: Annotated[int, msgspec.Meta(ge=1, le=MAX_PROCESSES)] | None = None
     """Processes and threads together."""
 
     def value(self) -> Limits:
@@ -76,7 +82,7 @@ class DeploymentBody(_Body):
     """Weights as int8 or int4; absent: none."""
     load: Load | None = None
     """When it is in memory; absent: as it was, or always."""
-    keep_alive: Annotated[float, msgspec.Meta(ge=-1, le=366 * 86400)] | None = None
+    keep_alive: Annotated[float, msgspec.Meta(ge=-1, le=MAX_KEEP_ALIVE)] | None = None
     """Seconds without a request after which what is loaded on demand is unloaded; -1: never."""
     canary: Weight | None = None
     """Let what is new have so many percent of the requests, until it is promoted, beside what

@@ -358,7 +358,8 @@ def _ready(status: dict[str, Any]) -> str:
     canary = status.get("canary")
     if canary is not None:
         return f"Generation {canary['generation']} of {status['name']} is ready, as a canary."
-    what = ", ".join(str(status[key]) for key in ("task", "device", "dtype") if status[key])
+    made = [status.get(key) for key in ("task", "device", "dtype", "quantization")]
+    what = ", ".join(str(each) for each in made if each not in {None, "none"})
     return f"{status['name']} is ready ({what})." if what else f"{status['name']} is ready."
 
 

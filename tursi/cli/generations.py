@@ -32,7 +32,8 @@ def history(connection: Connection, *, name: str, json: bool) -> None:
                 each["number"],
                 local_time(each["created_at"]),
                 each["created_by"],
-                *(_meant(each, key) for key in ("task", "device", "dtype")),
+                *(_meant(each, key) for key in ("task", "device")),
+                _precision(each),
                 (_meant(each, "commit") or "-")[:12],
                 each["request"]["model"],
                 _outcome(each),
@@ -232,6 +233,13 @@ def _meant(generation: Mapping[str, Any], key: str) -> Any:
     """What it turned out to be, or else what was asked for."""
     known = generation.get("resolution") or {}
     return known.get(key) or generation["request"].get(key)
+
+
+def _precision(generation: Mapping[str, Any]) -> str:
+    """What it computes in, and what its weights are made smaller to."""
+    made = generation["request"].get("quantization", "none")
+    dtype = str(_meant(generation, "dtype"))
+    return dtype if made == "none" else f"{dtype}, {made}"
 
 
 def _word(value: object) -> str:

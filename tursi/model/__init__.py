@@ -12,6 +12,7 @@ from tursi.model.card import ModelCard, ModelFile, ModelReport
 from tursi.model.crash import Crash, Dossier, last_line
 from tursi.model.deployment import (
     DTYPES,
+    MAX_KEEP_ALIVE,
     MAX_REPLICAS,
     QUANTIZATIONS,
     Deployment,
@@ -24,6 +25,7 @@ from tursi.model.deployment import (
     Schedule,
     Trust,
     Turn,
+    check_keep_alive,
     check_replicas,
     check_weight,
 )
@@ -31,7 +33,11 @@ from tursi.model.fit import Fit, Gpu, Room, Verdict
 from tursi.model.footprint import Build, Estimate, Footprint, Measurement, Peaks, Stage
 from tursi.model.history import Event, Story
 from tursi.model.limits import (
+    MAX_CPU,
+    MAX_FILES,
+    MAX_MEMORY,
     MAX_PROCESSES,
+    MAX_THREADS,
     MIN_CPU,
     MIN_FILES,
     MIN_MEMORY,
@@ -68,8 +74,13 @@ __all__ = [
     "ALL_SCOPES",
     "DEFAULT_PORT",
     "DTYPES",
+    "MAX_CPU",
+    "MAX_FILES",
+    "MAX_KEEP_ALIVE",
+    "MAX_MEMORY",
     "MAX_PROCESSES",
     "MAX_REPLICAS",
+    "MAX_THREADS",
     "MIN_CPU",
     "MIN_FILES",
     "MIN_MEMORY",
@@ -133,6 +144,7 @@ __all__ = [
     "Verdict",
     "WorkerLife",
     "WorkerStatus",
+    "check_keep_alive",
     "check_replicas",
     "check_weight",
     "deployment_name",

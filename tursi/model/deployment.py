@@ -12,6 +12,8 @@ from tursi.model.reference import Reference
 from tursi.model.task import Task
 
 MAX_REPLICAS = 64
+MAX_KEEP_ALIVE = 366 * 86400
+"""Seconds; what is to stay for longer stays for ever."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("none", "int8", "int4")
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d{1,2})?|cuda:\d{1,2}(,cuda:\d{1,2})+")
@@ -115,6 +117,14 @@ def check_replicas(replicas: int, most: int | None = None) -> None:
             f"The most replicas of a deployment are as many as the least or more, up to "
             f"{MAX_REPLICAS}.",
             param="max_replicas",
+        )
+
+
+def check_keep_alive(seconds: float) -> None:
+    """Raise ``InvalidRequest`` unless a deployment may stay unused in memory for so long."""
+    if not -1 <= seconds <= MAX_KEEP_ALIVE:
+        raise InvalidRequest(
+            f"keep_alive is -1, or a number of seconds up to {MAX_KEEP_ALIVE}.", param="keep_alive"
         )
 
 

@@ -15,6 +15,11 @@ MIN_FILES = 64
 MIN_PROCESSES = 16
 MAX_PROCESSES = 4_194_304
 """As many as a Linux system can have."""
+MAX_MEMORY = 2**50
+MAX_CPU = 2**16
+MAX_THREADS = 2**16
+MAX_FILES = 2**31
+"""More of any of them is a slip, whatever machine it is meant for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +55,18 @@ class Limits:
         memory, cpu = self.memory, self.cpu
         if memory is not None and memory < MIN_MEMORY:
             raise _unmet("memory", f"{mebibytes(memory)} is less than {mebibytes(MIN_MEMORY)}")
-        if memory is not None and host.memory is not None and memory > host.memory:
-            raise _unmet(
-                "memory", f"{mebibytes(memory)} is more than the {mebibytes(host.memory)} here"
-            )
-        if cpu is not None and not (math.isfinite(cpu) and cpu >= MIN_CPU):
+        most = min(host.memory or MAX_MEMORY, MAX_MEMORY)
+        if memory is not None and memory > most:
+            raise _unmet("memory", f"{mebibytes(memory)} is more than the {mebibytes(most)} here")
+        if cpu is not None and not math.isfinite(cpu):
+            raise _unmet("cpu", f"{cpu:g} is no number of cores")
+        if cpu is not None and cpu < MIN_CPU:
             raise _unmet("cpu", f"{cpu:g} is less than {MIN_CPU:g} of a core")
-        _at_most("cpu", cpu, host.cores, "cores")
+        _at_most("cpu", cpu, host.cores or MAX_CPU, "cores")
         _at_least("threads", self.threads, 1)
-        _at_most("threads", self.threads, host.cores, "cores")
+        _at_most("threads", self.threads, host.cores or MAX_THREADS, "cores")
         _at_least("files", self.files, MIN_FILES)
-        _at_most("files", self.files, host.files, "that the system allows a process")
+        _at_most("files", self.files, host.files or MAX_FILES, "that the system allows a process")
         _at_least("processes", self.processes, MIN_PROCESSES)
         _at_most("processes", self.processes, MAX_PROCESSES, "that Linux can have")
 
@@ -77,8 +83,8 @@ def _at_least(name: str, value: float | None, least: float) -> None:
         raise _unmet(name, f"{value:g} is less than {least:g}")
 
 
-def _at_most(name: str, value: float | None, most: float | None, of_what: str) -> None:
-    if value is not None and most is not None and value > most:
+def _at_most(name: str, value: float | None, most: float, of_what: str) -> None:
+    if value is not None and value > most:
         raise _unmet(name, f"{value:g} is more than the {most:g} {of_what}")
 
 
