@@ -26,7 +26,7 @@ from tursi.footprint import (
     merge,
     tensors,
 )
-from tursi.hub.blueprint import members, read
+from tursi.hub.blueprint import read
 from tursi.model import Peaks
 
 BERT = Blueprint(
@@ -213,7 +213,7 @@ def test_no_configuration_is_too_strange(config: dict[str, Any]) -> None:
 @given(st.dictionaries(st.text(max_size=8), values))
 def test_a_header_is_one_or_is_refused(header: dict[str, Any]) -> None:
     try:
-        found, largest = tensors(header.items())
+        found, largest = tensors(header)
     except ValueError:
         return
     assert largest <= sum(group.parameters for group in found.values())
@@ -264,11 +264,6 @@ def test_a_header_that_tells_of_more_than_the_file_has_is_none(tmp_path: Path) -
     assert read(tmp_path).groups == (Group("F32", 1000),)
 
 
-def test_a_header_is_read_piece_by_piece() -> None:
-    # All of it in one go would hold up the daemon's other threads.
-    assert next(members('{"a": 1, "b": [')) == ("a", 1)
-
-
 def test_a_header_that_is_too_long_counts_by_its_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,14 +272,6 @@ def test_a_header_that_is_too_long_counts_by_its_size(
     found = read(tmp_path)
     assert found.groups == ()
     assert found.size == (tmp_path / "model.safetensors").stat().st_size
-
-
-def test_members_are_those_of_the_object() -> None:
-    assert [*members(" { } ")] == []
-    assert [*members('{"a" : [1,\n{"b": 2}], "c":"}"}  ')] == [("a", [1, {"b": 2}]), ("c", "}")]
-    for text in ("", "[]", "{", '{"a"', '{"a":', '{"a": 1', '{"a": 1,}', "{1: 2}", '{"a" 1}'):
-        with pytest.raises(ValueError):  # noqa: PT011 - which one doesn't matter
-            [*members(text)]
 
 
 def test_modules_of_sentence_transformers_count(tmp_path: Path) -> None:

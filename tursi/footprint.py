@@ -117,15 +117,15 @@ class Terms:
     max_sequences: int = 16
 
 
-def tensors(header: Iterable[tuple[str, Any]]) -> tuple[dict[str, Group], int]:
+def tensors(header: Mapping[str, Any]) -> tuple[dict[str, Group], int]:
     """The tensors of one safetensors header by kind, and the parameters of the largest.
 
-    ``header`` are its members. Raises ``ValueError`` for what is no such header.
+    Raises ``ValueError`` for what is no such header.
     """
     parameters: dict[str, int] = {}
     matrices: dict[str, int] = {}
     largest = 0
-    for name, tensor in header:
+    for name, tensor in header.items():
         if name == "__metadata__":
             continue
         match tensor:

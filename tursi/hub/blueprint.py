@@ -7,23 +7,24 @@ is for the worker to find out.
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import msgspec
 
 from tursi.folder import PICKLES, files
 from tursi.footprint import Blueprint, Group, dimensions, merge, stored, tensors
 
-MAX_HEADER = 16 * 1024 * 1024
-"""Bytes, which are about 100,000 tensors; a file with more counts by its size."""
+MAX_HEADER = 4 * 1024 * 1024
+"""Bytes, which are about 30,000 tensors; a file with more counts by its size.
+
+While it is decoded, no other thread does anything.
+"""
 MAX_HEADERS = 64 * 1024 * 1024
 """Bytes of all headers of a model together."""
 _MAX_JSON = 16 * 1024 * 1024
 _LENGTH = 8
-_BETWEEN = re.compile(r"[ \t\r\n]*([{:,}]?)[ \t\r\n]*")
 _ONE = "model.safetensors"
 
 
@@ -45,7 +46,7 @@ def read(folder: Path) -> Blueprint:
             break
         try:
             found, widest, length = _header(folder / name, left)
-        except (OSError, ValueError, RecursionError):
+        except (OSError, ValueError):
             groups.clear()
             break
         left -= length
@@ -116,39 +117,13 @@ def _header(path: Path, left: int) -> tuple[dict[str, Group], int, int]:
         length = int.from_bytes(file.read(_LENGTH), "little")
         if length > min(MAX_HEADER, left, size):
             raise ValueError(f"the header of {path.name} can't have {length} bytes")
-        found, widest = tensors(members(file.read(length).decode("utf-8")))
+        header = _decode(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError(f"the header of {path.name} is no object")  # noqa: TRY004 - of the file
+    found, widest = tensors(header)
     if stored(found.values()) > size - length:
         raise ValueError(f"{path.name} has fewer bytes than its header tells of")
     return found, widest, length
-
-
-def members(text: str) -> Iterator[tuple[str, Any]]:
-    """The members of a JSON object, one by one; ``ValueError`` for what is none.
-
-    All in one go a long text would hold up every other thread until its end.
-    """
-    decoder = json.JSONDecoder()
-    mark, place = _mark(text, 0)
-    if mark != "{":
-        raise ValueError("the header is no object")
-    if _mark(text, place)[0] == "}":
-        return
-    while mark != "}":
-        name, place = decoder.raw_decode(text, place)
-        mark, place = _mark(text, place)
-        if mark != ":" or not isinstance(name, str):
-            raise ValueError("the header has a value without a name")
-        value, place = decoder.raw_decode(text, place)
-        mark, place = _mark(text, place)
-        if mark not in {",", "}"}:
-            raise ValueError("the header breaks off")
-        yield name, value
-
-
-def _mark(text: str, place: int) -> tuple[str, int]:
-    """The mark between two values, and where what follows it begins."""
-    found = _BETWEEN.match(text, place)
-    return (found[1], found.end()) if found else ("", place)
 
 
 def _json(path: Path) -> Any:
@@ -159,6 +134,14 @@ def _json(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_JSON + 1)
-        return json.loads(data) if len(data) <= _MAX_JSON else None
-    except (OSError, ValueError, RecursionError):
+        return _decode(data) if len(data) <= _MAX_JSON else None
+    except (OSError, ValueError):
         return None
+
+
+def _decode(data: bytes) -> Any:
+    """The value of a JSON text; ``ValueError`` for what is none."""
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
