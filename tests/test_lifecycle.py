@@ -471,6 +471,10 @@ def test_crashes_hangs_and_memory_have_limits_of_their_own() -> None:
     assert phases(memory, 3) == [waits, waits, Phase.FAILED]
     twice = Verdict(Policy.COUNT, "KeyError", FailureClass.SOFTWARE, digest="abc")
     assert phases(twice, 2) == [waits, Phase.FAILED]
+    tally = Tally(Workers(), lambda: 0.5)
+    for _ in range(2):
+        tally.decide(twice, 0.0)
+    assert tally.failures == 2, "the second one counts too"
 
 
 def test_hung_workers_long_apart_are_not_quarantined() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,8 @@ def test_what_is_pinned_is_neither_unloaded_nor_evicted(bank: Bank) -> None:
     bank.turn()
     # It was used as lately as the other.
     assert (at(pinned), at(other)) == (Phase.READY, Phase.DRAINING)
+    [(_, cause)] = bank.told("other")
+    assert re.fullmatch(r"c needs about 1.* GiB of memory; nobody has used it for 40 s", cause)
     bank.gone("other")
     bank.workers[-1].become(Phase.READY)
     bank.wait(1000)
@@ -318,6 +321,9 @@ def test_what_is_used_all_the_time_makes_room_in_turns(bank: Bank) -> None:
     # Room for one more, and that is always in use: each request comes before the last has ended.
     last = bank.ask("busy")
     waiting = bank.ask("other")
+    assert bank.do(bank.fleet.records.why("other")).sentences[-1] == (
+        "What has the memory stays: busy has requests, pinned is pinned."
+    )
     for _ in range(28):
         assert (at(busy), bank.fleet.deployment("busy").queued) == (Phase.READY, 0)
         last = bank.ask("busy")

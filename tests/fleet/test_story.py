@@ -337,6 +337,19 @@ def test_the_queued_is_told_what_it_waits_for() -> None:
     )
 
 
+def test_who_waits_for_memory_is_told_what_keeps_it() -> None:
+    waiting = status(worker(Phase.QUEUED), reason="It waits for memory.")
+    load = Event(5, NOW - 4, "load", "mini", "mini is loaded", "a request of 127.0.0.1")
+    keeping = ("big is pinned", "old has requests")
+    told = tell(waiting, (CREATED, load), (), Workers(), NOW, staying=keeping).sentences
+    assert told[1:] == (
+        "It was asked for 4 s ago: a request of 127.0.0.1.",
+        "The reason: It waits for memory.",
+        "It began 10 min ago: uid 0 deploys mini: org/mini, 1 replica.",
+        "What has the memory stays: big is pinned, old has requests.",
+    )
+
+
 def test_what_can_never_have_its_memory_is_told_so() -> None:
     large = status(worker(Phase.QUEUED), phase=Phase.FAILED, reason="It needs 5 GiB of 1 GiB.")
     told = tell(large, (CREATED,), (), Workers(), NOW).sentences

@@ -192,6 +192,7 @@ class Fleet:
             logs=self._logs,
             devices=self._convergence.devices,
             governor=self._convergence.governor,
+            residence=self._residence,
             workers=lambda: self._configuration.workers,
             now=now,
         )

@@ -13,6 +13,7 @@ from tursi.fleet.journal import Journal
 from tursi.fleet.ledger import Ledger
 from tursi.fleet.logs import Logs
 from tursi.fleet.member import Member
+from tursi.fleet.residence import Residence
 from tursi.fleet.story import tell
 from tursi.model import (
     AuditEntry,
@@ -55,6 +56,7 @@ class Records:
         logs: Logs,
         devices: Devices,
         governor: Governor,
+        residence: Residence,
         workers: Callable[[], Workers],
         now: Callable[[], float],
     ) -> None:
@@ -67,6 +69,7 @@ class Records:
         self._logs = logs
         self._devices = devices
         self._governor = governor
+        self._residence = residence
         self._workers = workers
         self._now = now
 
@@ -111,6 +114,7 @@ class Records:
                     if worker.phase in LOADING
                 }
             ),
+            staying=self._residence.staying(member),
             paused=self._governor.trouble,
         )
 

@@ -132,6 +132,18 @@ class Residence:
             return None if seconds is None else (seconds, names[:place])
         return 0.0, []
 
+    def staying(self, member: Member) -> list[str]:
+        """What has the memory that it waits for and can't go, each in a clause that says why."""
+        if member.waits is None:
+            return []
+        found = {}
+        for there in self._memory.there():
+            other = there.member
+            why = _keeps(other) or ("has requests" if other.occupied else None)
+            if why is not None and other is not member and not there.goes:
+                found[other.deployment.name] = f"{other.deployment.name} {why}"
+        return [found[name] for name in sorted(found)]
+
     def host(self, room: int, but: str | None = None) -> Pool:
         """The host's memory, ``but`` for a deployment that isn't to make room."""
         return self._pool(room, lambda there: there.host, but)
@@ -234,9 +246,16 @@ class Residence:
 
 
 def _held(member: Member) -> bool:
-    return (
-        member.deployment.schedule.load is not Load.ON_DEMAND
-        or not member.awake
-        or member.pinned
-        or any(worker.phase in LOADING for worker in member.workers.values())
-    )
+    return not member.awake or _keeps(member) is not None
+
+
+def _keeps(member: Member) -> str | None:
+    """Why it makes no room for others, used or not, in a clause."""
+    load = member.deployment.schedule.load
+    if load is not Load.ON_DEMAND:
+        return "is there always" if load is Load.ALWAYS else "is there until it is unloaded"
+    if member.pinned:
+        return "is pinned"
+    if any(worker.phase in LOADING for worker in member.workers.values()):
+        return "is being loaded"
+    return None

@@ -27,7 +27,7 @@ from tursi.model import (
 MAX_EVENTS = 10
 _MAX_REQUESTS = 5
 _MAX_REFUSED = 3
-_MAX_LOADING = 5
+_MAX_LISTED = 5
 _REFUSED_SECONDS = 3600.0
 _HELD_SECONDS = 120.0
 _COMING = frozenset({Phase.QUEUED, Phase.LOADING, Phase.WARMING})
@@ -105,13 +105,14 @@ def tell(
     *,
     suspects: Mapping[str, str] = MappingProxyType({}),
     loading: Sequence[str] = (),
+    staying: Sequence[str] = (),
     paused: str | None = None,
 ) -> Story:
     """``events`` are the last ones in ascending order, ``crashes`` newest first.
 
     ``suspects`` are the devices that may be failing, each with a sentence on it,
-    ``loading`` the deployments that are being loaded, ``paused`` says why nothing is
-    started at all.
+    ``loading`` the deployments that are being loaded, ``staying`` what has the memory that
+    it waits for, a clause each, ``paused`` says why nothing is started at all.
     """
     lead = _lead(status)
     troubled = _troubled(status, lead)
@@ -124,7 +125,7 @@ def tell(
         *_evidence(status, crash),
         *_devices(status, crash, suspects),
         *_refused(events, now),
-        *_turn(status, lead, loading, paused),
+        *_turn(status, lead, loading, staying, paused),
         *_next(status, lead, settings, now),
         *_others(status, lead, now),
     )
@@ -283,7 +284,8 @@ def _moved(status: DeploymentStatus, events: Sequence[Event], now: float) -> Ite
     if _is_asleep(status) and (last is None or last.kind != "unload"):
         yield "Nobody has asked for it since the daemon began."
     elif last is not None and last.kind in {"load", "unload"}:
-        yield f"It was {last.kind}ed {ago(last.at, now)}: {clause(last.cause or last.message)}."
+        done = f"{last.kind}ed" if last.kind == "unload" or status.ready else "asked for"
+        yield f"It was {done} {ago(last.at, now)}: {clause(last.cause or last.message)}."
 
 
 # -- what happened ----------------------------------------------------------------------
@@ -423,20 +425,29 @@ def _refused(events: Sequence[Event], now: float) -> Iterator[str]:
 
 
 def _turn(
-    status: DeploymentStatus, lead: WorkerStatus | None, loading: Sequence[str], paused: str | None
+    status: DeploymentStatus,
+    lead: WorkerStatus | None,
+    loading: Sequence[str],
+    staying: Sequence[str],
+    paused: str | None,
 ) -> Iterator[str]:
     """What it waits for, where that lies with others."""
-    if lead is None or status.phase is not Phase.QUEUED or status.reason:
-        return
-    if paused is not None:
-        yield paused
+    if lead is None or status.phase is not Phase.QUEUED:
         return
     others = [name for name in loading if name != status.name]
-    if others:
-        shown = ", ".join(others[:_MAX_LOADING])
-        more = len(others) - _MAX_LOADING
-        also = f" and {more} more" if more > 0 else ""
-        yield f"It waits for what is being loaded just now: {shown}{also}."
+    if status.reason:
+        if staying:
+            yield f"What has the memory stays: {_listed(staying)}."
+    elif paused is not None:
+        yield paused
+    elif others:
+        yield f"It waits for what is being loaded just now: {_listed(others)}."
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _MAX_LISTED
+    also = f" and {more} more" if more > 0 else ""
+    return f"{', '.join(names[:_MAX_LISTED])}{also}"
 
 
 # -- what comes next -----------------------------------------------------------------------

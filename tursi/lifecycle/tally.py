@@ -115,6 +115,7 @@ class Tally:
         if verdict.policy is Policy.GIVE_UP:
             return GiveUp(verdict.reason)
         if repeated:
+            self.failures += 1
             return GiveUp(f"{verdict.reason} (the same error twice in a row)")
         self.attempts += 1
         if verdict.policy is Policy.WAIT:
