@@ -201,6 +201,9 @@ def test_apply_shows_and_does_the_difference(api: Api, tmp_path: Path) -> None:
     file.write_text(FILE)
     old = deployment(name="old")
     api.on("GET", "/deployments", {"deployments": [deployment(), old]})
+    for name in ("mini", "fresh"):
+        status = deployment(name=name)
+        api.on("PUT", f"/deployments/{name}", {"deployment": status, "outcome": "replaced"})
     command = ("apply", "-f", str(file), "--prune")
     shown = [
         "change mini",
@@ -215,10 +218,7 @@ def test_apply_shows_and_does_the_difference(api: Api, tmp_path: Path) -> None:
         "remove old",
     ]
     assert api.tursi(*command, "--dry-run").stdout.splitlines() == shown
-    assert {asked.method for asked in api.asked} == {"GET"}
-    for name in ("mini", "fresh"):
-        status = deployment(name=name)
-        api.on("PUT", f"/deployments/{name}", {"deployment": status, "outcome": "replaced"})
+    assert all("dry_run" in asked.parameters for asked in api.asked if asked.method != "GET")
     api.on("DELETE", "/deployments/old", Reply(old, 202))
     result = api.tursi(*command)
     assert result.exit_code == Exit.OK, result.output
@@ -239,6 +239,7 @@ def test_apply_of_canaries_and_ranges(api: Api, tmp_path: Path) -> None:
         known = {"generations": [generation(1), generation(2, dtype="float16")]}
         api.on("GET", "/deployments/mini/generations", known)
         api.on("GET", "/deployments", {"deployments": [deployment(**fields)]})
+        api.on("PUT", "/deployments/mini", {"verdict": "fits"})
         result = api.tursi("apply", "-f", str(file), "--dry-run", "--json")
         assert result.exit_code == Exit.OK, result.output
         changes = json.loads(result.stdout)["changes"]
@@ -246,7 +247,7 @@ def test_apply_of_canaries_and_ranges(api: Api, tmp_path: Path) -> None:
 
     small = 'model = "org/mini"'
     half = f'{small}\ndtype = "float16"\ncanary = 10'
-    as_canary = {"canary": CANARY}
+    as_canary = {"canary": CANARY, "stable": 1}
     assert changed(half) == {
         "dtype": {"from": "auto", "to": "float16"},
         "canary": {"from": None, "to": 10},
@@ -254,6 +255,8 @@ def test_apply_of_canaries_and_ranges(api: Api, tmp_path: Path) -> None:
     assert changed(half, **as_canary) == {}
     assert changed(half.replace("10", "50"), **as_canary) == {"canary": {"from": 10, "to": 50}}
     assert changed(half, generation=2) == {}
+    # It was to take over, and could not or has not yet.
+    assert changed(half, generation=2, stable=1) == {"canary": {"from": None, "to": 10}}
     assert changed(small, **as_canary) == {"dtype": {"from": "float16", "to": "auto"}}
     range_ = f'{small}\nreplicas = "1-4"'
     assert changed(range_) == {"max_replicas": {"from": None, "to": 4}}
@@ -274,6 +277,7 @@ def test_what_is_as_the_file_says_is_left_alone(api: Api, tmp_path: Path) -> Non
     api.on("GET", "/deployments/mini/generations", known)
     assert api.tursi("apply", "-f", str(file)).stdout == "Nothing to do.\n"
     api.on("GET", "/deployments", {"deployments": [deployment(desired="stopped")]})
+    api.on("PUT", "/deployments/mini", {"verdict": "fits"})
     assert "desired: stopped -> running" in api.tursi("apply", "-f", str(file), "--dry-run").stdout
 
 
@@ -291,13 +295,63 @@ def test_apply_sets_the_schedule_that_the_file_names(api: Api, tmp_path: Path) -
         "  keep_alive: not set -> 0",
         "Done.",
     ]
-    [body] = [asked.body for asked in api.asked if asked.method == "PUT"]
+    checked, body = [asked.body for asked in api.asked if asked.method == "PUT"]
     assert (body["load"], body["keep_alive"]) == ("on_demand", 0)
+    assert checked == body
     api.on("GET", "/deployments", {"deployments": [now]})
     assert api.tursi("apply", "-f", str(file)).stdout == "Nothing to do.\n"
     # A file that says nothing of it leaves it as it is.
     file.write_text('[deployments.mini]\nmodel = "org/mini"\n')
     assert api.tursi("apply", "-f", str(file)).stdout == "Nothing to do.\n"
+
+
+def test_apply_does_what_it_can_and_tells_all_that_went_wrong(api: Api, tmp_path: Path) -> None:
+    file = tmp_path / "deployments.toml"
+    names = ("a", "b", "c")
+    file.write_text("".join(f'[deployments.{name}]\nmodel = "org/mini"\n' for name in names))
+    api.on("GET", "/deployments", {"deployments": []})
+    fits = {"verdict": "fits"}
+    bad = deployment(name="a", phase="failed", reason="Its weights are damaged.", ready=0)
+    api.on("PUT", "/deployments/a", fits, {"deployment": bad, "outcome": "created"})
+    api.on("PUT", "/deployments/b", fits, refusal(503, "database_unavailable", "The disk is full."))
+    good = deployment(name="c")
+    api.on("PUT", "/deployments/c", fits, {"deployment": good, "outcome": "created"})
+    result = api.tursi("apply", "-f", str(file))
+    assert result.exit_code == Exit.DEPLOYMENT_FAILED, result.output
+    assert "b: The disk is full." in result.stderr
+    assert "a failed: Its weights are damaged." in result.stderr
+    assert "Done." not in result.stdout
+    # What the daemon refuses beforehand leaves all as it is.
+    api.on("PUT", "/deployments/b", fits)
+    api.on("PUT", "/deployments/c", refusal(400, "invalid_request", "There are 2 cores."))
+    api.asked.clear()
+    result = api.tursi("apply", "-f", str(file))
+    assert "c: There are 2 cores." in result.stderr
+    assert all("dry_run" in asked.parameters for asked in api.asked if asked.method == "PUT")
+
+
+def test_apply_tries_again_what_had_failed(api: Api, tmp_path: Path) -> None:
+    file = tmp_path / "deployments.toml"
+    file.write_text('[deployments.mini]\nmodel = "org/mini"\n')
+    api.on("GET", "/deployments/mini/generations", {"generations": [generation(1)]})
+    api.on("GET", "/deployments", {"deployments": [deployment(phase="failed")]})
+    api.on("PUT", "/deployments/mini", {"deployment": deployment(), "outcome": "retried"})
+    assert api.tursi("apply", "-f", str(file)).stdout == "retry mini\nDone.\n"
+
+
+def test_prune_removes_nothing_for_a_file_that_is_empty(api: Api, tmp_path: Path) -> None:
+    file = tmp_path / "deployments.toml"
+    file.touch()
+    api.on("GET", "/deployments", {"deployments": [deployment()]})
+    assert api.tursi("apply", "-f", str(file)).stdout == "Nothing to do.\n"
+    result = api.tursi("apply", "-f", str(file), "--prune")
+    assert (result.exit_code, result.stdout) == (Exit.USAGE, "")
+    file.write_text("[deployments]\n")
+    # Somebody else has just removed it.
+    gone = refusal(404, "deployment_not_found", "There is no deployment 'mini'.")
+    api.on("DELETE", "/deployments/mini", gone)
+    api.on("GET", "/deployments/mini", gone)
+    assert api.tursi("apply", "-f", str(file), "--prune").stdout == "remove mini\nDone.\n"
 
 
 @pytest.mark.parametrize(
@@ -330,6 +384,12 @@ def test_apply_sets_the_schedule_that_the_file_names(api: Api, tmp_path: Path) -
         (
             '[deployments.mini]\nmodel = "org/mini"\nlimits = { ram = 2 }\n',
             "There is no field 'limits.ram'; use memory, cpu, threads, files, processes.",
+        ),
+        ('[deployments.mini]\nmodel = ""\n', "must be a folder or a hub name"),
+        (f'[deployments.mini]\nmodel = "/{"x" * 300}"\n', "File name too long"),
+        (
+            '[deployments.mini]\nmodel = "org/mini"\nreplicas = "1-2"\nmax_replicas = 3\n',
+            "a range already",
         ),
     ],
 )

@@ -39,7 +39,7 @@ _PHASES: Mapping[str, str] = {
     Phase.LOADING: "starting the worker",
     Phase.WARMING: "warming up",
 }
-_GIVEN_UP = {Phase.FAILED, Phase.QUARANTINED, Phase.WEDGED}
+GIVEN_UP = {Phase.FAILED, Phase.QUARANTINED, Phase.WEDGED}
 
 
 class Verdict(Enum):
@@ -102,8 +102,8 @@ def look(status: Mapping[str, Any]) -> Look:
     ready = phases.count(Phase.READY)
     if status["phase"] == Phase.READY and ready >= status["replicas"]:
         return Look(Verdict.READY, "ready")
-    given_up = ready < len(phases) and all(each in {*_GIVEN_UP, Phase.READY} for each in phases)
-    if status["phase"] in _GIVEN_UP or given_up:
+    given_up = ready < len(phases) and all(each in {*GIVEN_UP, Phase.READY} for each in phases)
+    if status["phase"] in GIVEN_UP or given_up:
         return Look(Verdict.FAILED, _reason(status))
     if status["phase"] == Phase.BACKOFF:
         again = status.get("next_try_at")
