@@ -326,6 +326,9 @@ def test_a_canary_is_weighed_promoted_or_given_up(store: Store) -> None:
     assert canary(other, 10) == (Outcome.REPLACED, 2, 10)
     assert canary(other, None) == (Outcome.UNCHANGED, 2, 10)
     assert canary(other, 20) == (Outcome.WEIGHED, 2, 20)
+    # What is to take over becomes a canary.
+    result(store.promote("e5", by="cli", at=3.0))
+    assert canary(other, 20) == (Outcome.WEIGHED, 2, 20)
     assert result(store.set_canary("e5", 30, by="cli", at=4.0)).canary == 30
     # What serves is asked for again, so that the canary is given up.
     assert canary(MINILM, None) == (Outcome.BACK, 1, None)

@@ -131,7 +131,7 @@ def save(
             _supersede(txn, before, canary, by=by, at=at)
         elif outcome is Outcome.BACK:
             _give_up(txn, before, by=by, at=at)
-        elif before.canary is not None and canary is not None:
+        elif before.stable is not None and canary is not None:
             _weigh(txn, name, canary)
     if imported is not None and outcome in {Outcome.CREATED, Outcome.REPLACED}:
         kind, message = "import", f"{by} imports {name}: {shown}"
@@ -163,7 +163,7 @@ def _difference(
     if schedule is not None and before.schedule != schedule:
         how = schedule.load.value.replace("_", " ")
         return Outcome.SCHEDULED, "schedule", f"{{by}} has {{name}} loaded {how}"
-    if before.canary is not None and canary is not None and before.canary != canary:
+    if before.stable is not None and canary is not None and before.canary != canary:
         return Outcome.WEIGHED, "canary", _weighed(before, canary)
     return Outcome.UNCHANGED, "", ""
 
