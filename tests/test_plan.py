@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tursi.admission import Free
 from tursi.model import Phase
-from tursi.plan import Action, Admit, Create, Key, Resolve, Retire, Seen, Wanted, decide
+from tursi.plan import Action, Admit, Create, Keep, Key, Resolve, Retire, Seen, Wanted, decide
 
 
 def worker(
@@ -129,6 +129,25 @@ def test_what_served_is_kept_through_its_own_trouble_until_the_other_is_ready() 
     assert decide([want], seen) == []
 
 
+def test_what_served_comes_back_with_a_daemon_that_ended_before_the_other_was_ready() -> None:
+    want = Wanted("a", 2, 1, resolved=True, stable=1)
+    assert decide([want], []) == [Create(Key("a", 1, 0)), Create(Key("a", 2, 0))]
+    # It serves while the other's files are fetched, too.
+    unknown = replace(want, resolved=False)
+    assert decide([unknown], []) == [Resolve("a", 2), Create(Key("a", 1, 0))]
+    assert decide([replace(want, in_place=True)], []) == [Create(Key("a", 2, 0))]
+    # What is ready waits for nothing.
+    assert decide([want], [worker("a", 2, 0, Phase.READY)]) == []
+
+
+def test_what_only_finishes_is_kept_when_it_is_wanted_again() -> None:
+    ending = worker("a", 1, 0, Phase.DRAINING, retiring=True)
+    finishing = Seen(Key("a", 1, 1), Phase.DRAINING, retiring=True, finishing=True)
+    want = Wanted("a", 1, 2, resolved=True)
+    assert decide([want], [ending, finishing]) == [Keep(Key("a", 1, 1))]
+    assert decide([replace(want, replicas=1)], [ending, finishing]) == []
+
+
 wanted_lists = st.lists(
     st.builds(
         Wanted,
@@ -149,7 +168,8 @@ seen_lists = st.lists(
         key=st.builds(Key, st.sampled_from("abcd"), st.integers(1, 4), st.integers(0, 3)),
         phase=st.sampled_from(Phase),
         retiring=st.booleans(),
-    ),
+        finishing=st.booleans(),
+    ).map(lambda one: replace(one, finishing=one.finishing and one.retiring)),
     unique_by=lambda worker: worker.key,
 )
 
@@ -182,6 +202,9 @@ def act(
             case Retire(key):
                 assert not workers[key].retiring
                 del workers[key]
+            case Keep(key):
+                assert workers[key].finishing
+                workers[key] = replace(workers[key], retiring=False, finishing=False)
     left = [one for one in workers.values() if not one.retiring]
     return list(wants.values()), left
 

@@ -70,6 +70,8 @@ class Seen:
     """Whether there would be room for it if everything went that may."""
     held: bool = False
     """Whether it isn't to be loaded yet, whatever is free."""
+    finishing: bool = False
+    """Whether it is retiring, but has not been told to end: it could still be kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,14 @@ class Retire:
     key: Key
 
 
-Action: TypeAlias = Resolve | Create | Admit | Retire
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Let a worker that is retiring serve again."""
+
+    key: Key
+
+
+Action: TypeAlias = Resolve | Create | Admit | Retire | Keep
 
 
 def decide(
@@ -125,7 +134,7 @@ def decide(
     until every replica of the new one is ready, unless there is room for one of them
     only; if the new one fails, the old one stays, or comes back. A canary and what it
     is tried beside are both there. A worker that is still retiring blocks a new one of
-    its key, so that no replica exists twice.
+    its key, so that no replica exists twice; if it only finishes what it is at, it is kept.
     """
     by_deployment: dict[str, list[Seen]] = {}
     for worker in seen:
@@ -150,17 +159,31 @@ def _deployment(want: Wanted, workers: Collection[Seen]) -> list[Action]:
             wanted.append(want.generation)
         else:
             actions.append(Resolve(want.deployment, want.generation))
-    whole = set()
+    mine = {
+        number: [worker for worker in workers if worker.key.generation == number]
+        for number in wanted
+    }
+    whole = {number for number in wanted if _ready(want, mine[number]) >= want.replicas}
+    if want.generation not in whole and want.stable not in wanted and not want.in_place:
+        actions += _return(want, workers)
     for number in wanted:
-        mine = [worker for worker in workers if worker.key.generation == number]
-        if _ready(want, mine) >= want.replicas:
-            whole.add(number)
-        actions += _generation(want, number, mine, whole=number in whole)
+        actions += _generation(want, number, mine[number], whole=number in whole)
     if not wanted or (not want.resolved and not want.failed):
         # What an older generation serves goes on meanwhile.
         return actions
     others = [worker for worker in workers if worker.key.generation not in wanted]
     return actions + _retire([worker for worker in others if _leaves(want, worker, workers, whole)])
+
+
+def _return(want: Wanted, workers: Collection[Seen]) -> list[Action]:
+    """Have back what served before, if nothing of it is there since a daemon has ended."""
+    stable = want.stable
+    if stable is None or any(worker.key.generation == stable for worker in workers):
+        return []
+    return [
+        Create(Key(want.deployment, stable, replica, want.revision))
+        for replica in range(want.replicas)
+    ]
 
 
 def _generation(
@@ -183,7 +206,12 @@ def _generation(
             else whole or worker.phase not in _SERVING
         )
     ]
-    return [*create, *_retire(leaving)]
+    keep = [
+        Keep(worker.key)
+        for worker in current
+        if worker.finishing and worker.key.replica < want.replicas
+    ]
+    return [*create, *keep, *_retire(leaving)]
 
 
 def _ready(want: Wanted, workers: Collection[Seen]) -> int:

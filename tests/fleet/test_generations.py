@@ -60,7 +60,9 @@ class House(Bench):
 
     def worker(self, generation: int) -> Answering:
         """The newest of that generation."""
-        found = [each for each in self.workers if each.generation == generation]
+        found = [
+            each for each in self.workers if (each.deployment, each.generation) == ("a", generation)
+        ]
         assert isinstance(found[-1], Answering)
         return found[-1]
 
@@ -119,6 +121,18 @@ def again(house: House, tmp_path: Path) -> Iterator[House]:
     after.store.stop()
 
 
+def ask(house: House) -> list[object]:
+    """Ask something of it; what a client is told."""
+    told: list[object] = []
+
+    class Client:
+        def __getattr__(self, name: str) -> Any:
+            return told.append
+
+    house.fleet.submit("a", Work("r", "i", "", b"{}", 50.0), Client())
+    return told
+
+
 def serving(house: House) -> None:
     """Generation 1 serves."""
     house.up("/models/a")
@@ -146,6 +160,69 @@ def test_a_new_generation_takes_over_when_it_has_answered(house: House) -> None:
     status = house.fleet.deployment("a")
     assert (status.phase, status.stable, status.generation) == (Phase.READY, None, 2)
     assert house.fates() == [[Fate.SERVING, Fate.REPLACED], [Fate.SERVING]]
+
+
+def test_what_is_replaced_finishes_what_it_is_at_however_long_that_takes(house: House) -> None:
+    serving(house)
+    old = house.worker(1)
+    told = ask(house)
+    old.in_flight = 1
+    house.up("/models/b")
+    new = house.ready(2)
+    status = house.fleet.deployment("a")
+    assert {each.generation: each.phase for each in status.workers} == {
+        1: Phase.DRAINING,
+        2: Phase.READY,
+    }
+    assert (status.ready, old.phase) == (1, Phase.READY)
+    ask(house)
+    assert (len(old.asked), len(new.asked)) == (1, 2)
+    house.reactor.advance(400)
+    house.turn()
+    assert old.phase is Phase.READY
+    old.in_flight = 0
+    old.say()
+    house.turn()
+    assert told[-1] == END
+    assert house.worker(1).phase is Phase.DRAINING
+    house.gone(1)
+    assert [each.generation for each in house.fleet.deployment("a").workers] == [2]
+
+
+def test_a_replica_that_finishes_what_it_is_at_is_kept_or_ended_as_it_is_needed(
+    house: House,
+) -> None:
+    def down_with_a_request() -> Answering:
+        second = house.worker(1)
+        second.become(Phase.READY)
+        second.in_flight = 1
+        house.do(house.fleet.scale("a", 1, "me"))
+        house.turn()
+        assert second.phase is Phase.READY
+        return second
+
+    house.up("/models/a", replicas=2)
+    house.ready(1)
+    second = down_with_a_request()
+    house.do(house.fleet.scale("a", 2, "me"))
+    house.turn()
+    assert house.fleet.deployment("a").workers[1].phase is Phase.READY
+    # Somebody waits for its memory.
+    second = down_with_a_request()
+    house.available = 10
+    house.do(house.fleet.deploy("b", Request("/models/c"), 1, "me"))
+    house.found(folder="/models/c", size=2**30)
+    house.turn()
+    assert second.phase is Phase.DRAINING
+    house.available = None
+    house.gone(1)
+    house.do(house.fleet.scale("a", 2, "me"))
+    house.turn()
+    # Somebody wants nothing of it any more.
+    second = down_with_a_request()
+    house.do(house.fleet.stop("a", "me"))
+    house.turn()
+    assert second.phase is Phase.DRAINING
 
 
 @pytest.mark.parametrize("how", ["status", "midway", "lost", "late", "full"])
@@ -309,21 +386,18 @@ def test_where_nothing_else_serves_the_first_failure_is_enough(
     house.up("/models/b")
     for call in house.reactor.getDelayedCalls():
         call.cancel()
-    # The daemon ended in the middle of it; only the new one is loaded.
+    # The daemon ended in the middle of it; there is room for the new one only.
     after = House(tmp_path)
+    after.available = 10
     after.open()
-    assert [each.generation for each in after.workers] == [2]
-    waiting: list[object] = []
-
-    class Client:
-        def __getattr__(self, name: str) -> Any:
-            return waiting.append
-
-    after.fleet.submit("a", Work("r", "i", "", b"{}", 50.0), Client())
+    assert [(each.generation, each.phase) for each in after.workers] == [
+        (1, Phase.QUEUED),
+        (2, Phase.QUEUED),
+    ]
+    waiting = ask(after)
     after.become(2, Phase.BACKOFF, "it was killed")
-    assert [each.generation for each in after.workers] == [2, 1]
     assert waiting == []
-    assert after.fleet.deployment("a").reason == "it was killed Generation 1 is loaded again."
+    assert after.fleet.deployment("a").reason == "it was killed. Generation 1 is loaded again."
     after.ready(1)
     # Who waited is served by what had served before.
     assert len(after.worker(1).asked) == 1

@@ -242,6 +242,9 @@ def test_no_change_of_any_kind_loses_a_request_or_breaks_a_stream(running: Daemo
     first, second = script(running, "first", **options), script(running, "second", **options)
     waiting = script(running, "waiting", queue_seconds=1.0, load_seconds=0.2, **options)
     control, place = running.control, "/deployments/search"
+    # Streams take longer than that, and are in nobody's way.
+    hasty = SETTINGS.replace("[requests]", "drain_seconds = 0.1\n[requests]")
+    configure(running, hasty)
     up(running, model=first)
     running.wait("search")
 
@@ -276,7 +279,7 @@ def test_no_change_of_any_kind_loses_a_request_or_breaks_a_stream(running: Daemo
         there(4, 3)
         control.post(f"{place}/scale", json={"replicas": 1})
         there(4)
-        configure(running, SETTINGS.replace("[requests]", "max_batch_tokens = 512\n[requests]"))
+        configure(running, hasty.replace("[requests]", "max_batch_tokens = 512\n[requests]"))
         before = {each["pid"] for each in running.status("search")["workers"]}
         until(
             lambda: not before & {each["pid"] for each in running.status("search")["workers"]},

@@ -38,13 +38,16 @@ from tursi.model import (
     Verdict,
     WorkerLife,
 )
-from tursi.plan import LOAD_SLOTS, Action, Admit, Create, Key, Resolve, Retire, decide
+from tursi.plan import LOAD_SLOTS, Action, Admit, Create, Keep, Key, Resolve, Retire, decide
 from tursi.store import Store
 from tursi.supervision.worker import Observer, Worker
 
 log = Logger()
 
 _RUNNING = frozenset({Phase.LOADING, Phase.WARMING, Phase.READY, Phase.SUSPECT, Phase.DRAINING})
+
+_ABLE = frozenset({Phase.READY, Phase.SUSPECT})
+"""The phases in which a worker can finish what it is at."""
 
 _NO_STORM = frozenset(
     {
@@ -293,12 +296,15 @@ class Convergence:
             self._rollouts.advance(member)
             if self._makes_room(member):
                 self._rollouts.displace(member)
-        wanted = [want for member in self._members.values() if (want := member.wanted())]
-        seen = self._memory.seen(free)
         self._contested = any(
             member.waits is not None and any(w.phase is Phase.QUEUED for w in member.serving())
             for member in self._members.values()
         )
+        for member in self._members.values():
+            for key in list(member.finishing):
+                self._end(member, key)
+        wanted = [want for member in self._members.values() if (want := member.wanted())]
+        seen = self._memory.seen(free)
         claims = {
             name
             for name, member in self._members.items()
@@ -399,6 +405,11 @@ class Convergence:
                 member.workers[key].admit()
             case Retire(key):
                 self._retire(self._members[key.deployment], key)
+            case Keep(key):
+                member = self._members[key.deployment]
+                member.retiring.discard(key)
+                member.finishing.discard(key)
+                member.queue.pump()
 
     def _create(self, member: Member, key: Key) -> None:
         generation = member.generation(key.generation)
@@ -448,8 +459,22 @@ class Convergence:
         )
 
     def _retire(self, member: Member, key: Key) -> None:
+        """Give it no more requests, and end it when that is due."""
         member.retiring.add(key)
-        worker = member.workers[key]
+        member.finishing.add(key)
+        self._end(member, key)
+
+    def _end(self, member: Member, key: Key) -> None:
+        """End a worker that is retiring, unless it may finish what it is at.
+
+        It may where something else serves instead and nobody waits for its memory:
+        its requests have their own deadlines.
+        """
+        worker, wanted = member.workers[key], member.wanted()
+        instead = wanted is not None and wanted.replicas and not wanted.in_place
+        if worker.in_flight and worker.phase in _ABLE and instead and not self._contested:
+            return
+        member.finishing.discard(key)
 
         def gone(outcome: object) -> None:
             if isinstance(outcome, Failure):

@@ -354,6 +354,8 @@ class Fleet:
         name = member.deployment.name
 
         def finished() -> None:
+            if member.finished:
+                self._convergence.soon()
             if member.deployment.schedule.load is Load.ON_DEMAND:
                 member.used_at = self._reactor.seconds()
                 self._convergence.used(member)

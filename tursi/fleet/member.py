@@ -15,6 +15,7 @@ from tursi.fleet.discretion import discreet
 from tursi.fleet.pulls import Rate
 from tursi.fleet.queue import RequestQueue
 from tursi.fleet.routing import Routing
+from tursi.fleet.words import clause
 from tursi.lifecycle.verdict import failure_class
 from tursi.model import (
     CanaryStatus,
@@ -112,6 +113,8 @@ class Member:
         self.deployment = deployment
         self.workers: dict[Key, Worker] = {}
         self.retiring: set[Key] = set()
+        self.finishing: set[Key] = set()
+        """Those of them that have not been told to end, because requests are with them."""
         self.routing = routing
         self.scale = deployment.replicas
         """How many replicas there should be just now."""
@@ -225,6 +228,11 @@ class Member:
             return
         self.load_seconds = life.ready_at - life.spawned_at
 
+    @property
+    def finished(self) -> bool:
+        """Whether a worker that finishes what it is at has done so."""
+        return any(not self.workers[key].in_flight for key in self.finishing)
+
     def drop_fetch(self) -> None:
         """Stop looking for its files."""
         fetch, self.fetch = self.fetch, None
@@ -236,7 +244,7 @@ class Member:
         before = self.deployment
         self.deployment = deployment
         self.routing.adopt(deployment)
-        if deployment.generation.number != before.generation.number:
+        if deployment.generation.number != before.generation.number or deployment.canary:
             self.in_place = None
         least, most = deployment.replicas, deployment.max_replicas or deployment.replicas
         self.scale = min(max(self.scale, least), most)
@@ -292,12 +300,21 @@ class Member:
     def seen(self, memory: int) -> Iterable[Seen]:
         """Its workers as the plan sees them, each of which needs ``memory`` bytes."""
         return [
-            Seen(key, self._phase(key, worker), key in self.retiring, memory)
+            Seen(
+                key,
+                self._phase(key, worker),
+                key in self.retiring,
+                memory,
+                finishing=key in self.finishing,
+            )
             for key, worker in self.workers.items()
         ]
 
     def _phase(self, key: Key, worker: Worker) -> Phase:
-        """Until it has answered a request of ours, one that says it is ready isn't."""
+        """Its own, unless it doesn't serve although it could."""
+        if key in self.finishing:
+            return Phase.DRAINING
+        # Until it has answered a request of ours, one that says it is ready isn't.
         if worker.phase is Phase.READY and not self.is_proven(key, worker):
             return Phase.WARMING
         return worker.phase
@@ -409,9 +426,9 @@ class Member:
         serving = [each for each in serving if each.generation == stable] or serving
         reason = look.reason
         if look.phase is not Phase.READY and reason and serving:
-            reason = f"{reason} Generation {serving[0].generation} keeps serving."
+            reason = f"{clause(reason)}. Generation {serving[0].generation} keeps serving."
         elif deployment.failed and reason and stable is not None and self.awake:
-            reason = f"{reason} Generation {stable} is loaded again."
+            reason = f"{clause(reason)}. Generation {stable} is loaded again."
         elif deployment.failed and stable is not None and not self.awake:
             number = deployment.generation.number
             reason = f"Generation {number} could not take over; `tursi history` tells why."
@@ -427,7 +444,7 @@ class Member:
             name=deployment.name,
             model=generation.request.model,
             task=task,
-            desired=deployment.desired,
+            desired=Desired.STOPPED if self.leaving else deployment.desired,
             phase=look.phase,
             replicas=self.scale,
             ready=len(serving),

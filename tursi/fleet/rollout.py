@@ -117,7 +117,7 @@ class Rollouts:
         if fetch is not None and fetch.error is not None and fetch.retry_at is None:
             return fetch.error.message
         workers = member.of(deployment.generation.number)
-        alone = not member.of(stable.number)
+        alone = all(worker.phase is Phase.QUEUED for worker in member.of(stable.number))
         grave = _CANARY if deployment.canary is not None else _ALONE if alone else _GONE
         for worker in workers:
             if worker.phase in grave:
