@@ -71,3 +71,11 @@ def test_errors_are_described_in_the_shape_of_the_route() -> None:
     for path, kind in [("/v1/embeddings", "ErrorBody"), ("/models/{name}", "PipelineError")]:
         content = paths[path]["post"]["responses"]["default"]["content"]
         assert content["application/json"]["schema"]["$ref"].endswith(f"/{kind}")
+
+
+def test_every_body_of_a_model_may_say_how_long_that_stays() -> None:
+    found = document(House())
+    for route in TABLE:
+        [content] = found["paths"][route.path]["post"]["requestBody"]["content"].values()
+        kept = content["schema"]["allOf"][-1]["$ref"].rpartition("/")[2]
+        assert "keep_alive" in found["components"]["schemas"][kept]["properties"]

@@ -13,7 +13,7 @@ from tursi.api.endpoint import Contract, is_time
 from tursi.api.messages import Document
 from tursi.faces.huggingface.errors import PipelineError
 from tursi.faces.openai.errors import ErrorBody
-from tursi.faces.route import Route
+from tursi.faces.route import Kept, Route
 from tursi.model import Role, Scope
 
 _REFERENCE = "#/components/schemas/{name}"
@@ -33,7 +33,7 @@ def document(
 ) -> Document:
     """The description of ``handlers`` (with their contracts) and ``routes``."""
     handlers, routes = list(handlers), list(routes)
-    types: list[Any] = [ErrorBody, PipelineError]
+    types: list[Any] = [ErrorBody, PipelineError, Kept]
     for contract, _ in handlers:
         types += [each for each in (contract.body, contract.query) if each is not None]
         types += [*contract.replies, *([contract.follow] if contract.follow is not None else [])]
@@ -138,7 +138,7 @@ def _route(route: Route, schemas: _Schemas) -> dict[str, Any]:
         "summary": route.summary,
         "tags": ["inference"],
         "security": _security(Scope.INFER, Role.INFERENCE),
-        "requestBody": _json(schemas.of(*route.body), required=True),
+        "requestBody": _json({"allOf": [schemas.of(*route.body), schemas.of(Kept)]}, required=True),
         "responses": {
             "200": {
                 "description": "Success",

@@ -12,7 +12,7 @@ import msgspec
 
 from tursi import duration, errors
 from tursi.errors import InvalidRequest, TaskNotSupported, TursiError
-from tursi.model import Task, Usage
+from tursi.model import MAX_KEEP_ALIVE, Task, Usage
 from tursi.tasks import Delta, TaskRequest, TaskResult
 
 T = TypeVar("T")
@@ -239,11 +239,17 @@ def _pattern(path: str) -> re.Pattern[str]:
     return re.compile(re.escape(before) + "([^/]+(?:/[^/]+)?)" + re.escape(after))
 
 
-class _Kept(msgspec.Struct):
+class Kept(msgspec.Struct):
+    """What every body may have besides: for how long an on-demand model stays loaded after it.
+
+    Seconds, or a duration such as "10m"; 0: unload it as soon as nobody uses it, negative:
+    keep it for ever.
+    """
+
     keep_alive: float | str | None = None
 
 
-class _Model(_Kept):
+class _Model(Kept):
     model: str | msgspec.UnsetType | None = msgspec.UNSET
 
 
@@ -264,10 +270,8 @@ def require_task(context: Context, tasks: frozenset[Task]) -> None:
         )
 
 
-_KEPT_DECODER = msgspec.json.Decoder(_Kept)
+_KEPT_DECODER = msgspec.json.Decoder(Kept)
 _MODEL_DECODER = msgspec.json.Decoder(_Model)
-_MOST_KEPT = 366 * 86400.0
-"""Seconds; as much as the settings take."""
 
 
 def addressed(body: bytes, model: str | None = None) -> tuple[str, float | None]:
@@ -298,7 +302,7 @@ def _seconds(kept: float | str) -> float:
             ' or "1h30m", or -1 for ever.',
             param="keep_alive",
         ) from None
-    return min(seconds, _MOST_KEPT)
+    return min(seconds, float(MAX_KEEP_ALIVE))
 
 
 def decoded(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
