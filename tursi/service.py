@@ -36,7 +36,7 @@ from tursi.fleet import Fleet
 from tursi.gpus import Gpus
 from tursi.health import Checks
 from tursi.hooks import Hooks
-from tursi.host import fitting, host
+from tursi.host import available, fitting, host
 from tursi.hub import Hub
 from tursi.instance import Instance
 from tursi.lag import Lag
@@ -114,6 +114,7 @@ class Daemon(Service):
             reactor=reactor,
             now=time.time,
             host=host(environment),
+            available=available,
             gpus=lambda: self._gpus.latest,
         )
         others = configuration.http.listeners

@@ -32,7 +32,7 @@ from tursi.fleet.ledger import Ledger
 from tursi.fleet.logs import Logs
 from tursi.fleet.measuring import Measuring
 from tursi.fleet.member import Member
-from tursi.fleet.memory import Memory, available
+from tursi.fleet.memory import Memory
 from tursi.fleet.outlook import Outlook
 from tursi.fleet.passage import Passage, Work
 from tursi.fleet.prospect import Prospect
@@ -103,8 +103,8 @@ class Fleet:
         logs: Path,
         reactor: Any,
         now: Callable[[], float],
+        available: Callable[[], int | None],
         host: Host = Host(),  # noqa: B008 - a frozen value
-        available: Callable[[], int | None] = available,
         gpus: Callable[[], Sequence[Gpu]] = tuple,
         random: Callable[[], float] = random,
     ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 from tursi import config
@@ -399,14 +398,3 @@ def _alone(needs: Footprint) -> int:
 def _listed(free: Mapping[str, int]) -> str:
     told = [f"{device} has {mebibytes(size)} free" for device, size in sorted(free.items())]
     return ", ".join(told[:4]) or "there is none"
-
-
-def available() -> int | None:
-    """``MemAvailable`` of this machine in bytes: what can be taken without swapping."""
-    try:
-        for line in Path("/proc/meminfo").read_text("ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
