@@ -309,6 +309,7 @@ def test_a_name_is_there_once(names: list[str]) -> None:
         {"surprise": 1},
         {"format": "1"},
         {"format": None},
+        {"format": 0},
     ],
     ids=repr,
 )

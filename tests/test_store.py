@@ -911,7 +911,8 @@ def test_a_failed_upgrade_leaves_the_version_before_it(
 
 def test_the_package_shows_only_what_is_needed() -> None:
     assert sorted(package.__all__) == [
-        "NEWEST", "Outcome", "Store", "backup", "give", "inspect", "prepare", "report", "restore",
+        "NEWEST", "Outcome", "Store", "backup", "foretell", "give", "inspect", "prepare",
+        "report", "restore",
     ]  # fmt: skip
     assert issubclass(DatabaseBusy, TursiError)
 

@@ -369,7 +369,7 @@ class Parser:
 class _Format(msgspec.Struct):
     """What every format has."""
 
-    format: int
+    format: Annotated[int, msgspec.Meta(ge=1)]
 
 
 def _check_source(manifest: Manifest, reference: Reference) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import click
 import pytest
+from scripted_api import scripted_api
 
-from tursi.cli.terminal import table
+from tursi.cli.terminal import prose, table
 
 ROWS = [("one", "ready", "/a/very/long/folder/of/a/model"), ("another", None, "/short")]
 
@@ -86,3 +91,27 @@ def test_a_file_gets_what_could_be_spared(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "20")
     assert shown(capsys, "PHASE") == WHOLE
+
+
+def test_sentences_are_broken_between_words_in_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    text = "one two-three four five /a/long/folder/of/a/model\x1b"
+    prose(text)
+    assert capsys.readouterr().out == "one two-three four five /a/long/folder/of/a/model\\x1b\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    prose(text, indent=2)
+    assert capsys.readouterr().out.splitlines() == [
+        "one two-three four", "  five", "  /a/long/folder/of/a/model\\x1b",
+    ]  # fmt: skip
+
+
+def test_output_that_can_not_be_written_is_told_in_a_sentence() -> None:
+    program = "from tursi.cli import main; main()"
+    with scripted_api() as api, Path("/dev/full").open("wb") as full:
+        api.on("GET", "/deployments/mini/why", {"sentences": ["It is so."], "events": []})
+        words = [sys.executable, "-c", program, "--socket", str(api.socket), "why", "mini"]
+        ended = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    told = "tursi: The output can't be written: No space left on device.\n"
+    assert (ended.returncode, ended.stderr) == (1, told)

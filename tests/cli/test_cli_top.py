@@ -254,7 +254,8 @@ def terminal(api: Api, width: int = 100, height: int = 12) -> Iterator[Terminal]
 
 
 @pytest.mark.parametrize(
-    ("how", "status"), [("q", 0), ("\x03", 0), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+    ("how", "status"),
+    [("q", 0), ("\x03", 0), ("\x1c", 131), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
 )
 def test_however_it_ends_it_leaves_the_terminal_clean(api: Api, how: Any, status: int) -> None:
     api.on("GET", "/activity", activity())
@@ -280,6 +281,26 @@ def test_it_fits_the_terminal_whatever_becomes_of_that(api: Api) -> None:
         assert "GEN" not in one.frame()[3]
         one.press("m")
         until(lambda: one.frame() and b"\x1b[1mm memory" in one.raw, "it sorts by memory", 30)
+
+
+def test_a_terminal_that_does_not_say_how_large_it_is_gets_as_much_as_most_have(api: Api) -> None:
+    api.on("GET", "/activity", activity())
+    with terminal(api, 0, 0) as one:
+        one.shows("mini")
+        until(lambda: len(one.frame()) == 24, "it is drawn", 30)
+
+
+def test_an_older_daemon_is_told_from_in_a_sentence(api: Api) -> None:
+    older = row()
+    del older["generations"]
+    api.on("GET", "/activity", activity(), activity(older))
+    with terminal(api) as one:
+        until(one.ended, "it has ended", 30)
+        assert one.status == Exit.FAILED
+        said = one.raw.rpartition(CLOSE)[2].decode()
+        assert said.startswith("tursi: The daemon's answer has no 'generations'")
+        assert one.echoes()
+    assert "another version" in api.tursi("top", "--once").stderr
 
 
 def test_a_daemon_that_is_away_is_waited_for(api: Api) -> None:

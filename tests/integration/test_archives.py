@@ -188,6 +188,19 @@ def test_an_import_changes_a_deployment_as_up_does(empty: Daemon, archive: Path)
     assert empty.status("big")["model"].endswith("script")
     tursi(empty, "rollback", "big", "2")
     assert "/models/big-" in empty.status("big")["model"]
+    empty.wait("big")
+    for change, outcome in (
+        (lambda: None, "unchanged"),
+        (lambda: empty.control.post("/deployments/big/scale", json={"replicas": 2}), "scaled"),
+        (lambda: empty.control.post("/deployments/big/stop"), "started"),
+        (lambda: empty.deploy("big", empty.script("stalls", stall=True)), "back"),
+    ):
+        change()
+        answers = [
+            empty.control.post("/imports", params=asked, content=archive.read_bytes(), headers=TAR)
+            for asked in ({"dry_run": 1}, {})
+        ]
+        assert [each.json()["outcome"] for each in answers] == [outcome] * 2
 
 
 def test_from_one_to_the_other_by_a_pipe(source: Daemon, empty: Daemon) -> None:

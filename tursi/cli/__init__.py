@@ -27,7 +27,7 @@ from tursi.cli import (
     statistics,
     top,
 )
-from tursi.cli.connection import Connection, Exit
+from tursi.cli.connection import Connection, Exit, Failure
 from tursi.cli.terminal import note, tolerate
 from tursi.model import folders
 
@@ -42,10 +42,14 @@ class _Commands(click.Group):
             note("tursi: interrupted")
             ctx.exit(Exit.INTERRUPTED)
         except BrokenPipeError:
-            # Who read it has seen enough (head, less). What Python would still
-            # flush at its end goes nowhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # Who read it has seen enough (head, less).
+            _silence()
             ctx.exit(Exit.OK)
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            _silence()
+            raise Failure(f"The output can't be written: {error.strerror}.") from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         # Click's own cuts the sentences off.
@@ -55,6 +59,11 @@ class _Commands(click.Group):
         ]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
+
+
+def _silence() -> None:
+    """Let what Python would still flush at its end go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @click.group("tursi", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

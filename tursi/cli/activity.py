@@ -11,7 +11,7 @@ from tursi.cli.terminal import duration, safe, size
 if TYPE_CHECKING:
     from rich.text import Text
 
-Row = Mapping[str, Any]
+Row = dict[str, Any]
 
 SORTS: Mapping[str, tuple[str, Callable[[Row], Any]]] = {
     "n": ("name", lambda _: ()),
@@ -57,7 +57,7 @@ _COLUMNS = (
 )
 
 
-def with_cpu(now: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[str, Any]:
+def with_cpu(now: Row, before: Row | None) -> Row:
     """The activity with shares of a processor in percent, from what was used since ``before``."""
     seconds = (_at(now) - _at(before)).total_seconds() if before else 0.0
 
@@ -71,17 +71,16 @@ def with_cpu(now: Mapping[str, Any], before: Mapping[str, Any] | None) -> dict[s
     earlier = {row["name"]: row for row in before["deployments"]} if before else {}
     same = before is not None and before["daemon"]["pid"] == now["daemon"]["pid"]
     daemon = now["daemon"]
-    return {
-        **now,
-        "daemon": {**daemon, "cpu": share(daemon, before["daemon"] if before and same else None)},
+    return now | {
+        "daemon": daemon | {"cpu": share(daemon, before["daemon"] if before and same else None)},
         "deployments": [
-            {**row, "cpu": share(row, earlier.get(row["name"]))} for row in now["deployments"]
+            row | {"cpu": share(row, earlier.get(row["name"]))} for row in now["deployments"]
         ],
     }
 
 
 def frame(
-    activity: Mapping[str, Any],
+    activity: Row,
     width: int,
     height: int | None,
     *,
@@ -120,8 +119,8 @@ def frame(
 def _generations(row: Row) -> list[Row]:
     """A row for each generation, where there are several."""
     return [
-        {
-            **each,
+        each
+        | {
             "name": f"  gen {each['generation']}",
             "phase": "",
             "replicas": each["workers"],
@@ -133,7 +132,7 @@ def _generations(row: Row) -> list[Row]:
     ]
 
 
-def _daemon(activity: Mapping[str, Any]) -> Text:
+def _daemon(activity: Row) -> Text:
     from rich.text import Text
 
     daemon = activity["daemon"]
@@ -146,7 +145,7 @@ def _daemon(activity: Mapping[str, Any]) -> Text:
     )
 
 
-def _rooms(activity: Mapping[str, Any]) -> Text:
+def _rooms(activity: Row) -> Text:
     from rich.text import Text
 
     rows = activity["deployments"]
@@ -239,5 +238,5 @@ def _time(row: Row, name: str) -> str:
     return duration((row["latency"] or {}).get(name))
 
 
-def _at(activity: Mapping[str, Any]) -> datetime:
+def _at(activity: Row) -> datetime:
     return datetime.fromisoformat(activity["at"])

@@ -14,7 +14,7 @@ from typing import IO, Any
 import click
 
 from tursi.cli.connection import Connection, Exit, Failure, path
-from tursi.cli.deployments import await_ready, risks, waiting
+from tursi.cli.deployments import announcement, await_ready, risks, waiting
 from tursi.cli.options import as_json
 from tursi.cli.progress import Display, Look, Transfer, Verdict, display
 from tursi.cli.target import new_file
@@ -197,6 +197,10 @@ def _tell(plan: dict[str, Any]) -> None:
         "created": "a new deployment",
         "replaced": "changes the deployment",
         "unchanged": "the same as the deployment",
+        "scaled": "changes the deployment's number of replicas",
+        "scheduled": "changes when the deployment is loaded",
+        "started": "starts the deployment, which is the same",
+        "back": "leaves the deployment at what it serves, and gives up what was to take over",
     }.get(plan["outcome"], plan["outcome"])
     line(f"{plan['model']}, exported {local_time(plan['exported_at'])} by {plan['exported_by']}")
     shared = f", of which {size(plan['present'])} are here already" if plan["present"] else ""
@@ -210,4 +214,4 @@ def _announcement(status: dict[str, Any], outcome: str) -> str:
         "created": f"{name}: imported.",
         "replaced": f"{name}: imported, generation {number} takes over when it is ready.",
         "unchanged": f"{name}: nothing to change, it is what the archive has.",
-    }.get(outcome, f"{name}: imported ({outcome}).")
+    }.get(outcome) or announcement(status, outcome, ready=False)

@@ -78,6 +78,19 @@ class Answer(NamedTuple):
     headers: Mapping[str, str]
 
 
+class Fields(dict[str, Any]):
+    """An object of an answer; one that lacks a field comes from a daemon of another version."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise Failure(
+            f"The daemon's answer has no {name!r}: it is of another version than this command. "
+            "`tursi version` shows both, and `tursi restart` starts this one."
+        )
+
+    def __or__(self, other: Mapping[str, Any]) -> Fields:  # type: ignore[override] # to such only
+        return Fields({**self, **other})
+
+
 class StreamEvent(NamedTuple):
     """One server-sent event."""
 
@@ -380,7 +393,7 @@ def _check(response: httpx.Response) -> None:
 
 def _decoded(response: httpx.Response, *, strict: bool = True) -> Any:
     try:
-        return json.loads(response.content)
+        return json.loads(response.content, object_hook=Fields)
     except ValueError:
         if strict:
             raise Failure("The daemon's answer isn't JSON; is it Tursi's socket?") from None

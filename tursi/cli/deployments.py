@@ -133,7 +133,7 @@ def up(
     status = answer["deployment"]
     if not json:
         ready = look(status).verdict is Verdict.READY
-        line(_announcement(status, answer["outcome"], ready=ready))
+        line(announcement(status, answer["outcome"], ready=ready))
         beside = status.get("stable") is not None and status.get("canary") is None
         if answer["outcome"] == "replaced" and beside:
             _tell_of_place(connection, status["name"], asked)
@@ -320,7 +320,8 @@ def risks(status: dict[str, Any]) -> list[str]:
     return found
 
 
-def _announcement(status: dict[str, Any], outcome: str, *, ready: bool) -> str:
+def announcement(status: dict[str, Any], outcome: str, *, ready: bool) -> str:
+    """What came of a change, in a sentence."""
     name, number = status["name"], status["generation"]
     if outcome == "unchanged":
         if ready and not status["ready"]:

@@ -10,7 +10,10 @@ import click
 
 from tursi.cli.connection import Connection, Exit, Failure, path
 from tursi.cli.options import as_json, since_time
-from tursi.cli.terminal import dump, line, local_time, note, size, table
+from tursi.cli.terminal import dump, line, local_time, note, prose, size, table
+
+_INDENT = 4
+"""Of an event's second line."""
 
 
 @click.command()
@@ -59,7 +62,7 @@ def events(
             dump(answer)
             return
         for event in answer["events"]:
-            line(_event(event))
+            prose(_event(event), indent=_INDENT)
         if not answer["events"]:
             note(f"There are no events of {name}." if name else "There are no events.")
         return
@@ -67,7 +70,7 @@ def events(
         if json:
             dump(event, indent=None)
         else:
-            line(_event(event))
+            prose(_event(event), indent=_INDENT)
 
 
 @click.command()
@@ -183,11 +186,11 @@ def why(connection: Connection, *, name: str, json: bool) -> None:
         dump(answer)
         return
     for sentence in answer["sentences"]:
-        line(sentence)
+        prose(sentence)
     if answer["events"]:
         line("")
         for event in answer["events"]:
-            line(_event({**event, "deployment": None}))
+            prose(_event({**event, "deployment": None}), indent=_INDENT)
 
 
 def _log_line(text: str) -> str | dict[str, Any]:

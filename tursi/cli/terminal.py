@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, TypeAlias
@@ -54,6 +56,20 @@ def safe(text: object, *, lines: bool = False) -> str:
 def line(text: object) -> None:
     """Write one line that the server had a hand in."""
     click.echo(safe(text))
+
+
+def prose(text: object, *, indent: int = 0) -> None:
+    """The same, broken between words where a terminal is narrower; ``indent`` what follows."""
+    said = safe(text)
+    if sys.stdout.isatty():
+        said = textwrap.fill(
+            said,
+            shutil.get_terminal_size().columns,
+            subsequent_indent=" " * indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    click.echo(said)
 
 
 def note(text: object) -> None:

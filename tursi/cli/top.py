@@ -9,7 +9,7 @@ import sys
 import termios
 import time
 import tty
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Self
 
@@ -56,7 +56,7 @@ def _is_terminal() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty() and not is_dumb
 
 
-def _print(activity: Mapping[str, Any]) -> None:
+def _print(activity: dict[str, Any]) -> None:
     from rich.console import Console
 
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else _WIDE)
@@ -66,15 +66,15 @@ def _print(activity: Mapping[str, Any]) -> None:
 class Top:
     """Asks again and again, and draws; ``ask`` gives the activity or raises ``Failure``."""
 
-    def __init__(self, ask: Callable[[], Mapping[str, Any]], screen: Screen) -> None:
+    def __init__(self, ask: Callable[[], dict[str, Any]], screen: Screen) -> None:
         self._ask = ask
         self._screen = screen
         self._sort = "n"
         self._trouble = ""
 
-    def run(self, first: Mapping[str, Any]) -> None:
+    def run(self, first: dict[str, Any]) -> None:
         """Go on until somebody quits."""
-        last: Mapping[str, Any] = first
+        last = first
         shown = with_cpu(first, None)
         due = time.monotonic() + REFRESH_SECONDS
         while True:
@@ -96,7 +96,7 @@ class Top:
                 shown, last, self._trouble = with_cpu(now, last), now, ""
             due = time.monotonic() + REFRESH_SECONDS
 
-    def _draw(self, shown: Mapping[str, Any]) -> None:
+    def _draw(self, shown: dict[str, Any]) -> None:
         self._screen.draw(
             lambda width, height: frame(
                 shown, width, height, sort=self._sort, trouble=self._trouble
@@ -148,6 +148,8 @@ class Screen:
     def draw(self, make: Callable[[int, int], Any]) -> None:
         """Show what ``make`` gives for this many columns and lines."""
         width, height = os.get_terminal_size(sys.stdout.fileno())
+        # Some don't say how large they are.
+        width, height = width or 80, height or 24
         with self._console.capture() as captured:
             # One column is left free: some terminals wrap when the last one is written to.
             self._console.print(make(width - 1, height), crop=False, soft_wrap=True, end="")
@@ -183,7 +185,9 @@ def _ended_by_signals() -> Iterator[None]:
     def end(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
-    earlier = [(each, signal.signal(each, end)) for each in (signal.SIGTERM, signal.SIGHUP)]
+    earlier = [
+        (each, signal.signal(each, end)) for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    ]
     try:
         yield
     except KeyboardInterrupt:

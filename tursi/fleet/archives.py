@@ -26,6 +26,7 @@ from tursi.model import (
     check_replicas,
     deployment_name,
 )
+from tursi.store import foretell
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,19 +189,17 @@ class Archives:
 
     def _plan(self, wanted: _Wanted, room: Room) -> ImportPlan:
         manifest, member = wanted.manifest, self._members.get(wanted.name)
-        outcome = "created"
-        if member is not None and not member.leaving:
-            known = member.deployment.generation.resolution
-            same = (
-                member.deployment.generation.request == wanted.request
-                and known is not None
-                and known.folder == room.folder
-            )
-            outcome = "unchanged" if same else "replaced"
+        outcome = foretell(
+            member.deployment if member is not None and not member.leaving else None,
+            wanted.request,
+            (manifest.replicas, manifest.max_replicas),
+            wanted.schedule,
+            Resolution(room.folder, commit=manifest.commit),
+        )
         return ImportPlan(
             name=wanted.name,
             model=wanted.request.model,
-            outcome=outcome,
+            outcome=outcome.value,
             commit=manifest.commit,
             files=len(manifest.files),
             size=manifest.size,

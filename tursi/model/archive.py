@@ -13,7 +13,7 @@ class ImportPlan:
     """The deployment's."""
     model: str
     outcome: str
-    """created, replaced or unchanged."""
+    """What would become of the deployment, as the import itself says then."""
     commit: str | None
     files: int
     size: int

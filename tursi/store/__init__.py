@@ -1,13 +1,14 @@
 """The store: everything durable, in one SQLite file. SQL doesn't leave this package."""
 
 from tursi.store.backups import backup, report, restore
-from tursi.store.deployments import Outcome
+from tursi.store.deployments import Outcome, foretell
 from tursi.store.file import give, inspect, prepare
 from tursi.store.schema import UPGRADES
 from tursi.store.store import Store
 
 __all__ = [
-    "NEWEST", "Outcome", "Store", "backup", "give", "inspect", "prepare", "report", "restore",
+    "NEWEST", "Outcome", "Store", "backup", "foretell", "give", "inspect", "prepare", "report",
+    "restore",
 ]  # fmt: skip
 
 NEWEST = len(UPGRADES)

@@ -139,6 +139,19 @@ def save(
     return _load(txn, name), outcome, record(txn, at, kind, message, deployment=name, cause=by)
 
 
+def foretell(
+    before: Deployment | None,
+    request: Request,
+    replicas: tuple[int, int | None],
+    schedule: Schedule,
+    imported: Resolution,
+) -> Outcome:
+    """What it would mean to ``save`` that where ``before`` is there."""
+    if before is None:
+        return Outcome.CREATED
+    return _difference(before, request, replicas, schedule, None, imported)[0]
+
+
 def _difference(
     before: Deployment,
     request: Request,
