@@ -454,7 +454,7 @@ class Fleet:
         if outcome in {Outcome.UNCHANGED, Outcome.STARTED} and self._convergence.retry(member):
             said = "retried" if outcome is Outcome.UNCHANGED else said
         self._convergence.soon()
-        await self._remember_loaded(member)
+        await self._keep(member, loaded=member.awake)
         return member.status(), said
 
     async def remove(self, name: str, by: str) -> DeploymentStatus:
@@ -478,7 +478,7 @@ class Fleet:
         member = self._adopt(deployment)
         self._convergence.retry(member)
         self._convergence.soon()
-        await self._remember_loaded(member)
+        await self._keep(member, loaded=member.awake)
         return member.status()
 
     async def stop(self, name: str, by: str) -> DeploymentStatus:
@@ -500,12 +500,12 @@ class Fleet:
             raise DeploymentUnavailable(
                 f"The deployment {name} is stopped; `tursi up` starts it again."
             )
+        await self._keep(member, loaded=True)
         if not member.awake:
             self._journal.note("load", f"{by} loads {name}", deployment=name, cause=by)
         member.wake(self._reactor.seconds())
         member.used_at = self._reactor.seconds()
         self._convergence.soon()
-        await self._remember_loaded(member)
         return member.status()
 
     async def unload(self, name: str, by: str) -> DeploymentStatus:
@@ -516,15 +516,15 @@ class Fleet:
             raise InvalidRequest(
                 f"{name} is to be loaded always; change that with `tursi up --load on_demand`."
             )
+        await self._keep(member, loaded=False)
         self._convergence.unload(member, by)
-        await self._remember_loaded(member)
         return member.status()
 
-    async def _remember_loaded(self, member: Member) -> None:
+    async def _keep(self, member: Member, *, loaded: bool) -> None:
         """Have the next daemon know whether it is in memory, where nothing else decides that."""
         deployment = member.deployment
-        if deployment.schedule.load is Load.MANUAL and deployment.loaded is not member.awake:
-            member.adopt(await self._store.set_loaded(deployment.name, member.awake))
+        if deployment.schedule.load is Load.MANUAL and deployment.loaded is not loaded:
+            member.adopt(await self._store.set_loaded(deployment.name, loaded))
 
     async def restart(self, name: str, by: str) -> DeploymentStatus:
         """Drain its workers and start them again."""
@@ -571,7 +571,7 @@ class Fleet:
     async def _act_on(self, deployment: Deployment) -> DeploymentStatus:
         member = self._adopt(deployment)
         self._convergence.soon()
-        await self._remember_loaded(member)
+        await self._keep(member, loaded=member.awake)
         return member.status()
 
     @property
