@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,38 @@ def test_a_file_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
     with pytest.raises(Failure, match="can't be written"), new_file(other) as file:
         other.write_bytes(b"somebody else's")
     assert other.read_bytes() == b"somebody else's"
+    (tmp_path / "d.tar").symlink_to("nowhere")
+    with pytest.raises(Failure, match="exists already"), new_file(tmp_path / "d.tar"):
+        pytest.fail("it was opened")
     assert not [each for each in tmp_path.iterdir() if each.suffix == ".part"]
     with pytest.raises(Failure, match="can't be written"), new_file(tmp_path / "none" / "c"):
         pytest.fail("it was opened")
+
+
+def test_of_two_commands_that_write_the_same_file_one_does(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    first, second = new_file(path), new_file(path)
+    first.__enter__().write(b"first")
+    second.__enter__().write(b"second")
+    with pytest.raises(Failure, match="Another command"):
+        first.__exit__(None, None, None)
+    assert not path.exists()
+    second.__exit__(None, None, None)
+    assert [each.name for each in tmp_path.iterdir()] == ["a.tar"]
+    assert path.read_bytes() == b"second"
+
+
+def test_a_file_system_without_links_takes_it_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    # As FAT does, which can't be mounted everywhere.
+    monkeypatch.setattr("os.link", refuse)
+    with new_file(tmp_path / "a.tar") as file:
+        file.write(b"whole")
+    assert (tmp_path / "a.tar").read_bytes() == b"whole"
+    with pytest.raises(Failure, match="not permitted"), new_file(tmp_path / "b.tar"):
+        (tmp_path / "b.tar").write_bytes(b"somebody else's")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.tar", "b.tar"]

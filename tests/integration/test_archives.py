@@ -362,6 +362,19 @@ def test_a_command_that_is_killed_in_an_import_leaves_nothing(empty: Daemon, arc
     tursi(empty, "import", str(archive))
 
 
+def test_who_stops_reading_an_export_is_told_that_it_is_not_whole(source: Daemon) -> None:
+    running = subprocess.Popen(
+        command(source, "export", "big", "-o", "-"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert running.stdout is not None
+    running.stdout.read(1000)
+    running.stdout.close()
+    _, said = running.communicate(timeout=60)
+    assert (running.returncode, b"it isn't whole" in said) == (1, True), said
+
+
 def test_kills_in_an_export_leave_no_file_that_looks_whole(
     source: Daemon, archive: Path, tmp_path: Path
 ) -> None:

@@ -48,9 +48,12 @@ def export(connection: Connection, *, name: str, output: Path | None, json: bool
     if str(output) == _STDIO:
         if sys.stdout.isatty():
             raise Failure("An archive is nothing for a terminal; name a file with -o.", Exit.USAGE)
-        with display() as shown:
-            _fetch(connection, place, sys.stdout.buffer, name, shown)
-        sys.stdout.buffer.flush()
+        try:
+            with display() as shown:
+                _fetch(connection, place, sys.stdout.buffer, name, shown)
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:
+            raise Failure("Nobody reads the archive any more, and it isn't whole.") from None
         return
     chosen = (output or Path(f"{name}.tar")).absolute()
     with display() as shown, new_file(chosen) as target:

@@ -221,7 +221,7 @@ class Connection:
                 _check(response)
                 length = response.headers.get("content-length", "")
                 total, done = int(length) if length.isdecimal() else None, 0
-                for piece in response.iter_raw():
+                for piece in _unbroken(response.iter_raw()):
                     file.write(piece)
                     done += len(piece)
                     if advanced is not None:
@@ -389,6 +389,18 @@ def failure(body: Any, status: int) -> Failure:
 def _check(response: httpx.Response) -> None:
     if not response.is_success:
         raise failure(_decoded(response, strict=False), response.status_code)
+
+
+def _unbroken(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    import httpx
+
+    try:
+        yield from pieces
+    except httpx.RemoteProtocolError:
+        raise Failure(
+            "The daemon has broken off in the middle; if it still runs, its log says why.",
+            Exit.NO_DAEMON,
+        ) from None
 
 
 def _decoded(response: httpx.Response, *, strict: bool = True) -> Any:
