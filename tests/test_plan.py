@@ -51,6 +51,18 @@ def test_a_new_revision_of_a_generation_takes_over_like_a_new_generation() -> No
     new = Seen(Key("a", 1, 0, 1), Phase.LOADING, retiring=False)
     assert decide(want, [*old, new]) == []
     assert decide(want, [*old, replace(new, phase=Phase.READY)]) == [Retire(Key("a", 1, 0))]
+    # Each replica by itself, one after the other where there is no room beside them.
+    want = [replace(want[0], replicas=2)]
+    old.append(worker("a", 1, 1, Phase.READY))
+    half = [replace(new, phase=Phase.READY), replace(new, key=Key("a", 1, 1, 1))]
+    assert decide(want, [*old, *half]) == [Retire(Key("a", 1, 0))]
+    in_place = [replace(want[0], in_place=True)]
+    half = [replace(each, phase=Phase.QUEUED) for each in half]
+    assert decide(in_place, [*old, *half], slots=0) == [Retire(Key("a", 1, 0))]
+    leaving = replace(old[0], phase=Phase.DRAINING, retiring=True)
+    assert decide(in_place, [leaving, old[1], *half], slots=0) == []
+    half[0] = replace(half[0], phase=Phase.LOADING)
+    assert decide(in_place, [old[1], *half], slots=1) == []
 
 
 def test_a_failed_new_generation_leaves_the_old_one_serving() -> None:

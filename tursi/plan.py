@@ -48,7 +48,7 @@ class Wanted:
     failed: bool = False
     """The other could not take over, and ``stable`` is to serve."""
     in_place: bool = False
-    """The other finds no room beside ``stable``, which has to go first."""
+    """It finds no room beside ``stable``, or an earlier revision, which has to go first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,21 +197,35 @@ def _generation(
         for replica in range(want.replicas)
         if replica not in there
     ]
-    leaving = [
-        worker
-        for worker in workers
-        if (
-            worker.key.replica >= want.replicas
-            if worker.key.revision == want.revision
-            else whole or worker.phase not in _SERVING
-        )
-    ]
+    leaving = [worker for worker in current if worker.key.replica >= want.replicas]
+    leaving += _outdated(want, workers, current, whole=whole)
     keep = [
         Keep(worker.key)
         for worker in current
         if worker.finishing and worker.key.replica < want.replicas
     ]
     return [*create, *keep, *_retire(leaving)]
+
+
+def _outdated(
+    want: Wanted, workers: Collection[Seen], current: Collection[Seen], *, whole: bool
+) -> list[Seen]:
+    """Those of an earlier revision that go: each when the one in its place is ready.
+
+    Where there is no room for both it goes before that, one after the other.
+    """
+    older = [worker for worker in workers if worker.key.revision != want.revision]
+    fresh = {worker.key.replica for worker in current if worker.phase is Phase.READY}
+    gone = [
+        worker
+        for worker in older
+        if whole or worker.key.replica in fresh or worker.phase not in _SERVING
+    ]
+    moving = gone or any(worker.retiring for worker in older)
+    if want.in_place and not moving and all(each.phase not in LOADING for each in current):
+        queued = {worker.key.replica for worker in current if worker.phase is Phase.QUEUED}
+        return [worker for worker in older if worker.key.replica in queued][:1]
+    return gone
 
 
 def _ready(want: Wanted, workers: Collection[Seen]) -> int:

@@ -281,15 +281,16 @@ def test_a_replica_that_goes_with_its_first_request_speaks_not_against_the_other
     assert house.fates()[1] == [Fate.SERVING]
 
 
+@pytest.mark.parametrize("phase", [Phase.FAILED, Phase.QUARANTINED])
 def test_after_a_restart_what_had_served_does_and_what_failed_waits_to_be_asked_again(
-    house: House, tmp_path: Path
+    house: House, tmp_path: Path, phase: Phase
 ) -> None:
     serving(house)
     house.up("/models/b")
-    house.become(2, Phase.FAILED, "The weights are damaged.")
+    house.become(2, phase, "The weights are damaged.")
     assert house.fleet.deployment("a").phase is Phase.FAILED
     # It tells why, and takes no room.
-    assert house.worker(2).phase is Phase.FAILED
+    assert house.worker(2).phase in {Phase.FAILED, Phase.DRAINING}
     for after in again(house, tmp_path):
         assert [each.generation for each in after.workers] == [1]
         after.ready(1)

@@ -197,6 +197,18 @@ def test_without_room_for_both_the_new_one_takes_the_old_ones_place(running: Dae
         serving(running, 2)
     assert set(load.statuses) == {200}
     assert fates(running) == ["replaced", "serving"]
+    [before] = running.status("search")["workers"]
+    with Load(running) as load:
+        configure(running, SETTINGS.replace("[requests]", "max_batch_tokens = 512\n[requests]"))
+
+        def reloaded() -> bool:
+            status = running.status("search")
+            uuids = [each["uuid"] for each in status["workers"]]
+            return uuids != [before["uuid"]] and len(uuids) == 1 and status["ready"] == 1
+
+        until(reloaded, "a worker with the new configuration is in the old one's place")
+    assert set(load.statuses) == {200}
+    assert not running.status("search")["in_place"]
     bad = script(running, "broken", 2 * GIB + 2, load_seconds=0.5, exit=3)
     with Load(running) as load:
         up(running, model=bad)

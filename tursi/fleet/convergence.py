@@ -340,9 +340,9 @@ class Convergence:
             self._expect(member, self._residence.deadline(member))
 
     def _makes_room(self, member: Member) -> bool:
-        """Whether its new generation waits for memory that only the old one's going gives."""
+        """Whether what is new of it waits for memory that only the old one's going gives."""
         deployment = member.deployment
-        if deployment.stable is None or deployment.canary is not None or deployment.failed:
+        if deployment.canary is not None or deployment.failed:
             return False
         if member.in_place is not None or any(each.retiring for each in self._members.values()):
             # What goes already may be enough.
@@ -353,7 +353,11 @@ class Convergence:
             return False
         if all(worker.phase is not Phase.QUEUED for worker in workers):
             return False
-        prospect = self._prospect.of(order, member.scale, member, same=True)
+        number = member.scale
+        if deployment.stable is None:
+            # Workers that a reload has made obsolete go one by one.
+            number = member.fresh + 1
+        prospect = self._prospect.of(order, number, member, same=True)
         return prospect.verdict is Verdict.IN_PLACE
 
     def _unload(self, free: Free) -> None:

@@ -277,6 +277,18 @@ class Member:
             or (key, worker.uuid) in self.proven
         )
 
+    @property
+    def fresh(self) -> int:
+        """How many workers serve that are of the newest generation and revision."""
+        newest = (self.deployment.generation.number, self.revision)
+        return sum(
+            worker.phase is Phase.READY
+            and (key.generation, key.revision) == newest
+            and key not in self.retiring
+            and self.is_proven(key, worker)
+            for key, worker in self.workers.items()
+        )
+
     # -- for the plan ------------------------------------------------------------
 
     def wanted(self) -> Wanted | None:

@@ -132,7 +132,10 @@ class Prospect:
         name = member.deployment.name if member else None
         mine = [each for each in self._memory.there() if each.member is member]
         number = member.deployment.generation.number if member else 0
-        there = [each for each in mine if same and each.key.generation == number]
+        newest = (number, member.revision if member else 0)
+        there = [
+            each for each in mine if same and (each.key.generation, each.key.revision) == newest
+        ]
         old = [each for each in mine if each not in there and not each.goes]
         missing = max(0, replicas - len(there))
         gives_back = sum(each.host for each in old)

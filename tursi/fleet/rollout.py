@@ -16,10 +16,10 @@ from tursi.supervision.worker import Worker
 
 ROOM_SECONDS = 15.0
 """How long a generation that is loaded in place waits for the room that was made."""
-_GONE = frozenset({Phase.FAILED})
-_CANARY = _GONE | {Phase.QUARANTINED, Phase.WEDGED}
-_ALONE = _CANARY | {Phase.BACKOFF}
-"""Phases at which a generation is given up: at the first failure where nothing else serves."""
+_GRAVE = frozenset({Phase.FAILED, Phase.QUARANTINED, Phase.WEDGED})
+"""Phases at which a generation is given up,"""
+_ALONE = _GRAVE | {Phase.BACKOFF}
+"""and where nothing else serves: at the first failure."""
 
 
 class Rollouts:
@@ -69,18 +69,12 @@ class Rollouts:
             self.fail(member, reason)
             return
         number = deployment.generation.number
-        ready = 0
         for key, worker in list(member.workers.items()):
             if key.generation != number or key in member.retiring:
                 continue
             if worker.phase is Phase.READY and not member.is_proven(key, worker):
                 self._try(member, key, worker)
-            ready += (
-                worker.phase is Phase.READY
-                and key.revision == member.revision
-                and member.is_proven(key, worker)
-            )
-        if deployment.canary is None and ready >= member.scale and member.awake:
+        if deployment.canary is None and member.fresh >= member.scale and member.awake:
             self._serve(member)
 
     def displace(self, member: Member) -> None:
@@ -89,10 +83,14 @@ class Rollouts:
         number = deployment.generation.number
         member.in_place = number
         name, old = deployment.name, deployment.stable
+        who, whom = (
+            (f"generation {old.number} of {name} makes room", f"generation {number}")
+            if old is not None
+            else (f"the workers of {name} make room", "those with the new configuration")
+        )
         self._journal.note(
             "rollout.in_place",
-            f"generation {old.number if old else 0} of {name} makes room for generation {number}; "
-            "requests wait meanwhile",
+            f"{who} for {whom}; requests wait meanwhile",
             deployment=name,
             cause=member.waits,
         )
@@ -103,6 +101,9 @@ class Rollouts:
         """Remember that it serves, or can't."""
         generation = member.deployment.generation
         workers = member.of(generation.number)
+        if member.in_place is not None and member.fresh >= member.scale:
+            # The workers that a reload has called for are there.
+            member.in_place = None
         if generation.fate is not Fate.SERVING:
             if any(worker.phase is Phase.READY for worker in workers):
                 self._serve(member)
@@ -118,7 +119,7 @@ class Rollouts:
             return fetch.error.message
         workers = member.of(deployment.generation.number)
         alone = all(worker.phase is Phase.QUEUED for worker in member.of(stable.number))
-        grave = _CANARY if deployment.canary is not None else _ALONE if alone else _GONE
+        grave = _ALONE if alone and deployment.canary is None else _GRAVE
         for worker in workers:
             if worker.phase in grave:
                 return worker.status().reason or f"Its worker is {worker.phase.value}."
