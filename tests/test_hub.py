@@ -28,7 +28,7 @@ from tursi.errors import (
     TursiError,
 )
 from tursi.hub import Hub
-from tursi.model import CatalogueEntry, Progress, Reference, Resolution
+from tursi.model import CatalogueEntry, Progress, Reference, Resolution, Trust
 from tursi.supervision import life
 from tursi.wire import Frame, Kind
 
@@ -303,6 +303,24 @@ def test_only_so_many_fetchers_run_at_a_time(bench: Bench) -> None:
     bench.fetchers.all[0].say(Kind.READY, FOUND)
     bench.fetchers.all[0].finished.callback(Exit())
     assert [f.arguments[4] for f in bench.fetchers.all[4:]] == ["someone/model5"]
+
+
+def test_a_look_is_no_download_and_waits_for_none(bench: Bench) -> None:
+    for number in range(5):
+        bench.resolve(Reference.parse(f"someone/model{number}"))
+    looked = [bench.hub.look(TINY, Trust()) for _ in range(2)]
+    assert len(bench.fetchers.all) == 5
+    look = bench.fetchers.all[-1]
+    assert look.arguments[-1] == "--look"
+    assert all("--look" not in each.arguments for each in bench.fetchers.all[:-1])
+    look.say(Kind.READY, FOUND)
+    look.finished.callback(Exit())
+    assert [result(each) for each in looked] == [FOUND, FOUND]
+    late = bench.hub.look(TINY, Trust())
+    bench.reactor.advance(20)
+    assert bench.fetchers.all[-1].cancelled
+    bench.fetchers.all[-1].finished.callback(Exit(None, 9))
+    assert isinstance(result(late), HubUnreachable)
 
 
 def test_stop_ends_every_download(bench: Bench) -> None:

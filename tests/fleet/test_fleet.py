@@ -155,6 +155,8 @@ class FakeHub:
         self.blueprints: dict[str, Blueprint] = {}
         self.lacking: set[str] = set()
         """Folders whose files are gone."""
+        self.listed: dict[str, int] = {}
+        """The size of what isn't here."""
         self.removing: Callable[[], object] = lambda: None
         """Called when something is removed."""
 
@@ -169,6 +171,12 @@ class FakeHub:
         self.asked.append((reference, waiting, progress))
         self.trusted.append(trust)
         return waiting
+
+    def look(self, reference: Reference, trust: Trust) -> Deferred[Resolution]:
+        size = self.listed.get(str(reference))
+        if size is None:
+            return fail(HubUnreachable("The hub can't be reached."))
+        return succeed(Resolution(f"hub:{reference}", commit="c" * 40, size=size))
 
     def catalogue(self) -> Deferred[list[CatalogueEntry]]:
         return succeed([*self.entries])

@@ -507,7 +507,11 @@ def test_what_is_being_downloaded_is_known_by_its_size(bench: Bench) -> None:
     bench.hub.entries = []
     unknown = bench.do(bench.fleet.prospect.fit(None, request, None))
     assert unknown.verdict is Verdict.UNKNOWN
+    assert unknown.message.startswith("How large it is isn't known. The hub can't be reached;")
     assert unknown.free is not None
+    bench.hub.listed["org/name"] = GIB
+    listed = bench.do(bench.fleet.prospect.fit(None, request, None))
+    assert (listed.verdict, listed.memory) == (Verdict.FITS, BASE + int(GIB * 1.2))
     bench.deploy("name", model="org/name")
     _, _, progress = bench.hub.asked[0]
     progress(Progress("download", 1.0, float(2 * GIB)))

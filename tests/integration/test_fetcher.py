@@ -468,6 +468,24 @@ def test_no_space_is_seen_before_the_download(
     assert not hub.downloads()
 
 
+def test_a_look_tells_the_size_of_the_weights_and_writes_nothing(
+    fetch: Fetcher, hub: StandInHub, tiny: Snapshot, tmp_path: Path
+) -> None:
+    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    index = b'{"weight_map": {"never": "read"}}'
+    files = {name: safetensors(2000) for name in [*shards, "consolidated.safetensors"]}
+    written = {"config.json": b"{}", "model.safetensors.index.json": index, **files}
+    hub.add("someone/large", write(tmp_path / "large", **written))
+    fetch.options = ("--look",)
+    for model, names in ((MODEL, ["model.safetensors"]), ("someone/large", shards)):
+        found = fetch(model).ready
+        assert found is not None
+        assert found.files == tuple(names)
+        assert found.size == sum(len(files.get(name, safetensors())) for name in names)
+    assert not [*fetch.cache.rglob("*")]
+    assert fetch("someone/nothing").failed is not None
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [

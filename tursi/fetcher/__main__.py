@@ -20,9 +20,9 @@ _DATA_SOCKET = 3
 
 
 def main(arguments: list[str]) -> int:
-    """Download ``REPOSITORY REVISION CACHE [--allow-pickle] [--trust-remote-code]``.
+    """Download ``REPOSITORY REVISION CACHE [--allow-pickle] [--trust-remote-code] [--look]``.
 
-    An empty revision is the default branch.
+    An empty revision is the default branch. With ``--look`` it is only said what there is.
     """
     repository, revision, cache, *options = arguments
     trust = Trust("--allow-pickle" in options, "--trust-remote-code" in options)
@@ -38,7 +38,8 @@ def main(arguments: list[str]) -> int:
         say(wire.Kind.PROGRESS, progress)
 
     try:
-        resolution = Download(repository, revision or None, Path(cache), tell, trust).run()
+        download = Download(repository, revision or None, Path(cache), tell, trust)
+        resolution = download.look() if "--look" in options else download.run()
     except FetchError as error:
         words = wire.LastWords(error.code, error.message, retry_after=error.retry_after)
         say(wire.Kind.FAILED, words)

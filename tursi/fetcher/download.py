@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -10,6 +11,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from huggingface_hub import HfApi, constants, file_download, hf_hub_download
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 from huggingface_hub.utils import _http
@@ -96,6 +98,30 @@ class Download:
             return self._fetch(info)
         except Exception as error:
             raise explain(error, self._repository, self._revision) from error
+
+    def look(self) -> Resolution:
+        """What weights there are to download, and their size; nothing is written.
+
+        Which files an index of shards names isn't read: those that look so count.
+        """
+        if constants.HF_HUB_OFFLINE:
+            raise offline(self._repository, self._revision)
+        info = self._ask()
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+
+        def shards(index: str) -> bytes:
+            stem, folder = index.partition(".")[0], index.rpartition("/")[0]
+            shard = re.compile(re.escape(stem) + r"-\d+-of-\d+\.\w+")
+            names = [name.removeprefix(f"{folder}/") for name in sizes if shard.fullmatch(name)]
+            return msgspec.json.encode({"weight_map": dict(zip(names, names, strict=True))})
+
+        weights = select(self._repository, sizes, shards, self._trust).weights
+        return Resolution(
+            folder=f"hub:{self._repository}",
+            commit=str(info.sha),
+            files=weights,
+            size=sum(sizes[name] for name in weights),
+        )
 
     def _ask(self) -> ModelInfo:
         token_file = os.environ.get("HF_TOKEN_PATH")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from tursi.admission import Free
+from tursi.errors import TursiError
 from tursi.fleet.footprints import Footprints
 from tursi.fleet.member import Member
 from tursi.fleet.memory import Memory, There
@@ -90,20 +91,12 @@ class Prospect:
         same = member is not None and member.deployment.generation.request == checked
         resolution = await self._on_disk(reference, checked, member if same else None)
         if resolution is None:
-            size = self._coming(reference)
-            if size is None:
-                free = self._memory.free()
-                return Fit(
-                    Verdict.UNKNOWN,
-                    f"{checked.model} isn't on the disk, so that its size isn't known, and "
-                    f"{self._memory.told(free)}; `tursi pull {checked.model}` downloads it.",
-                    replicas=replicas,
-                    free=free.host,
-                    limit=self._memory.limit,
-                    rooms=self._rooms(free, free.machine),
-                )
-            # What is being downloaded has told how large it is.
-            resolution = Resolution(folder=f"hub:{checked.model}", size=size)
+            try:
+                resolution = await self._on_hub(reference, checked)
+            except TursiError as error:
+                return self._unknown(replicas, f"How large it is isn't known. {error.message}")
+            if resolution is None:
+                return self._unknown(replicas, "How large it is isn't known yet.")
             self._footprints.expect(resolution)
         else:
             await self._footprints.look(resolution)
@@ -198,8 +191,8 @@ class Prospect:
         entry = max(entries, key=lambda entry: entry.used_at or 0.0)
         return Resolution(folder=entry.folder, commit=entry.commit, size=entry.size)
 
-    def _coming(self, reference: Reference) -> int | None:
-        """The bytes of what is being downloaded, if the hub has listed them."""
+    async def _on_hub(self, reference: Reference, request: Request) -> Resolution | None:
+        """Its size by what the hub lists; ``None`` while that is asked for by a download."""
         name = str(reference)
         told = [
             member.fetch.progress
@@ -208,7 +201,21 @@ class Prospect:
         ]
         told += self._pulls.progress(name)
         totals = [each.total for each in told if each is not None and each.unit == "bytes"]
-        return next((int(total) for total in totals if total), None)
+        if not told:
+            return await self._hub.look(reference, request.trust)
+        size = next((int(total) for total in totals if total), None)
+        return None if size is None else Resolution(folder=f"hub:{name}", size=size)
+
+    def _unknown(self, replicas: int, message: str) -> Fit:
+        free = self._memory.free()
+        return Fit(
+            Verdict.UNKNOWN,
+            f"{message.rstrip('.')}; {self._memory.told(free)}.",
+            replicas=replicas,
+            free=free.host,
+            limit=self._memory.limit,
+            rooms=self._rooms(free, free.machine),
+        )
 
     def _verdict(
         self,

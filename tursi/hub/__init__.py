@@ -29,6 +29,10 @@ __all__ = ["Found", "Hub", "Room", "Running", "Spawn", "Staging"]
 _COMMAND = (sys.executable, "-I", "-m", "tursi.fetcher")
 _MAX_FETCHES = 4
 """Fetcher processes at a time; more of them wait."""
+_MAX_LOOKS = 2
+"""Those that only ask the hub what there is."""
+_LOOK_SECONDS = 20.0
+"""A hub that hasn't told within that time isn't waited for: somebody waits for the answer."""
 _DISK_SECONDS = 30.0
 """A look at the disk that takes longer is given up (a network disk that hangs)."""
 _STEP_SECONDS = 300.0
@@ -63,7 +67,9 @@ class Hub:
         self._spawn = spawn
         self._reactor = reactor
         self._slots = DeferredSemaphore(_MAX_FETCHES)
+        self._look_slots = DeferredSemaphore(_MAX_LOOKS)
         self._fetches: dict[tuple[Reference, Trust], Fetch] = {}
+        self._looks: dict[tuple[Reference, Trust], Fetch] = {}
         # Those too that nobody waits for any more, until their process is gone.
         self._unfinished: set[Fetch] = set()
         self._stopped = False
@@ -90,10 +96,29 @@ class Hub:
             return fail(ShuttingDown())
         if reference.folder is not None:
             return self._in_thread(partial(disk.look, trust=trust), Path(reference.folder))
-        fetch = self._fetches.get((reference, trust))
+        return self._wait(self._fetches, reference, trust, progress)
+
+    def look(self, reference: Reference, trust: Trust) -> Deferred[Resolution]:
+        """The commit and the size of the weights on the hub, of which nothing is downloaded.
+
+        Fails with a ``FetchError`` about the hub, or ``ShuttingDown``.
+        """
+        if self._stopped:
+            return fail(ShuttingDown())
+        return self._wait(self._looks, reference, trust, lambda _: None)
+
+    def _wait(
+        self,
+        fetches: dict[tuple[Reference, Trust], Fetch],
+        reference: Reference,
+        trust: Trust,
+        progress: Callable[[Progress], None],
+    ) -> Deferred[Resolution]:
+        """What the fetcher among ``fetches`` brings that there is, or that is started for it."""
+        fetch = fetches.get((reference, trust))
         if fetch is not None and not fetch.closed:
             return fetch.wait(progress)
-        fetch = self._new(reference, trust)
+        fetch = self._new(fetches, reference, trust)
         # In this order: a fetcher that can't be started fails at once.
         waiting = fetch.wait(progress)
         fetch.start()
@@ -212,29 +237,39 @@ class Hub:
         found = deferToThreadPool(self._reactor, self._reactor.getThreadPool(), function, path)
         return found.addTimeout(_DISK_SECONDS, self._reactor).addErrback(slow)
 
-    def _new(self, reference: Reference, trust: Trust) -> Fetch:
+    def _new(
+        self,
+        fetches: dict[tuple[Reference, Trust], Fetch],
+        reference: Reference,
+        trust: Trust,
+    ) -> Fetch:
+        looks = fetches is self._looks
         repository = reference.repository or ""
         arguments = [*_COMMAND, repository, reference.revision or "", str(self._cache)]
         if trust.allow_pickle:
             arguments.append("--allow-pickle")
         if trust.trust_remote_code:
             arguments.append("--trust-remote-code")
+        if looks:
+            arguments.append("--look")
         # It names a log file too.
-        name = "fetch-" + re.sub(r"[^A-Za-z0-9._-]+", "--", str(reference))[:200]
+        name = ("look-" if looks else "fetch-") + re.sub(r"[^A-Za-z0-9._-]+", "--", str(reference))[
+            :200
+        ]
         fetch = Fetch(
             str(reference),
             lambda receive: self._spawn(name, tuple(arguments), self._environment, receive),
-            slots=self._slots,
-            stall_seconds=self._stall_seconds,
+            slots=self._look_slots if looks else self._slots,
+            stall_seconds=_LOOK_SECONDS if looks else self._stall_seconds,
             reactor=self._reactor,
         )
-        self._fetches[reference, trust] = fetch
+        fetches[reference, trust] = fetch
         self._unfinished.add(fetch)
 
         def ended() -> None:
             self._unfinished.discard(fetch)
-            if self._fetches.get((reference, trust)) is fetch:
-                del self._fetches[reference, trust]
+            if fetches.get((reference, trust)) is fetch:
+                del fetches[reference, trust]
 
         fetch.at_end(ended)
         return fetch
