@@ -265,6 +265,11 @@ def test_a_listener_with_tls_needs_keys_outside_and_takes_new_certificates(
         with handshake(outside) as other:
             assert get(other, "/deployments").startswith(b"HTTP/1.1 401")
         with handshake(outside) as other:
+            other.sendall(b"GET /health HTTP/1.1\r\nHost: evil\r\n\r\n")
+            assert other.recv(65536).startswith(b"HTTP/1.1 403")
+            # Refused while it arrives: TLS ends first, then the connection.
+            other.unwrap()
+        with handshake(outside) as other:
             assert get(other, "/deployments", token).startswith(b"HTTP/1.1 200")
         old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         old.check_hostname, old.verify_mode = False, ssl.CERT_NONE
@@ -288,6 +293,7 @@ def test_a_listener_with_tls_needs_keys_outside_and_takes_new_certificates(
         assert one.control.post("/reload").status_code == 422
         assert fresh_name(port) == "third"
         early.close()
+        assert "Unhandled Error" not in one.log.read_text()
 
 
 @pytest.mark.parametrize(

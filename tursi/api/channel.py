@@ -305,11 +305,12 @@ class Channel(http.HTTPChannel):
         self.setRawMode()
         # For good, so that a line of a request that isn't refused costs nothing.
         self.lineReceived = self.rawDataReceived = _ignore  # type: ignore[method-assign]
-        # A TLS transport can't close one half.
-        close_half: Any = getattr(
-            self.transport, "loseWriteConnection", self.transport.loseConnection
-        )
-        close_half()
+        # TLS says that it ends, and closes when the client says so too; the half of the
+        # connection below it, which its transport would hand out, is not ours to close.
+        close = self.transport.loseConnection
+        if not self.isSecure():
+            close = getattr(self.transport, "loseWriteConnection", close)
+        close()
 
 
 def _encoded(headers: Mapping[str, str]) -> Iterator[tuple[bytes, bytes]]:

@@ -106,9 +106,10 @@ def look(status: Mapping[str, Any]) -> Look:
     if status["phase"] in GIVEN_UP or given_up:
         return Look(Verdict.FAILED, _reason(status))
     if status["phase"] == Phase.BACKOFF:
+        reason = _reason(status).removesuffix(".")
         again = status.get("next_try_at")
         when = f" Next try at {local_time(again)}." if again else ""
-        return Look(Verdict.COMING, f"{_reason(status)}{when}")
+        return Look(Verdict.COMING, f"{reason}.{when}")
     progress = status.get("progress")
     if progress is None:
         stage = _PHASES.get(status["phase"], status["phase"])
