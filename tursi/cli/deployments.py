@@ -279,15 +279,16 @@ def reference(text: str) -> Reference:
     """What ``text`` means here: a folder that exists, else a hub name; a usage error if neither."""
     try:
         folder = Path(text).expanduser()
-        exists = bool(text) and folder.exists()
+        is_folder = bool(text) and folder.is_dir()
+        is_file = bool(text) and not is_folder and folder.exists()
     except (OSError, RuntimeError) as error:
         raise click.BadParameter(
             f"{text[:100]!r} can't be a folder: {error}", param_hint="MODEL"
         ) from None
-    if exists and folder.is_dir():
+    if is_folder:
         # Symbolic links stay: a hub cache's snapshots are made of them.
         return Reference.parse(os.path.abspath(folder))  # noqa: PTH100 - absolute() would keep ".."
-    if exists:
+    if is_file:
         raise click.BadParameter(f"{text} is a file; a model is a folder.", param_hint="MODEL")
     if text.startswith(("/", ".", "~")):
         raise click.BadParameter(f"There is no folder {text}.", param_hint="MODEL")
