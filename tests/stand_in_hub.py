@@ -91,6 +91,8 @@ class StandInHub:
         """Bytes of files that went out, by path."""
         self.token: str | None = None
         """The only token that is let in; None lets everyone in."""
+        self.names_alone = False
+        """Whether files are listed as some mirrors do: without sizes and hashes."""
         self.closed = threading.Event()
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
@@ -208,7 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif match := _API.fullmatch(path):
             snapshot_ = self._find(match)
             if snapshot_ is not None:
-                self._send(200, _information(match["repository"], snapshot_), {}, fault)
+                self._send(200, _information(match["repository"], snapshot_, self.hub), {}, fault)
         else:
             self._refuse(404)
 
@@ -308,7 +310,7 @@ def _blob(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def _information(repository: str, snapshot: Snapshot) -> bytes:
+def _information(repository: str, snapshot: Snapshot, hub: StandInHub) -> bytes:
     siblings: list[dict[str, object]] = []
     for name in snapshot.names():
         data = snapshot.data(name)
@@ -317,7 +319,7 @@ def _information(repository: str, snapshot: Snapshot) -> bytes:
         if len(data) >= LFS_FROM:
             sha256 = hashlib.sha256(data).hexdigest()
             sibling["lfs"] = {"size": size, "sha256": sha256, "pointerSize": 130}
-        siblings.append(sibling)
+        siblings.append({"rfilename": name} if hub.names_alone else sibling)
     return json.dumps(
         {
             "_id": "1",

@@ -445,6 +445,13 @@ class HubUnreachable(FetchError):
     passing = True
 
 
+class HubOffline(FetchError):
+    """The model isn't on the disk, and offline mode forbids to ask the hub."""
+
+    code = "hub_offline"
+    exit_status = 75
+
+
 class FetchInterrupted(FetchError):
     """Something on this machine kept the model's files from being found; it is tried again."""
 

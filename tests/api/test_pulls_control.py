@@ -34,10 +34,25 @@ def test_no_such_pull() -> None:
 def test_a_pull_can_be_followed() -> None:
     house = House()
     transport = house.send(request("GET", "/pulls/7?follow=1"))
-    house.fleet.pulls.status = done = replace(house.fleet.pulls.status, state=PullState.DONE)
+    house.fleet.pulls.status = done = replace(
+        house.fleet.pulls.status, state=PullState.DONE, ended_at=1_700_000_001.0
+    )
     house.fleet.pulls.watchers[0](done)
     text = transport.value().decode()
     assert text.index('"state":"running"') < text.index('"state":"done"')
+    assert text.endswith("\r\n0\r\n\r\n"), "it has ended with the pull"
+    assert house.fleet.pulls.watchers == []
+    # Of one that has ended there is nothing to wait for.
+    text = house.send(request("GET", "/pulls/7?follow=1")).value().decode()
+    assert text.endswith("\r\n0\r\n\r\n")
+    assert house.fleet.pulls.watchers == []
+
+
+def test_following_a_paused_pull_ends_with_the_client() -> None:
+    house = House()
+    house.fleet.pulls.status = replace(house.fleet.pulls.status, state=PullState.PAUSED)
+    transport = house.send(request("GET", "/pulls/7?follow=1"))
+    [_] = house.fleet.pulls.watchers
     transport.leave()
     assert house.fleet.pulls.watchers == []
 

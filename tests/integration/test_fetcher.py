@@ -210,6 +210,14 @@ def test_progress_grows_while_a_slow_download_runs(
     assert len({value for value in done if 1_000_000 < value < 3_000_000}) >= 2
 
 
+def test_a_mirror_may_list_names_alone(fetch: Fetcher, tiny: Snapshot, hub: StandInHub) -> None:
+    hub.names_alone = True
+    hub.faults.append(Fault(MAIN, "corrupt", method="GET", times=1))
+    got = fetch().resolution
+    assert got.size == sum(len(tiny.data(name)) for name in WANTED)
+    assert all(Path(got.folder, name).read_bytes() == tiny.data(name) for name in WANTED)
+
+
 def test_takes_all_shards_that_the_index_names(
     fetch: Fetcher, hub: StandInHub, tmp_path: Path
 ) -> None:
@@ -310,7 +318,7 @@ def test_no_network_uses_the_cache_or_says_so(
 
 
 def test_offline_uses_the_cache_or_says_so(fetch: Fetcher, tiny: Snapshot, hub: StandInHub) -> None:
-    sentence = fetch(HF_HUB_OFFLINE="1").sentence("hub_unreachable", 75)
+    sentence = fetch(HF_HUB_OFFLINE="1").sentence("hub_offline", 75)
     assert sentence.startswith("someone/tiny isn't (completely) in the cache, and offline mode")
     got = fetch().resolution
     seen = len(hub.seen)
@@ -324,7 +332,8 @@ def test_offline_uses_the_cache_or_says_so(fetch: Fetcher, tiny: Snapshot, hub: 
     ("fault", "words"),
     [
         (Fault("/api/", status=503), "status 503"),
-        (Fault("/api/", status=500), "status 500"),
+        (Fault("/api/", status=408), "status 408"),
+        (Fault("/content/", status=403), "status 403"),
         (Fault("/api/", status=429, headers={"Retry_After": "7"}), "try again in 7 seconds"),
     ],
 )
@@ -390,7 +399,7 @@ def test_a_file_that_ends_early_is_asked_for_again_later(
     fetch: Fetcher, tiny: Snapshot, hub: StandInHub
 ) -> None:
     hub.faults.append(Fault(MAIN, "short", method="GET", times=1))
-    assert "ended early" in fetch().sentence("hub_unreachable", 75)
+    assert "in another length" in fetch().sentence("hub_unreachable", 75)
     assert fetch().resolution.files == WANTED
 
 

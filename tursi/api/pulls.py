@@ -55,6 +55,7 @@ class PullControl:
             history=history,
             unseen=lambda _, early: early,
             encode=_event,
+            last=lambda status: status.ended_at is not None,
         )
 
     @endpoint("POST", "/pulls/<number>/pause", **_ACCEPTED)

@@ -1,4 +1,4 @@
-"""Server-sent events: what has happened, then what happens, until the client leaves."""
+"""Server-sent events: what has happened, then what happens, until that or the client ends."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ class Follow(Generic[T]):
     """Given the history and what came while it was read: what isn't in it."""
     encode: Callable[[T], bytes]
     """An item as an event."""
+    last: Callable[[T], bool] = lambda _: False
+    """Whether nothing comes after this item."""
 
 
 class EventStream:
@@ -46,14 +48,17 @@ class EventStream:
         headers.setRawHeaders(b"X-Accel-Buffering", [b"no"])
 
     async def run(self, follow: Follow[T]) -> None:
-        """Send what ``follow`` has and gets; ends by cancellation, when the client leaves."""
+        """Send what ``follow`` has and gets, until its last; ends by cancellation otherwise."""
         request = self._request
         early: list[T] = []
         live = False
+        over: Deferred[None] = Deferred()
 
         def receive(item: T) -> None:
             if live:
                 self._send(follow.encode(item))
+                if follow.last(item):
+                    over.callback(None)
             else:
                 early.append(item)
 
@@ -70,11 +75,16 @@ class EventStream:
             past = (*history, *follow.unseen(history, early))
             # Bounded by what the client asked for, unlike what comes later.
             request.write(b"".join(follow.encode(item) for item in past))
+            if any(map(follow.last, past)):
+                return
             live = True
             keep_alive.start(_KEEP_ALIVE_SECONDS, now=False)
-            await Deferred[None]()
+            await over
+            self.resumeProducing()
         finally:
             unsubscribe()
+            if request.channel is not None and request.producer is self:
+                request.unregisterProducer()
             if keep_alive.running:
                 keep_alive.stop()
 

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from huggingface_hub import HfApi, constants, file_download, hf_hub_download
+from huggingface_hub import (
+    HfApi,
+    constants,
+    file_download,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+)
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 from huggingface_hub.utils import _http
 
@@ -27,6 +34,7 @@ from tursi.selection import select
 _ASK_SECONDS = 30.0
 _FILES_AT_ONCE = 4
 _MAX_INDEX = 64 * 1024 * 1024
+_SHA256_DIGITS = 64
 
 # huggingface_hub hands on what arrived only once a whole chunk is there, and its
 # 10 MiB would look like a stall on a slow line.
@@ -154,7 +162,7 @@ class Download:
         listed = {file.rfilename: file for file in info.siblings or ()}
 
         def read(name: str) -> bytes:
-            if (listed[name].size or 0) > _MAX_INDEX:
+            if self._listed(commit, listed[name]).size > _MAX_INDEX:
                 raise FetchError(f"{name} of {self._repository} is larger than any index.")
             return Path(self._get(commit, name)).read_bytes()
 
@@ -163,15 +171,17 @@ class Download:
             file_download.http_get = resuming(_http_get)
             self._shelf.begin(commit)
             chosen = select(self._repository, listed, read, self._trust)
-            sizes = {name: listed[name].size or 0 for name in chosen.names}
-            missing = [n for n in chosen.names if not (self._shelf.snapshot(commit) / n).exists()]
-            self._check_space(listed[name] for name in missing)
+            files = [self._listed(commit, listed[name]) for name in chosen.names]
+            sizes = {file.name: file.size for file in files}
+            snapshot = self._shelf.snapshot(commit)
+            missing = [file for file in files if not (snapshot / file.name).exists()]
+            self._check_space(missing)
             meter = Meter(sum(sizes.values()), self._tell, time.monotonic)
-            meter.add(sum(size for name, size in sizes.items() if name not in missing))
-            for files in (chosen.first, chosen.weights):
-                self._get_all(commit, files, bar(meter))
+            meter.add(sum(sizes.values()) - sum(file.size for file in missing))
+            for names in (chosen.first, chosen.weights):
+                self._get_all(commit, names, bar(meter))
             # Also what was there already: a kill may have come before it was verified.
-            self._verify(commit, [_listed(listed[name]) for name in chosen.names], meter)
+            self._verify(commit, files, meter)
             self._shelf.remember(self._revision, commit)
         meter.finish()
         return self._shelf.resolution(commit, sizes)
@@ -194,15 +204,30 @@ class Download:
                 "it was removed, try again later."
             )
 
-    def _check_space(self, files: Iterable[RepoSibling]) -> None:
+    def _listed(self, commit: str, file: RepoSibling) -> Listed:
+        if file.size is not None:
+            sha256 = file.lfs.sha256 if file.lfs else None
+            return Listed(file.rfilename, file.size, sha256, file.blob_id)
+        # A mirror may list names alone; huggingface_hub goes by the headers of each file.
+        found = get_hf_file_metadata(
+            hf_hub_url(self._repository, file.rfilename, revision=commit), timeout=_ASK_SECONDS
+        )
+        if found.size is None or found.etag is None:
+            raise _no_hub()
+        sha256 = found.etag if len(found.etag) == _SHA256_DIGITS else None
+        return Listed(
+            file.rfilename, found.size, sha256, found.etag if is_commit(found.etag) else None
+        )
+
+    def _check_space(self, files: Iterable[Listed]) -> None:
         needed = 0
         for file in files:
             # The name of a blob in the cache, by which revisions share content.
-            blob = file.lfs.sha256 if file.lfs else file.blob_id
+            blob = file.sha256 or file.blob
             if blob is None:
-                needed += file.size or 0
+                needed += file.size
             elif not self._shelf.has_blob(blob):
-                needed += max(0, (file.size or 0) - self._shelf.kept(blob))
+                needed += max(0, file.size - self._shelf.kept(blob))
         free = shutil.disk_usage(self._cache).free
         if needed > free:
             raise DiskFull(
@@ -227,12 +252,6 @@ class Download:
             cache_dir=self._cache,
             tqdm_class=tqdm_class,
         )
-
-
-def _listed(file: RepoSibling) -> Listed:
-    return Listed(
-        file.rfilename, file.size or 0, file.lfs.sha256 if file.lfs else None, file.blob_id
-    )
 
 
 def _no_hub() -> HubUnreachable:

@@ -6,6 +6,7 @@ import errno
 import time
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
+from urllib.parse import urlsplit
 
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
@@ -21,6 +22,7 @@ from huggingface_hub.errors import (
 from tursi.errors import (
     DiskFull,
     FetchError,
+    HubOffline,
     HubUnreachable,
     RepositoryGated,
     RepositoryNotFound,
@@ -34,6 +36,7 @@ _CLIENT_ERROR: type[BaseException] = HfHubHTTPError.__bases__[0]
 _GIVE_TOKEN = "give Tursi a token that may read it (HF_TOKEN, or token_file under [hub])"  # noqa: S105 - a sentence
 _MAX_RETRY_AFTER = 3600
 _RETRY_AFTER = 30
+_TIMED_OUT = 408
 
 
 def explain(error: BaseException, repository: str, revision: str | None) -> FetchError:
@@ -64,7 +67,7 @@ def _known(error: BaseException, repository: str, revision: str | None) -> Fetch
         )
     if isinstance(error, OSError) and str(error).startswith("Consistency check failed"):
         return HubUnreachable(
-            f"A file of {repository} ended early; what has come is kept, try again later."
+            f"A file of {repository} came in another length than it has; try again later."
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(f"The disk became full while {repository} was downloaded; free some space.")
@@ -75,6 +78,8 @@ def _known(error: BaseException, repository: str, revision: str | None) -> Fetch
 
 def _refusal(error: HfHubHTTPError, repository: str, revision: str | None) -> FetchError:
     hub, status, token = constants.ENDPOINT, error.response.status_code, get_token() is not None
+    place = urlsplit(str(error.response.url))
+    host = f"{place.scheme}://{place.netloc}"
     # Gated comes first: it is a kind of not found for huggingface_hub.
     if isinstance(error, GatedRepoError):
         terms = f"{repository} is gated: accept its terms at {hub}/{repository}, then "
@@ -97,6 +102,19 @@ def _refusal(error: HfHubHTTPError, repository: str, revision: str | None) -> Fe
         return RepositoryNotFound(
             f"{hub} has no model {repository}, or {whom}: check the name, or {_GIVE_TOKEN}."
         )
+    if status == 429:
+        seconds = _retry_after(error)
+        return HubUnreachable(
+            f"{host} limits the rate of requests; try again in {seconds} seconds.",
+            retry_after=seconds,
+        )
+    # Content has addresses that are good for a while only: the hub gives others next time.
+    elsewhere = place.hostname != urlsplit(hub).hostname
+    if status >= 500 or status == _TIMED_OUT or elsewhere:
+        return HubUnreachable(
+            f"{host} has a problem of its own (status {status}); try again later.",
+            retry_after=_retry_after(error),
+        )
     if status == 401:
         return TokenRefused(
             f"{hub} refuses the token: it is wrong or has expired; give Tursi another "
@@ -104,24 +122,13 @@ def _refusal(error: HfHubHTTPError, repository: str, revision: str | None) -> Fe
         )
     if status == 403:
         return TokenRefused(f"{hub} forbids reading {repository} with this token; {_GIVE_TOKEN}.")
-    if status == 429:
-        seconds = _retry_after(error)
-        return HubUnreachable(
-            f"{hub} limits the rate of requests; try again in {seconds} seconds.",
-            retry_after=seconds,
-        )
-    if status >= 500:
-        return HubUnreachable(
-            f"{hub} has a problem of its own (status {status}); try again later.",
-            retry_after=_retry_after(error),
-        )
     return FetchError(f"{hub} answered with status {status}: {_first_line(error)}")
 
 
-def offline(repository: str, revision: str | None) -> HubUnreachable:
+def offline(repository: str, revision: str | None) -> HubOffline:
     """For a model that isn't in the cache while offline mode forbids to ask the hub."""
     wanted = f"{repository}@{revision}" if revision else repository
-    return HubUnreachable(
+    return HubOffline(
         f"{wanted} isn't (completely) in the cache, and offline mode is on: turn it off "
         "(offline under [hub], HF_HUB_OFFLINE), or name a folder."
     )
