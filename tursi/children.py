@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from tursi import mark, sandbox
@@ -39,6 +40,10 @@ _FETCHER_VARIABLES = (
     "https_proxy", "all_proxy", "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE",
 )  # fmt: skip
 """What the fetcher gets besides: the way to the hub, and its token."""
+
+
+_CREDENTIAL = "hub_token"
+"""The name that the hub's token has among the credentials of systemd."""
 
 
 class Children:
@@ -82,8 +87,13 @@ class Children:
 
     @property
     def fetcher_environment(self) -> dict[str, str]:
-        """What a fetcher inherits."""
-        return self._inherited(_KEPT_VARIABLES) | self._inherited(_FETCHER_VARIABLES)
+        """What a fetcher inherits; a token among systemd's credentials is told by its place."""
+        found = self._inherited(_KEPT_VARIABLES) | self._inherited(_FETCHER_VARIABLES)
+        if folder := self._given.get("CREDENTIALS_DIRECTORY"):
+            token = Path(folder, _CREDENTIAL)
+            if token.exists():
+                found["HF_TOKEN_PATH"] = str(token)
+        return found
 
     def make_worker(
         self,

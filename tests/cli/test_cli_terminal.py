@@ -115,3 +115,16 @@ def test_output_that_can_not_be_written_is_told_in_a_sentence() -> None:
         ended = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     told = "tursi: The output can't be written: No space left on device.\n"
     assert (ended.returncode, ended.stderr) == (1, told)
+
+
+def test_a_narrow_terminal_gets_wide_columns_folded(
+    terminal: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal.setenv("COLUMNS", "80")
+    name, model = "n" * 70, "m" * 70
+    table(("NAME", "PHASE", "MODEL"), [(name, "ready", model)])
+    lines = click.unstyle(capsys.readouterr().out).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "".join(lines).count("n") == 70
+    assert "".join(lines).count("m") == 70
+    assert len(lines) <= 4

@@ -20,6 +20,7 @@ from tursi.errors import (
     DeploymentNotFound,
     DeploymentUnavailable,
     FetchInterrupted,
+    HubOffline,
     HubUnreachable,
     InvalidRequest,
     ModelFilesMissing,
@@ -472,6 +473,16 @@ def test_a_restart_looks_again_for_files_that_were_not_there(bench: Bench) -> No
     bench.deploy()
     bench.not_found(ModelFilesMissing("There is no folder /models/a."))
     bench.do(bench.fleet.restart("a", "uid 0"))
+    bench.found()
+    assert bench.phase() is Phase.SPAWNING
+
+
+def test_a_reload_may_mend_what_kept_the_files_away(bench: Bench) -> None:
+    bench.deploy(model="org/a")
+    bench.not_found(HubOffline("It is offline."))
+    assert bench.phase() is Phase.FAILED
+    bench.fleet.configure(Configuration())
+    bench.turn()
     bench.found()
     assert bench.phase() is Phase.SPAWNING
 

@@ -30,7 +30,7 @@ _ESCAPES_BUT_LINES = {code: text for code, text in _ESCAPES.items() if code not 
 _WIDE = 1000
 """Columns of a table that goes into a file or a pipe, where nobody wants it folded."""
 _FOLDED = 24
-"""Columns for the last one at least: folded into fewer it would be hard to read."""
+"""Columns for a folded one at least: in fewer it would be hard to read."""
 
 _Column: TypeAlias = tuple[str, int, list[str]]
 """A column's header, its width and its cells."""
@@ -85,9 +85,10 @@ def dump(value: Any, *, indent: int | None = 2) -> None:
 def table(
     headers: Sequence[str], rows: Sequence[Sequence[object]], *, spare: Sequence[str] = ()
 ) -> None:
-    """Write aligned columns; only the last one is folded, and only where it has room.
+    """Write aligned columns; the last one is folded where it has no room.
 
-    A terminal too narrow for all of them goes without those of ``spare``, the first ones first.
+    A terminal too narrow for all of them goes without those of ``spare``, the first ones first,
+    and folds the other wide ones only where that isn't enough.
     """
     from rich.cells import cell_len
     from rich.console import Console
@@ -102,11 +103,12 @@ def table(
     console = Console(file=sys.stdout)
     if console.is_terminal:
         columns = _fitting(columns, spare, console.width)
-    if not console.is_terminal or console.width < _least(columns):
+    narrow = console.width < _least(columns)
+    if not console.is_terminal or console.width < _narrowest(columns):
         console = Console(file=sys.stdout, width=_WIDE)
     shown = Table(box=None, pad_edge=False, header_style="bold")
-    for header, _, _ in columns[:-1]:
-        shown.add_column(header, no_wrap=True)
+    for header, width, _ in columns[:-1]:
+        shown.add_column(header, no_wrap=not narrow or width <= _FOLDED, overflow="fold")
     shown.add_column(columns[-1][0], overflow="fold")
     for row in zip(*(column for _, _, column in columns), strict=True):
         shown.add_row(*map(Text, row))
@@ -130,6 +132,11 @@ def _least(columns: Sequence[_Column]) -> int:
     """The width that they need, the last one folded."""
     *others, (_, last, _) = columns
     return sum(2 + width for _, width, _ in others) + min(last, _FOLDED)
+
+
+def _narrowest(columns: Sequence[_Column]) -> int:
+    """The width that they need, all the wide ones folded."""
+    return sum(2 + min(width, _FOLDED) for _, width, _ in columns) - 2
 
 
 def size(count: float | None) -> str:

@@ -115,21 +115,21 @@ class Download:
         if constants.HF_HUB_OFFLINE:
             raise offline(self._repository, self._revision)
         info = self._ask()
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+        listed = {file.rfilename: file for file in info.siblings or ()}
 
         def shards(index: str) -> bytes:
             stem, folder = index.partition(".")[0], index.rpartition("/")[0]
             shard = re.compile(re.escape(stem) + r"-\d+-of-\d+\.\w+")
-            names = [name.removeprefix(f"{folder}/") for name in sizes if shard.fullmatch(name)]
+            names = [name.removeprefix(f"{folder}/") for name in listed if shard.fullmatch(name)]
             return msgspec.json.encode({"weight_map": dict(zip(names, names, strict=True))})
 
-        weights = select(self._repository, sizes, shards, self._trust).weights
-        return Resolution(
-            folder=f"hub:{self._repository}",
-            commit=str(info.sha),
-            files=weights,
-            size=sum(sizes[name] for name in weights),
-        )
+        commit = str(info.sha)
+        weights = select(self._repository, listed, shards, self._trust).weights
+        try:
+            size = sum(self._listed(commit, listed[name]).size for name in weights)
+        except Exception as error:
+            raise explain(error, self._repository, self._revision) from error
+        return Resolution(f"hub:{self._repository}", commit, weights, size)
 
     def _ask(self) -> ModelInfo:
         token_file = os.environ.get("HF_TOKEN_PATH")

@@ -185,6 +185,7 @@ class Convergence:
             name for name, member in self._members.items() if self._orders(member) != before[name]
         ]
         for member in self._members.values():
+            self._files.reconsider(member)
             for worker in member.workers.values():
                 worker.configure(settings, requests)
         for name in changed:

@@ -110,6 +110,13 @@ class Files:
         fetch.timer = fetch.error = fetch.retry_at = None
         self._soon()
 
+    def reconsider(self, member: Member) -> None:
+        """Look again for what could not be had: with other settings it may."""
+        fetch = member.fetch
+        if fetch is not None and fetch.error is not None:
+            fetch.cancel()
+            self._fetch_again(fetch)
+
     def look_again(self, member: Member, worker: Worker) -> None:
         """Have files of the hub fetched again that were there and are gone."""
         generation = member.deployment.generation
