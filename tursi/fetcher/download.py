@@ -129,7 +129,7 @@ class Download:
             size = sum(self._listed(commit, listed[name]).size for name in weights)
         except Exception as error:
             raise explain(error, self._repository, self._revision) from error
-        return Resolution(f"hub:{self._repository}", commit, weights, size)
+        return Resolution(folder=f"hub:{self._repository}", commit=commit, files=weights, size=size)
 
     def _ask(self) -> ModelInfo:
         token_file = os.environ.get("HF_TOKEN_PATH")
