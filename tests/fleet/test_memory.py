@@ -428,6 +428,13 @@ def test_a_gpu_that_nobody_knows_is_left_to_the_worker(bench: Bench) -> None:
     assert worker(bench, "a").place("cuda:1") == "cuda:1"
 
 
+def test_a_gpu_that_is_asked_for_is_not_taken_for_the_processor(bench: Bench) -> None:
+    found = fit(bench, "a", 1, device="cuda")
+    assert found.footprint is not None
+    assert (found.footprint.device, found.footprint.gpu) == ("cuda", 0)
+    assert "nobody knows of GPU memory here" in found.message
+
+
 # -- dry runs -----------------------------------------------------------------------------
 
 

@@ -101,7 +101,7 @@ class Memory:
 
     def kind(self, device: str) -> str:
         """Where a worker will compute that is asked for on ``device``."""
-        if device not in ANY:
+        if device != "auto":
             return kind(device)
         if self._gpus() and not self._blind:
             return "cuda"
