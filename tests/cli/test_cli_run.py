@@ -14,9 +14,11 @@ from threading import Event
 from typing import Any
 
 import pytest
+from patience import until
 from scripted_api import Api, Reply, child, refusal, scripted_api
 
-from tursi.cli.connection import Exit
+from tursi.cli import loading
+from tursi.cli.connection import Connection, Exit
 from tursi.cli.run import cosine
 
 
@@ -59,6 +61,36 @@ def test_a_turn_that_is_no_text_is_refused(api: Api) -> None:
     assert process.returncode == Exit.USAGE
     assert b"isn't valid UTF-8" in stderr
     assert b"Traceback" not in stderr
+
+
+# -- while a model is loaded ------------------------------------------------------------
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "PATIENCE_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_who_waits_for_a_load_is_shown_how_far_it_is(
+    api: Api, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = {"stage": "load", "done": 3.0, "total": 4.0, "unit": "seconds"}
+    coming = {"desired": "running", "phase": "loading", "generation": 1, "replicas": 1}
+    coming |= {"workers": [], "progress": progress}
+    worker = {"phase": "ready", "generation": 1}
+    api.on("GET", "/deployments/mini", coming, {**coming, "phase": "ready", "workers": [worker]})
+    with loading.shown_loading(Connection(api.socket), "mini"):
+        until(lambda: len(api.asked) == 2, "it is looked at until it is there")
+    assert capsys.readouterr().err == "mini: loading: 3 of 4 seconds (75 %)\n"
+
+
+@pytest.mark.usefixtures("impatient")
+def test_who_may_not_look_is_shown_nothing(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
+    api.on("GET", "/deployments/mini", refusal(403, "scope_missing", "The key doesn't do."))
+    with loading.shown_loading(Connection(api.socket), "mini"):
+        until(lambda: api.asked, "it is looked at")
+    assert capsys.readouterr().err == ""
 
 
 # -- run --------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from tursi.cli.connection import INFERENCE_SECONDS, Connection, Exit, Failure, failure, path
+from tursi.cli.loading import shown_loading
 from tursi.cli.options import as_json
 from tursi.cli.terminal import dump, note, safe
 
@@ -118,8 +119,12 @@ def _turn(prompt: str) -> str | None:
 
 def _answer(conversation: Conversation, text: str, *, json: bool) -> None:
     # Closed at once when interrupted, so that the daemon cancels the work.
-    with closing(conversation.ask(text)) as pieces:  # type: ignore[type-var] # generators close
+    with (
+        shown_loading(conversation.connection, conversation.model) as loaded,
+        closing(conversation.ask(text)) as pieces,  # type: ignore[type-var] # generators close
+    ):
         for piece in pieces:
+            loaded()
             if not json:
                 click.echo(safe(piece, lines=True), nl=False)
     if json:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from tursi.cli.connection import INFERENCE_SECONDS, Connection, path
+from tursi.cli.loading import shown_loading
 from tursi.cli.options import as_json
 from tursi.cli.terminal import dump, line, note, safe, table
 
@@ -28,9 +29,10 @@ def run(connection: Connection, *, name: str, texts: tuple[str, ...], json: bool
     embedding model that gets several texts shows how similar they are.
     """
     inputs = texts[0] if len(texts) == 1 else list(texts)
-    answer = connection.call(
-        "POST", path("models", name), body={"inputs": inputs}, seconds=INFERENCE_SECONDS
-    )
+    with shown_loading(connection, name):
+        answer = connection.call(
+            "POST", path("models", name), body={"inputs": inputs}, seconds=INFERENCE_SECONDS
+        )
     cut = answer.headers.get("x-tursi-truncated")
     if cut:
         note(f"{cut} of the inputs were cut to the model's maximum length.")
