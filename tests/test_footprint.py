@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tursi.footprint import (
     merge,
     tensors,
 )
+from tursi.hub import card
 from tursi.hub.blueprint import read
 from tursi.model import Peaks
 
@@ -49,6 +51,11 @@ def test_parameters_and_weights_come_from_the_headers() -> None:
     assert told.weights == 110_000_000 * 4 + 512 * 8
     assert (told.cache, told.from_headers) == (0, True)
     assert estimate(BERT, Terms(dtype="bfloat16")).weights == 110_000_000 * 2 + 512 * 8
+
+
+def test_kinds_of_less_than_a_byte_are_as_small_as_they_are() -> None:
+    packed = Blueprint(0, (Group("F4", 1000), Group("F6_E2M3", 1000), Group("F8_E8M0", 100)))
+    assert estimate(packed, Terms()).weights == 500 + 750 + 100
 
 
 def test_a_load_that_converts_has_the_file_and_what_comes_of_it() -> None:
@@ -302,6 +309,14 @@ def test_weights_without_a_header_count_by_their_size(tmp_path: Path, content: b
     found = read(tmp_path)
     assert (found.groups, found.hidden) == ((), None)
     assert found.size == len(content) or not content
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    safetensors(tmp_path / "model.safetensors", {"a": tensor(10)})
+    for name in ("config.json", "modules.json", "README.md", "tokenizer_config.json"):
+        os.mkfifo(tmp_path / name)
+    assert read(tmp_path).parameters == 10
+    assert card.read(tmp_path).parameters == 10
 
 
 def test_a_pickle_counts_by_its_size(tmp_path: Path) -> None:

@@ -136,6 +136,8 @@ def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _readme(path: Path) -> dict[str, str]:
     """The fields of its head that say what the model is."""
+    if not path.is_file():
+        return {}
     try:
         with path.open("rb") as file:
             text = file.read(_MAX_README).decode("utf-8", "replace")
@@ -153,6 +155,9 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _json(path: Path) -> Any:
+    if not path.is_file():
+        # What is something else might be waited for without end.
+        return None
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_JSON + 1)
