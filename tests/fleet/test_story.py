@@ -96,6 +96,13 @@ def test_the_healthy() -> None:
     assert (told.events, told.crash) == ((CREATED,), None)
 
 
+@pytest.mark.parametrize("kind", ["import", "replace", "schedule", "rollback", "scale"])
+def test_the_last_order_is_told_whatever_it_was(kind: str) -> None:
+    order = Event(2, NOW - 50, kind, "mini", "uid 0 wants something of mini", "uid 0")
+    told = story(status(worker()), events=(CREATED, order)).sentences
+    assert told[1] == "The last order came 50 s ago: uid 0 wants something of mini."
+
+
 def test_the_healthy_with_a_past() -> None:
     told = story(status(worker(failures=2)), crash(at=NOW - 7300), crash(6))
     assert told.sentences[2:] == (

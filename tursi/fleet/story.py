@@ -31,7 +31,9 @@ _MAX_LISTED = 5
 _REFUSED_SECONDS = 3600.0
 _HELD_SECONDS = 120.0
 _COMING = frozenset({Phase.QUEUED, Phase.LOADING, Phase.WARMING})
-_FORGIVING = frozenset({"create", "replace", "rollback", "restart", "worker.reset"})
+_ANEW = frozenset({"create", "replace", "import", "rollback"})
+"""Kinds of what makes a generation."""
+_FORGIVING = _ANEW | {"restart", "worker.reset"}
 """Kinds of what makes refused requests be let in again."""
 
 _PASSING = {
@@ -40,11 +42,9 @@ _PASSING = {
     if phase not in {Phase.READY, Phase.QUARANTINED, Phase.FAILED, Phase.WEDGED}
 } | {"resolve"}
 """What lies between the events that matter."""
-_WISHES = frozenset(
-    {"create", "replace", "rollback", "canary", "promote", "start", "stop", "scale", "restart"}
-)
+_WISHES = _ANEW | {"canary", "promote", "start", "stop", "scale", "schedule", "restart"}
 """Kinds of what operators do."""
-_MOVES = frozenset({"load", "unload", "create", "replace", "rollback", "promote", "start"})
+_MOVES = _ANEW | {"load", "unload", "promote", "start"}
 """Kinds of what brings one into memory, and out of it."""
 
 _DOING: Mapping[Phase, str] = {
