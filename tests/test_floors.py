@@ -127,7 +127,7 @@ FLOORS = {
     # the user
     "doctor": Floor((*WORDS, *MACHINE, "config", "lock", "sandbox"), ("msgspec", "psutil")),
     "cli": Floor(
-        ("errors", "model", "config", "doctor", "lock", "instance", "mark", "textfile"),
+        ("errors", "model", "duration", "config", "doctor", "lock", "instance", "mark", "textfile"),
         ("click", "rich", "httpx"),
     ),
 }

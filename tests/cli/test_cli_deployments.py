@@ -160,6 +160,21 @@ def test_no_numbers(api: Api, option: str, text: str) -> None:
     assert not api.asked
 
 
+@pytest.mark.parametrize("text", ["ten", "10 m", "-1m", ""])
+def test_no_time_to_stay(api: Api, text: str) -> None:
+    assert api.tursi("up", "org/mini", f"--keep-alive={text}").exit_code == Exit.USAGE
+    assert not api.asked
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("600", 600), ("10m", 600), ("1h30m", 5400), ("0", 0), ("-1", -1)]
+)
+def test_how_long_a_model_stays(api: Api, text: str, seconds: float) -> None:
+    api.on("POST", "/deployments", created(deployment()))
+    assert api.tursi("up", "org/mini", "--no-wait", "--keep-alive", text).exit_code == 0
+    assert api.asked[0].body["keep_alive"] == seconds
+
+
 @pytest.mark.parametrize(
     ("outcome", "said"),
     [

@@ -13,7 +13,7 @@ import click
 
 from tursi.cli import memory
 from tursi.cli.connection import Connection, Exit, Failure, path
-from tursi.cli.options import Number, Replicas, Size, as_json
+from tursi.cli.options import Number, Replicas, Seconds, Size, as_json
 from tursi.cli.progress import Verdict, display, look, wait
 from tursi.cli.terminal import dump, line, local_time, note, size, table
 from tursi.errors import InvalidRequest
@@ -80,8 +80,9 @@ def waiting(command: Command) -> Command:
 )
 @click.option(
     "--keep-alive",
-    type=Number(min=-1),
-    help="Seconds without a request until what is loaded on demand is unloaded; -1: never.",
+    type=Seconds(min=-1),
+    help="Time without a request until what is loaded on demand is unloaded: seconds, or such as"
+    " 10m; -1: never.",
 )
 @click.option("--dry-run", is_flag=True, help="Only tell whether it would find room in memory.")
 @click.option("--allow-pickle", is_flag=True, help="Load pickle weights: they can run code.")

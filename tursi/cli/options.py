@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 
 import click
 
+from tursi import duration
 from tursi.cli.connection import Exit, Failure
 from tursi.errors import InvalidRequest
 from tursi.model import check_replicas
@@ -48,6 +49,25 @@ class Number(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value!r} is no number that can be used here.", param, ctx)
         return number
+
+
+class Seconds(Number):
+    """Seconds within bounds, also as a duration: 10m or 1h30m."""
+
+    name = "seconds"
+
+    def convert(
+        self, value: float | str, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Seconds."""
+        try:
+            number = float(value)
+        except ValueError:
+            try:
+                number = duration.parse(str(value))
+            except ValueError as error:
+                self.fail(f"{error}; give seconds, or such as 10m.", param, ctx)
+        return super().convert(number, param, ctx)
 
 
 _AGO = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
