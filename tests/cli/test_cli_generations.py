@@ -107,6 +107,9 @@ def test_a_canary_is_deployed_weighed_and_promoted(api: Api) -> None:
     assert result.exit_code == Exit.DEPLOYMENT_FAILED
     assert "Generation 2 of mini is given up, generation 1 serves" in result.stderr
     assert result.stdout.startswith("mini: generation 2 gets 10 % of the requests when it is ready")
+    api.on("PUT", "/deployments/mini", {"deployment": loading, "outcome": "unchanged"})
+    same = api.tursi(*command[:-2], "--no-wait").stdout
+    assert same.startswith("mini: nothing to do, generation 2 is a canary with 10 %")
     assert api.asked[0].body["canary"] == 10
     ready = deployment()
     ready["workers"].append({**ready["workers"][0], "generation": 2})

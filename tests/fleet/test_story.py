@@ -282,6 +282,12 @@ def test_the_stopped_and_those_without_files() -> None:
         "mini is down for want of its files, and not tried again"
         in (story(status(phase=Phase.FAILED, reason="There is no folder /x.")).sentences[0])
     )
+    crashed = status(worker(), generation=2, stable=1, phase=Phase.FAILED, reason="It ended.")
+    assert (
+        story(crashed)
+        .sentences[0]
+        .startswith("mini serves generation 1; generation 2 is down, and not tried again")
+    )
     missing = story(status(phase=Phase.FAILED, reason="There is no folder /x."))
     assert missing.sentences[1:3] == (
         "The reason: There is no folder /x.",

@@ -325,13 +325,18 @@ def risks(status: dict[str, Any]) -> list[str]:
 def announcement(status: dict[str, Any], outcome: str, *, ready: bool) -> str:
     """What came of a change, in a sentence."""
     name, number = status["name"], status["generation"]
+    canary = status.get("canary")
+    if outcome == "unchanged" and canary:
+        return (
+            f"{name}: nothing to do, generation {canary['generation']} is a canary with "
+            f"{canary['weight']} % of the requests; `tursi promote {name}` lets it take over."
+        )
     if outcome == "unchanged":
         if ready and not status["ready"]:
             return f"{name}: nothing to do, it is loaded when it is asked for."
         if ready:
             return f"{name}: nothing to do, it is serving (generation {number})."
         return f"{name}: nothing to change, it is still coming up (generation {number})."
-    canary = status.get("canary")
     if outcome in {"replaced", "weighed"} and canary:
         return (
             f"{name}: generation {canary['generation']} gets {canary['weight']} % of the requests "

@@ -180,9 +180,12 @@ def _state(
     doing = _DOING[status.phase]
     if _is_too_large(status):
         doing = "too large for this machine as it is configured"
-    if lead is None and status.desired is Desired.RUNNING and status.phase in _FETCHING:
+    failed = [event.at for event in events if event.kind == "fetch.failed"]
+    # Of a generation that could not take over, the workers are gone although it had its files.
+    gone = status.phase is Phase.FAILED and status.stable is not None and not failed
+    running = status.desired is Desired.RUNNING
+    if lead is None and running and status.phase in _FETCHING and not gone:
         doing = _fetching(status)
-        failed = [event.at for event in events if event.kind == "fetch.failed"]
         if status.phase is not Phase.QUEUED and failed:
             since = max(since, failed[-1])
     told = _progress(status.progress) if status.phase in _COMING else ""
