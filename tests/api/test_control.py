@@ -376,6 +376,8 @@ def test_a_bad_query_is_refused(query: str, param: str | None) -> None:
     reply = House().ask("GET", f"/events?{query}")
     assert reply.status == 400
     assert reply.error["param"] == param
+    about = f"The field '{param}' " if param else "The query "
+    assert reply.error["message"].startswith(about)
 
 
 @pytest.mark.parametrize(

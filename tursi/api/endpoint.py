@@ -298,7 +298,11 @@ def _decode_query(decoder: msgspec.json.Decoder[Any], given: dict[bytes, list[by
         values = {name.decode(): found[-1].decode() for name, found in given.items()}
     except UnicodeDecodeError:
         raise InvalidRequest("The query isn't valid UTF-8.") from None
-    return decoded(decoder, msgspec.json.encode(values))
+    try:
+        return decoded(decoder, msgspec.json.encode(values))
+    except InvalidRequest as error:
+        message = error.message.replace("The body", "The query", 1)
+        raise InvalidRequest(message, param=error.param) from None
 
 
 def _require(wanted: str, types: Sequence[bytes]) -> None:
