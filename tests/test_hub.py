@@ -494,6 +494,9 @@ def test_removing_a_revision_leaves_what_others_share(bench: Bench, tmp_path: Pa
             two: {"model.safetensors": "shared"},
         },
     )
+    assert [result(bench.hub.commit("org/name", each)) for each in ("2", "222", two)] == [
+        two, "222", two,
+    ]  # fmt: skip
     result(bench.hub.remove("org/name", [one]))
     assert sorted(each.name for each in (folder / "blobs").iterdir()) == ["shared"]
     assert [each.name for each in (folder / "snapshots").iterdir()] == [two]

@@ -191,6 +191,9 @@ class FakeHub:
         self.removing()
         return succeed(None)
 
+    def commit(self, repository: str, revision: str) -> Deferred[str]:
+        return succeed("2" * 40 if revision == "main" else revision)
+
     def unfinished(self, repository: str) -> Deferred[list[str]]:
         return succeed([])
 
@@ -674,7 +677,7 @@ def test_only_what_nobody_uses_is_removed_from_the_disk(bench: Bench) -> None:
     bench.found(folder="/cache/1", commit="1" * 40)
     with pytest.raises(ModelInUse, match="is used by a;"):
         bench.do(bench.fleet.catalogue.remove("org/name", "uid 0"))
-    [gone] = bench.do(bench.fleet.catalogue.remove("org/name@2222", "uid 0"))
+    [gone] = bench.do(bench.fleet.catalogue.remove("org/name@main", "uid 0"))
     assert gone.folder == "/cache/2"
     with pytest.raises(CatalogueEntryNotFound, match="tursi models"):
         bench.do(bench.fleet.catalogue.remove("org/name@2222", "uid 0"))

@@ -135,7 +135,7 @@ def models(connection: Connection, *, json: bool) -> None:
 @as_json
 @click.pass_obj
 def rm(connection: Connection, *, model: str, json: bool) -> None:
-    """Delete the files of MODEL, org/name[@commit], from the disk.
+    """Delete the files of MODEL, org/name[@revision], from the disk.
 
     One that was imported and isn't of the hub is named as `tursi models` has it.
     """

@@ -67,7 +67,7 @@ class Catalogue:
         ]
 
     async def show(self, model: str) -> ModelReport:
-        """A deployment's model, or the one of that name, its commit after an ``@``.
+        """A deployment's model, or the one of that name, its revision after an ``@``.
 
         Raises ``CatalogueEntryNotFound``, or ``FilesUnavailable``.
         """
@@ -76,11 +76,11 @@ class Catalogue:
         if member is not None and not member.leaving:
             return await self._of_member(member, entries)
         reference = Reference.parse(model)
+        commit = await self._commit(reference)
         found = [
             entry
             for entry in entries
-            if entry.name == reference.repository
-            and (reference.revision is None or (entry.commit or "").startswith(reference.revision))
+            if entry.name == reference.repository and (entry.commit or "").startswith(commit)
         ]
         if not found:
             raise CatalogueEntryNotFound(
@@ -116,13 +116,14 @@ class Catalogue:
                 "Tursi only removes what it has downloaded or imported, not a folder of yours.",
                 param="model",
             )
+        commit = await self._commit(reference)
         entries = [
             entry
             for entry in await self.entries()
             if (
                 entry.name == reference.repository
                 and entry.commit is not None
-                and (reference.revision is None or entry.commit.startswith(reference.revision))
+                and entry.commit.startswith(commit)
             )
             or (entry.name == str(reference) and self._hub.is_imported(entry.folder))
         ]
@@ -146,6 +147,12 @@ class Catalogue:
                 await self._hub.discard(entry.folder)
         self._journal.note("model.removed", f"{by} removes {model} from the disk", cause=by)
         return entries
+
+    async def _commit(self, reference: Reference) -> str:
+        """How the commits begin that it means; all of them without a revision."""
+        if reference.repository is None or reference.revision is None:
+            return ""
+        return await self._hub.commit(reference.repository, reference.revision)
 
     def _check_unused(self, model: str, repository: str) -> None:
         if self._archives.using(repository):

@@ -142,6 +142,11 @@ class Hub:
         """Remove these snapshots from the cache; fails with ``ModelInUse`` while it is fetched."""
         return self._in_thread(partial(_removed, repository, tuple(commits)), self._cache)
 
+    def commit(self, repository: str, revision: str) -> Deferred[str]:
+        """The commit that a branch or tag was when it was last fetched, else ``revision``."""
+        find = partial(disk.commit, repository=repository, revision=revision)
+        return self._in_thread(find, self._cache)
+
     def unfinished(self, repository: str) -> Deferred[list[str]]:
         """The commits of which only a part has been downloaded."""
         return self._in_thread(partial(_unfinished, repository), self._cache)

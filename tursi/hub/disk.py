@@ -157,6 +157,15 @@ def remove(cache: Path, repository: str, commits: Collection[str]) -> None:
         _clear(folder, older_than=None)
 
 
+def commit(cache: Path, repository: str, revision: str) -> str:
+    """The commit that a branch or tag was when it was last fetched, else ``revision`` itself."""
+    folder = cache / ("models--" + repository.replace("/", "--"))
+    try:
+        return (folder / "refs" / revision).read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return revision
+
+
 def unfinished(cache: Path, repository: str) -> list[str]:
     """The commits of ``repository`` that were begun with, and of which not all has come."""
     folder = cache / ("models--" + repository.replace("/", "--"))
