@@ -15,7 +15,7 @@ from twisted.python.failure import Failure
 
 from tursi.admission import Free
 from tursi.config import Configuration, Memory
-from tursi.errors import InvalidRequest
+from tursi.errors import InvalidRequest, ModelFilesMissing
 from tursi.fleet.shortages import Shortages
 from tursi.footprint import BASE, CONTEXT, Blueprint, Group
 from tursi.model import (
@@ -490,6 +490,19 @@ def test_a_dry_run_refuses_what_can_not_be(
     failures: list[Failure] = []
     asking.addErrback(failures.append)
     assert isinstance(failures[0].value, InvalidRequest)
+
+
+def test_files_that_can_not_be_loaded_are_no_error_of_a_dry_run(bench: Bench) -> None:
+    asking = Deferred.fromCoroutine(bench.fleet.prospect.fit("a", Request("/models/a"), None))
+    answer: list[Fit] = []
+    asking.addCallback(answer.append)
+    _, waiting, _ = bench.hub.asked[-1]
+    waiting.errback(ModelFilesMissing("There is no folder /models/a."))
+    bench.turn()
+    [found] = answer
+    assert found.verdict is Verdict.UNKNOWN
+    assert found.message.startswith("How large it is isn't known. There is no folder /models/a;")
+    assert found.rooms
 
 
 def test_a_larger_replacement_says_what_the_old_one_gives_back(bench: Bench) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TypeAlias
 
 from tursi.admission import Free
-from tursi.errors import TursiError
+from tursi.errors import FetchError, LoadError
 from tursi.fleet.footprints import Footprints
 from tursi.fleet.member import Member
 from tursi.fleet.memory import Memory, There
@@ -89,17 +89,17 @@ class Prospect:
             replicas = member.deployment.replicas if member else 1
         check_replicas(replicas, most)
         same = member is not None and member.deployment.generation.request == checked
-        resolution = await self._on_disk(reference, checked, member if same else None)
-        if resolution is None:
-            try:
-                resolution = await self._on_hub(reference, checked)
-            except TursiError as error:
-                return self._unknown(replicas, f"How large it is isn't known. {error.message}")
-            if resolution is None:
-                return self._unknown(replicas, "How large it is isn't known yet.")
-            self._footprints.expect(resolution)
-        else:
+        try:
+            resolution = await self._on_disk(reference, checked, member if same else None)
+            coming = None if resolution else await self._on_hub(reference, checked)
+        except (LoadError, FetchError) as error:
+            return self._unknown(replicas, f"How large it is isn't known. {error.message}")
+        if resolution is not None:
             await self._footprints.look(resolution)
+        elif coming is not None:
+            self._footprints.expect(resolution := coming)
+        else:
+            return self._unknown(replicas, "How large it is isn't known yet.")
         order = self._order(name, checked, resolution)
         found = _within(self.of(order, replicas, member, same=same), checked.limits.memory)
         if beside and found.verdict is Verdict.IN_PLACE:
