@@ -58,7 +58,7 @@ def rows(api: Api, *arguments: str) -> list[list[str]]:
 
 
 def test_a_deployment_has_a_row_per_minute_and_a_total(api: Api) -> None:
-    api.on("GET", "/deployments/mini/statistics", statistics())
+    api.on("GET", "/statistics", statistics())
     lines = rows(api, "mini")
     assert lines[0][:3] == ["WHEN", "REQUESTS", "P50"]
     assert lines[1][2:] == [
@@ -69,7 +69,7 @@ def test_a_deployment_has_a_row_per_minute_and_a_total(api: Api) -> None:
     assert len(lines) == 4
     assert lines[2][-4:] == ["5", "overload,", "1", "lost"]
     assert lines[3][:2] == ["total", "10"]
-    assert api.asked[0].parameters == {"by": "minute"}
+    assert api.asked[0].parameters == {"by": "minute", "deployment": "mini"}
     assert json.loads(api.tursi("stats", "mini", "--json").stdout) == statistics()
 
 
@@ -103,8 +103,11 @@ def test_the_longer_ago_the_longer_the_period(api: Api, since: str, by: str) -> 
 
 
 def test_nothing_is_said_to_be_nothing(api: Api) -> None:
-    api.on("GET", "/deployments/mini/statistics", statistics(periods=[], total=NOTHING))
+    nothing = statistics(periods=[], deployments=[], total=NOTHING)
+    api.on("GET", "/statistics", nothing)
+    api.on("GET", "/deployments/mini", {"name": "mini"})
     assert "mini has had no requests since 2026-01-0" in api.tursi("stats", "mini").stdout
+    assert api.tursi("stats", "nobody").exit_code == Exit.NOT_FOUND
     api.on("GET", "/statistics", statistics(deployments=[], total=NOTHING))
     assert api.tursi("stats").stdout.startswith("There have been no requests since 2026-01-0")
     api.on("GET", "/statistics", refusal(404, "key_not_found", "There is no such key."))

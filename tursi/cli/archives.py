@@ -18,7 +18,7 @@ from tursi.cli.deployments import announcement, await_ready, risks, waiting
 from tursi.cli.options import as_json
 from tursi.cli.progress import Display, Look, Transfer, Verdict, display
 from tursi.cli.target import new_file
-from tursi.cli.terminal import dump, line, local_time, note, size
+from tursi.cli.terminal import dump, line, local_time, note, prose, size
 
 _SECONDS = 3600.0
 """For as long as the daemon may read large files for their hashes, or write the last of them."""
@@ -205,7 +205,7 @@ def _tell(plan: dict[str, Any]) -> None:
         "started": "starts the deployment, which is the same",
         "back": "leaves the deployment at what it serves, and gives up what was to take over",
     }.get(plan["outcome"], plan["outcome"])
-    line(f"{plan['model']}, exported {local_time(plan['exported_at'])} by {plan['exported_by']}")
+    prose(f"{plan['model']}, exported {local_time(plan['exported_at'])} by {plan['exported_by']}")
     shared = f", of which {size(plan['present'])} are here already" if plan["present"] else ""
     line(f"{plan['files']} files, {size(plan['size'])}{shared}; {size(plan['free'])} are free")
     line(f"{plan['name']}: {what}")

@@ -45,8 +45,12 @@ def stats(
     """Show what the deployment NAME, or every deployment, has done, and how fast."""
     by = by or ("minute" if name else "deployment")
     begin = since_time(since)
-    place = "/statistics" if name is None else path("deployments", name, "statistics")
-    answer = connection.get(place, by=_period(by, begin), since=begin, key_name=key)
+    answer = connection.get(
+        "/statistics", by=_period(by, begin), since=begin, key_name=key, deployment=name
+    )
+    if name is not None and not answer["deployments"]:
+        # Only one that has been removed has done something and isn't there.
+        connection.get(path("deployments", name))
     if json:
         dump(answer)
         return
