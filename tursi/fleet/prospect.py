@@ -232,8 +232,8 @@ class Prospect:
             return Verdict.FITS, "It is in memory: {figures}.", ()
         limit = self._memory.limit
         if limit is not None and _together(needs, replicas) > limit:
-            sentence = f"models may take {mebibytes(limit)} here"
-            return Verdict.NEVER, f"It can't fit: {{figures}}, and {sentence}.", ()
+            within = f"within the {mebibytes(limit)} that models may take here"
+            return Verdict.NEVER, f"It can't fit {within}: {{figures}}.", ()
         never = self._memory.impossible(needs, order.device)
         if never is not None:
             return Verdict.NEVER, f"It can't fit: {{figures}}. {never}", ()
