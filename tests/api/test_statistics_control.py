@@ -103,6 +103,9 @@ def test_activity_is_everything_in_one_answer() -> None:
     house.fleet.statuses["other"] = replace(
         loading, name="other", workers=(), progress=Progress("load", 1, 4)
     )
+    assert house.ask("GET", "/activity").json()["seconds"] == 1.0
+    # By the clock that can't be set.
+    house.clock.advance(60)
     found = house.ask("GET", "/activity").json()
     assert found["seconds"] == 10.0
     assert found["daemon"]["pid"] == 42
@@ -131,6 +134,7 @@ def test_generations_are_told_apart_while_there_are_several() -> None:
         for number, phase in ((2, Phase.READY), (2, Phase.LOADING), (1, Phase.READY))
     ]
     house.fleet.statuses["small"] = replace(small, workers=tuple(both))
+    house.clock.advance(60)
     (found,) = house.ask("GET", "/activity").json()["deployments"]
     old, new = found["generations"]
     assert (old["generation"], old["ready"], old["workers"], old["latency"]) == (1, 1, 1, None)

@@ -77,7 +77,7 @@ class Front:
             PullControl(fleet),
             ArchiveControl(fleet),
             keys,
-            StatisticsControl(fleet, info, keys.names),
+            StatisticsControl(fleet, info, keys.names, reactor.seconds),
             Daemon(fleet, metrics, info, description, look or _of(fleet), reload),
         )
         self.handlers = [each for owner in owners for each in endpoints(owner)]

@@ -46,19 +46,25 @@ KeyNames = Callable[[], Any]
 
 
 class StatisticsControl:
-    """Handlers that show what was done and what is; ``now`` gives UTC epoch seconds."""
+    """Handlers that show what was done and what is.
+
+    ``monotonic`` gives seconds since anything, ``now`` UTC epoch seconds.
+    """
 
     def __init__(
         self,
         fleet: Fleet,
         info: Info,
         key_names: KeyNames,
+        monotonic: Callable[[], float],
         now: Callable[[], float] = time.time,
     ) -> None:
         self._fleet = fleet
         self._info = info
         self._key_names = key_names
+        self._monotonic = monotonic
         self._now = now
+        self._began = monotonic()
         self._process = psutil.Process(os.getpid())
 
     @endpoint("GET", "/statistics", query=StatisticsQuery, reply=Statistics, role=Role.CONTROL)
@@ -123,14 +129,16 @@ class StatisticsControl:
     @endpoint("GET", "/activity", reply=Activity, role=Role.CONTROL)
     def activity(self) -> Activity:
         """Show what the daemon and every deployment do now."""
-        now, info = self._now(), self._info
-        seconds = max(min(WINDOW_SECONDS, now - info.started_at), 1.0)
+        info = self._info
+        # The wall clock may have been set since.
+        up = self._monotonic() - self._began
+        seconds = max(min(WINDOW_SECONDS, up), 1.0)
         recent = self._fleet.records.recent(WINDOW_SECONDS)
         with self._process.oneshot():
             used, memory = self._process.cpu_times(), self._process.memory_info()
         nothing = Rollup()
         return Activity(
-            now,
+            self._now(),
             seconds,
             DaemonUse(info.version, info.pid, info.started_at, used.user + used.system, memory.rss),
             [*self._fleet.prospect.rooms()],
@@ -139,7 +147,7 @@ class StatisticsControl:
                     status,
                     recent.get(status.name, nothing),
                     seconds,
-                    self._generations(status, now - info.started_at),
+                    self._generations(status, up),
                 )
                 for status in self._fleet.deployments()
             ],

@@ -137,11 +137,11 @@ def _daemon(activity: Row) -> Text:
 
     daemon = activity["daemon"]
     at, began = _at(activity), datetime.fromisoformat(daemon["started_at"])
+    up = duration(max(round((at - began).total_seconds()), 0))
     cpu = "" if daemon["cpu"] is None else f"   cpu {daemon['cpu']:.1f} %"
     return Text.assemble(
         (f"tursi {safe(daemon['version'])}", "bold"),
-        f"   {at.astimezone():%H:%M:%S}   up {duration(round((at - began).total_seconds()))}"
-        f"{cpu}   memory {size(daemon['rss'])}",
+        f"   {at.astimezone():%H:%M:%S}   up {up}{cpu}   memory {size(daemon['rss'])}",
     )
 
 
