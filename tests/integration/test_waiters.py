@@ -321,6 +321,7 @@ def test_a_download_goes_on_where_a_killed_daemon_has_left_it(
     assert int(rest.removeprefix("bytes=").removesuffix("-")) > 1_000_000
 
 
+@pytest.mark.timeout(300)  # it takes as many times longer as loads do
 def test_more_models_than_have_room_do_better_than_first_come_first_served(tmp_path: Path) -> None:
     names = [f"m{number}" for number in range(10)]
     with fleet(10, 3, tmp_path, load_seconds=0.1) as (running, took):
