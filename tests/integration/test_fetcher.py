@@ -360,18 +360,28 @@ def test_retry_after_is_a_number_or_a_date(value: str, seconds: int) -> None:
     assert retry_after(value, 1_800_000_000.0) == seconds
 
 
-@pytest.mark.parametrize("place", ["/api/", "/resolve/", "/content/"])
-def test_a_limited_rate_is_waited_for_by_the_daemon(
-    fetch: Fetcher, tiny: Snapshot, hub: StandInHub, place: str
+@pytest.mark.parametrize(
+    ("place", "status", "words"),
+    [
+        ("/api/", 429, "try again in 200 seconds"),
+        ("/resolve/", 429, "try again in 200 seconds"),
+        ("/content/", 429, "try again in 200 seconds"),
+        ("/resolve/.*/config.json", 503, "status 503"),
+    ],
+)
+def test_a_hub_that_wants_to_be_left_alone_is_waited_for_by_the_daemon(
+    fetch: Fetcher, tiny: Snapshot, hub: StandInHub, place: str, status: int, words: str
 ) -> None:
-    hub.faults.append(Fault(place, status=429, headers={"Retry_After": "200"}))
+    hub.faults.append(Fault(place, status=status, headers={"Retry_After": "200"}))
     began = time.monotonic()
     run = fetch()
-    assert "try again in 200 seconds" in run.sentence("hub_unreachable", 75)
+    assert words in run.sentence("hub_unreachable", 75)
     assert run.failed is not None
     assert run.failed.retry_after == 200
     # huggingface_hub would sleep that long.
     assert time.monotonic() - began < 30
+    asked = [(seen.method, seen.path) for seen in hub.seen if re.search(place, seen.path)]
+    assert len(asked) == len(set(asked)), "it is asked once"
 
 
 @pytest.mark.parametrize(

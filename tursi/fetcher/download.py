@@ -39,22 +39,18 @@ _SHA256_DIGITS = 64
 # huggingface_hub hands on what arrived only once a whole chunk is there, and its
 # 10 MiB would look like a stall on a slow line.
 constants.DOWNLOAD_CHUNK_SIZE = 512 * 1024
-_RATE_LIMIT = 429
 _http_get = file_download.http_get
 
 
 def _impatient(backoff: Callable[..., Any]) -> Callable[..., Any]:
-    """``backoff`` of huggingface_hub that leaves it to the daemon to wait for a rate's end.
+    """``backoff`` of huggingface_hub that leaves it to the daemon to try refusals again.
 
-    It would sleep as long as the hub wants, which looks like a stall and which nobody
-    is told of.
+    It would sleep as long as a limited rate lasts, which looks like a stall and which nobody
+    is told of, and ask a hub in trouble again before its ``Retry-After``.
     """
 
     def answered(*arguments: Any, **settings: Any) -> Any:
-        codes = settings.get("retry_on_status_codes", ())
-        known = (codes,) if isinstance(codes, int) else codes
-        settings["retry_on_status_codes"] = tuple(code for code in known if code != _RATE_LIMIT)
-        return backoff(*arguments, **settings)
+        return backoff(*arguments, **{**settings, "retry_on_status_codes": ()})
 
     return answered
 

@@ -62,8 +62,7 @@ def _known(error: BaseException, repository: str, revision: str | None) -> Fetch
     if isinstance(error, _CLIENT_ERROR):
         return HubUnreachable(
             f"{hub} can't be reached ({_first_line(error)}): check the network, the proxy "
-            "settings and endpoint under [hub]; models in the cache and folders need no hub.",
-            retry_after=30,
+            "settings and endpoint under [hub]; models in the cache and folders need no hub."
         )
     if isinstance(error, OSError) and str(error).startswith("Consistency check failed"):
         return HubUnreachable(
@@ -103,7 +102,7 @@ def _refusal(error: HfHubHTTPError, repository: str, revision: str | None) -> Fe
             f"{hub} has no model {repository}, or {whom}: check the name, or {_GIVE_TOKEN}."
         )
     if status == 429:
-        seconds = _retry_after(error)
+        seconds = _retry_after(error) or _RETRY_AFTER
         return HubUnreachable(
             f"{host} limits the rate of requests; try again in {seconds} seconds.",
             retry_after=seconds,
@@ -149,8 +148,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         current = current.__cause__ or current.__context__
 
 
-def _retry_after(error: HfHubHTTPError) -> int:
-    return retry_after(error.response.headers.get("Retry-After", ""), time.time())
+def _retry_after(error: HfHubHTTPError) -> int | None:
+    value = error.response.headers.get("Retry-After")
+    return retry_after(value, time.time()) if value else None
 
 
 def retry_after(value: str, now: float) -> int:
