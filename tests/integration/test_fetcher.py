@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -380,8 +381,8 @@ def test_a_hub_that_wants_to_be_left_alone_is_waited_for_by_the_daemon(
     assert run.failed.retry_after == 200
     # huggingface_hub would sleep that long.
     assert time.monotonic() - began < 30
-    asked = [(seen.method, seen.path) for seen in hub.seen if re.search(place, seen.path)]
-    assert len(asked) == len(set(asked)), "it is asked once"
+    asked = Counter((seen.method, seen.path) for seen in hub.seen if re.search(place, seen.path))
+    assert max(asked.values()) <= 2, "it asks for a file's head, and once again at once"
 
 
 @pytest.mark.parametrize(
