@@ -40,7 +40,7 @@ from tursi.host import available, fitting, host
 from tursi.hub import Hub
 from tursi.instance import Instance
 from tursi.lag import Lag
-from tursi.launch import Launch
+from tursi.launch import Launch, close_inherited
 from tursi.listen import (
     check,
     check_nobody_serves,
@@ -229,6 +229,10 @@ class Daemon(Service):
         )
         for each in unclaimed(self._listeners):
             log.warn("systemd has handed over {socket}, but no listener uses it", socket=each)
+        # In the background that was done before the fork. No child inherits what systemd has
+        # handed over any more, so the rest is nobody's.
+        if self._launch.foreground:
+            close_inherited(os.environ)
         self._info = info
         self._group = group = group_id(self._configuration.http.control_group)
         self._front = api.Front(

@@ -57,6 +57,16 @@ def test_umask_folder_log_and_descriptors(idle: Daemon) -> None:
     assert (idle.state / "tursi.sqlite").stat().st_mode & 0o777 == 0o600
 
 
+def test_in_the_foreground_too_it_keeps_nothing_of_who_started_it(idle: Daemon) -> None:
+    reader, writer = os.pipe()
+    idle.handed_over = [writer]
+    idle.start()
+    os.close(writer)
+    os.set_blocking(reader, False)
+    assert os.read(reader, 1) == b""
+    os.close(reader)
+
+
 def test_who_started_it_does_not_wait_for_a_daemon_that_was_killed(idle: Daemon) -> None:
     starting = subprocess.Popen(
         idle.arguments(), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
