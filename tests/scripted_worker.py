@@ -148,6 +148,8 @@ class ScriptedWorker:
                 return self.request(frame.id, wire.decode_ask(frame.body))
             case Kind.CANCEL:
                 self.open.discard(frame.id)
+                if not self.open and not self.hung:
+                    self.page.begin(Operation.IDLE)
             case Kind.PING:
                 return wire.encode(Kind.PONG, frame.id)
             case Kind.SHUTDOWN:
