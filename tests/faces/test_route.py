@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -172,6 +173,8 @@ class _Outer(msgspec.Struct):
         (b"", None, "is empty"),
         (b"\xff\xfe", None, "UTF-8"),
         (b'{"items":' + b"[" * 20000, None, "nested too deeply"),
+        (b'{"items": [], "items": []}', None, "has the field 'items' more than once"),
+        (b'{"items": [{"number": 1, "\\u006eumber": 2}]}', None, "'number' more than once"),
     ],
 )
 def test_a_refused_body_names_the_place(body: bytes, param: str | None, words: str) -> None:
@@ -181,6 +184,15 @@ def test_a_refused_body_names_the_place(body: bytes, param: str | None, words: s
     assert caught.value.param == param
     assert words in caught.value.message
     assert caught.value.message.endswith(".")
+
+
+def test_what_is_skipped_may_be_of_any_size_and_depth() -> None:
+    decoder = msgspec.json.Decoder(_Outer)
+    assert decoded(decoder, b'{"items": [], "more": %b}' % (b"9" * 9000)) == _Outer([])
+    for depth in range(700, 1010):
+        nested = b"[" * depth + b"]" * depth
+        with suppress(InvalidRequest):
+            assert decoded(decoder, b'{"items": [], "more": %b}' % nested) == _Outer([])
 
 
 def test_the_wrong_task_names_the_right_route() -> None:

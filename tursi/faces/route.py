@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -284,9 +285,9 @@ def addressed(body: bytes, model: str | None = None) -> tuple[str, float | None]
         # Few say it, and to look for the word takes less than to decode.
         if body.find(b'"keep_alive"') < 0:
             return model, None
-        kept = decoded(_KEPT_DECODER, body).keep_alive
+        kept = _read(_KEPT_DECODER, body).keep_alive
         return model, None if kept is None else _seconds(kept)
-    found = decoded(_MODEL_DECODER, body)
+    found = _read(_MODEL_DECODER, body)
     if not isinstance(found.model, str) or not found.model:
         raise InvalidRequest("The body must name a model in its field 'model'.", param="model")
     return found.model, None if found.keep_alive is None else _seconds(found.keep_alive)
@@ -305,8 +306,23 @@ def _seconds(kept: float | str) -> float:
     return min(seconds, float(MAX_KEEP_ALIVE))
 
 
+_TOO_DEEP = "The body is nested too deeply."
+
+
 def decoded(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     """``body`` decoded, or ``InvalidRequest`` with one sentence that names the place."""
+    found = _read(decoder, body)
+    # msgspec takes the last of fields that have one name, where others take the first. As
+    # floats, integers may have any number of digits.
+    try:
+        json.loads(body, object_pairs_hook=_once, parse_int=float)
+    except RecursionError:
+        raise InvalidRequest(_TOO_DEEP) from None
+    return found
+
+
+def _read(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
+    """The same without a look at what ``decoder`` skips, which is quick for any size."""
     if not body:
         raise InvalidRequest("The body is empty; send a JSON object.")
     try:
@@ -316,7 +332,7 @@ def decoded(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     except UnicodeDecodeError:
         raise InvalidRequest("The body isn't valid UTF-8.") from None
     except RecursionError:
-        raise InvalidRequest("The body is nested too deeply.") from None
+        raise InvalidRequest(_TOO_DEEP) from None
     except msgspec.ValidationError as error:
         raise _invalid(str(error)) from None
     except msgspec.DecodeError as error:
@@ -326,6 +342,14 @@ def decoded(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
             ) from None
         reason = str(error).removeprefix("JSON is malformed: ")
         raise InvalidRequest(f"The body isn't valid JSON: {reason}.") from None
+
+
+def _once(pairs: list[tuple[str, object]]) -> None:
+    """Refuse an object that has a field more than once."""
+    names = {name for name, _ in pairs}
+    if len(names) < len(pairs):
+        repeated = next(name for name in names if sum(name == each for each, _ in pairs) > 1)
+        raise InvalidRequest(f"The body has the field {repeated[:200]!r} more than once.")
 
 
 _HALF_A_PAIR = re.compile(
