@@ -420,6 +420,16 @@ def test_redirects_in_a_circle_end(fetch: Fetcher, tiny: Snapshot, hub: StandInH
     assert "redirect" in fetch().sentence("hub_unreachable", 75)
 
 
+@pytest.mark.parametrize("place", ["169.254.169.254", "[fe80::1]", "[::ffff:169.254.0.1]"])
+def test_a_redirect_to_where_no_content_is_is_not_followed(
+    fetch: Fetcher, tiny: Snapshot, hub: StandInHub, place: str
+) -> None:
+    there = {"Location": f"http://{place}/latest/meta-data/"}
+    hub.faults.append(Fault(MAIN, status=302, method="GET", headers=there))
+    sentence = fetch().sentence("fetch_failed", 70)
+    assert sentence.startswith(f"{hub.endpoint} leads to {place.strip('[]')} (")
+
+
 def test_a_hub_that_no_name_server_knows(fetch: Fetcher, hub: StandInHub) -> None:
     sentence = fetch(HF_ENDPOINT="http://hub.invalid").sentence("hub_unreachable", 75)
     assert sentence.startswith("http://hub.invalid can't be reached (")

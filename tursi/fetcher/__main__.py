@@ -10,9 +10,11 @@ import traceback
 from pathlib import Path
 
 import msgspec
+from huggingface_hub import constants
 
 from tursi import wire
 from tursi.errors import FetchError
+from tursi.fetcher.destinations import confine
 from tursi.fetcher.download import Download
 from tursi.model import Progress, Trust
 
@@ -37,6 +39,7 @@ def main(arguments: list[str]) -> int:
     def tell(progress: Progress) -> None:
         say(wire.Kind.PROGRESS, progress)
 
+    confine(constants.ENDPOINT)
     try:
         download = Download(repository, revision or None, Path(cache), tell, trust)
         resolution = download.look() if "--look" in options else download.run()
