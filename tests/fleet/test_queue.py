@@ -123,6 +123,7 @@ class Bench:
         self.refusal: TursiError | None = None
         self.finished: list[float] = []
         self.crash: Crash | None = None
+        self.stage = "loading"
         self.eta: float | None = None
         self.poisoned: list[str] = []
         self.routing = Routing(deployment(1), lambda: 0.5)
@@ -134,7 +135,7 @@ class Bench:
             routing=self.routing,
             unavailable=lambda: self.refusal,
             stage=lambda: "loading, 40 %",
-            outlook=lambda position: Loading("loading", 0.4, self.eta, position),
+            outlook=lambda position: Loading(self.stage, 0.4, self.eta, position),
             crash=lambda: self.crash,
             finished=lambda: self.finished.append(self.clock.seconds()),
             poisoned=self.poisoned.append,
@@ -179,6 +180,17 @@ def work(seconds: float = 600.0, body: bytes = b"{}", key: int | None = None) ->
 
 def bodies(replica: FakeReplica) -> list[bytes]:
     return [ask.body for ask, _ in replica.held.values()]
+
+
+def test_nobody_waits_for_what_is_tried_again_only_later() -> None:
+    bench = Bench(FakeReplica(phase=Phase.BACKOFF))
+    bench.stage, bench.eta = "backoff", 60.0
+    waits = bench.submit()
+    bench.eta = 300.0
+    with pytest.raises(ModelLoading) as refused:
+        bench.submit()
+    assert (refused.value.retry_after, bench.queue.waiting) == (300, 1)
+    assert waits.said == []
 
 
 def test_who_waits_in_vain_is_told_how_far_the_model_is_and_when_to_come_again() -> None:

@@ -129,6 +129,10 @@ class RequestQueue:
             self._make_place(work.caller.key)
         self._enqueue(passage)
         passage.position = self._ahead(passage) + 1
+        if self._is_far():
+            error = self._still_loading(passage)
+            self._dequeue(passage)
+            raise error
         if passage.digest is not None:
             self._pump_suspected()
         return passage
@@ -250,6 +254,14 @@ class RequestQueue:
             error = self._still_loading(passage)
         self._dequeue(passage)
         passage.refuse(error)
+
+    def _is_far(self) -> bool:
+        """Whether nothing is tried again in the time that a request may wait for a load."""
+        if self._ready():
+            return False
+        loading = self._outlook(1)
+        seconds = loading.eta_seconds or 0.0
+        return loading.stage == Phase.BACKOFF and seconds > self._settings.load_wait_seconds
 
     def _ahead(self, passage: Passage) -> int:
         """How many that wait have their turns before it."""
