@@ -107,6 +107,15 @@ class Transport(StringTransport):
         self.aborted = True
         self.loseConnection()
 
+    def pauseProducing(self) -> None:  # noqa: N802 - Twisted's name
+        # A real one may be told so although it is about to close.
+        if not self.disconnecting:
+            super().pauseProducing()
+
+    def resumeProducing(self) -> None:  # noqa: N802 - Twisted's name
+        if not self.disconnecting:
+            super().resumeProducing()
+
     def getHandle(self) -> Socket:  # noqa: N802 - Twisted's name
         return Socket()
 
