@@ -23,7 +23,7 @@ from tursi.errors import DatabaseBusy, DatabaseError
 from tursi.lock import StateLock
 from tursi.model import AuditQuery
 from tursi.mounts import file_system
-from tursi.store import Store, backup, inspect, prepare, report, restore, schema
+from tursi.store import Store, backup, file, inspect, prepare, report, restore, schema
 
 
 def opened(path: Path) -> Store:
@@ -399,3 +399,25 @@ def test_what_root_restores_is_the_folders_owners(path: Path, tmp_path: Path) ->
     assert database.main(["restore", str(path.parent), str(tmp_path / "copy")]) == 0
     for name in ("tursi.sqlite", "tursi.lock"):
         assert path.with_name(name).stat().st_uid == 12345
+
+
+def test_a_log_that_only_a_writer_can_read_stops_no_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Seen once, after the kill of a writer: SQLite gives up after ten seconds.
+    path = tmp_path / "tursi.sqlite"
+    prepare(path)
+    identify, refused = file.identify, 0
+
+    def refuse(connection: sqlite3.Connection, path: Path, *, hint: str | None = None) -> int:
+        nonlocal refused
+        if not refused:
+            refused += 1
+            error = sqlite3.OperationalError("locking protocol")
+            error.sqlite_errorcode = sqlite3.SQLITE_PROTOCOL
+            raise error
+        return identify(connection, path, hint=hint)
+
+    monkeypatch.setattr(file, "identify", refuse)
+    prepare(path)
+    assert refused == 1

@@ -123,7 +123,6 @@ class Bench:
         self.refusal: TursiError | None = None
         self.finished: list[float] = []
         self.crash: Crash | None = None
-        self.stage = "loading"
         self.eta: float | None = None
         self.poisoned: list[str] = []
         self.routing = Routing(deployment(1), lambda: 0.5)
@@ -135,7 +134,7 @@ class Bench:
             routing=self.routing,
             unavailable=lambda: self.refusal,
             stage=lambda: "loading, 40 %",
-            outlook=lambda position: Loading(self.stage, 0.4, self.eta, position),
+            outlook=lambda position: Loading("loading", 0.4, self.eta, position),
             crash=lambda: self.crash,
             finished=lambda: self.finished.append(self.clock.seconds()),
             poisoned=self.poisoned.append,
@@ -184,7 +183,7 @@ def bodies(replica: FakeReplica) -> list[bytes]:
 
 def test_nobody_waits_for_what_is_tried_again_only_later() -> None:
     bench = Bench(FakeReplica(phase=Phase.BACKOFF))
-    bench.stage, bench.eta = "backoff", 60.0
+    bench.eta = 60.0
     waits = bench.submit()
     bench.eta = 300.0
     with pytest.raises(ModelLoading) as refused:

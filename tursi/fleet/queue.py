@@ -257,11 +257,10 @@ class RequestQueue:
 
     def _is_far(self) -> bool:
         """Whether nothing is tried again in the time that a request may wait for a load."""
-        if self._ready():
+        workers = self._workers()
+        if not workers or any(worker.phase is not Phase.BACKOFF for worker in workers):
             return False
-        loading = self._outlook(1)
-        seconds = loading.eta_seconds or 0.0
-        return loading.stage == Phase.BACKOFF and seconds > self._settings.load_wait_seconds
+        return (self._outlook(1).eta_seconds or 0.0) > self._settings.load_wait_seconds
 
     def _ahead(self, passage: Passage) -> int:
         """How many that wait have their turns before it."""

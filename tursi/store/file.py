@@ -209,7 +209,12 @@ def _look(path: Path) -> None:
         # Only a connection that may write can look behind a rollback journal.
         return
     with connected(chosen, untouched(chosen)) as connection:
-        check(connection, chosen)
+        try:
+            check(connection, chosen)
+        except sqlite3.OperationalError as error:
+            # Nor behind what a killed writer has left of the write-ahead log, now and then.
+            if error.sqlite_errorcode != sqlite3.SQLITE_PROTOCOL:
+                raise
 
 
 def untouched(path: Path) -> str:
