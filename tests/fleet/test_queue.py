@@ -184,12 +184,13 @@ def bodies(replica: FakeReplica) -> list[bytes]:
 def test_nobody_waits_for_what_is_tried_again_only_later() -> None:
     bench = Bench(FakeReplica(phase=Phase.BACKOFF))
     bench.eta = 60.0
-    waits = bench.submit()
+    waits = [bench.submit(), bench.submit()]
     bench.eta = 300.0
+    # Nor does whoever waits lose the place to one that doesn't.
     with pytest.raises(ModelLoading) as refused:
-        bench.submit()
-    assert (refused.value.retry_after, bench.queue.waiting) == (300, 1)
-    assert waits.said == []
+        bench.submit(key=1)
+    assert (refused.value.retry_after, bench.queue.waiting) == (300, 2)
+    assert [each.said for each in waits] == [[], []]
 
 
 def test_who_waits_in_vain_is_told_how_far_the_model_is_and_when_to_come_again() -> None:

@@ -8,7 +8,7 @@ from itertools import islice
 
 from tursi.fleet.passage import Passage
 
-Caller = int | None
+KeyId = int | None
 """The id of an API key; ``None``: all who have none."""
 
 
@@ -20,7 +20,7 @@ class Line:
     """
 
     def __init__(self) -> None:
-        self._callers: OrderedDict[Caller, OrderedDict[int, Passage]] = OrderedDict()
+        self._callers: OrderedDict[KeyId, OrderedDict[int, Passage]] = OrderedDict()
         """By caller in the order of their turns: those who wait, by their places."""
 
     def __len__(self) -> int:
@@ -78,7 +78,7 @@ class Line:
                 before += min(len(waiting), rounds + earlier)
         return before
 
-    def excess(self, caller: Caller) -> Passage | None:
+    def excess(self, caller: KeyId) -> Passage | None:
         """Who leaves so that ``caller``, who has fewer, may wait: the last one of who has most."""
         most = max(self._callers.values(), key=len, default=OrderedDict())
         if len(most) <= len(self._callers.get(caller, ())) + 1:
@@ -89,5 +89,5 @@ class Line:
         return (next(islice(waiting.values(), 1)) for waiting in self._callers.values())
 
 
-def _caller(passage: Passage) -> Caller:
+def _caller(passage: Passage) -> KeyId:
     return passage.work.caller.key

@@ -125,14 +125,12 @@ class RequestQueue:
         refusal = self._unavailable()
         if refusal is not None:
             raise refusal
+        if self._is_far():
+            raise self._still_loading(self.waiting + 1)
         if self.waiting >= self._settings.max_queued:
             self._make_place(work.caller.key)
         self._enqueue(passage)
         passage.position = self._ahead(passage) + 1
-        if self._is_far():
-            error = self._still_loading(passage)
-            self._dequeue(passage)
-            raise error
         if passage.digest is not None:
             self._pump_suspected()
         return passage
@@ -251,7 +249,7 @@ class RequestQueue:
                 f"The request waited {passage.work.seconds:.0f} s for its turn without getting it."
             )
         else:
-            error = self._still_loading(passage)
+            error = self._still_loading(self._ahead(passage) + 1)
         self._dequeue(passage)
         passage.refuse(error)
 
@@ -284,14 +282,14 @@ class RequestQueue:
             loading=loading,
         )
 
-    def _still_loading(self, passage: Passage) -> ModelLoading:
+    def _still_loading(self, position: int) -> ModelLoading:
         crash = self._crash()
         after = (
             f"; its worker ended before: {clause(discreet(crash.reason))}, crash {crash.id}"
             if crash
             else ""
         )
-        loading = self._outlook(self._ahead(passage) + 1)
+        loading = self._outlook(position)
         return ModelLoading(
             f"The model is not ready yet ({self._stage()}{after}); try again shortly.",
             retry_after=_until(loading),

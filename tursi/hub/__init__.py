@@ -41,6 +41,20 @@ _STEP_SECONDS = 300.0
 T = TypeVar("T")
 
 
+class _Errand:
+    """What fetchers are sent for: to download, or only to look what there is."""
+
+    def __init__(
+        self, name: str, options: tuple[str, ...], at_once: int, stall_seconds: float
+    ) -> None:
+        self.name = name
+        """With which names of its fetchers begin."""
+        self.options = options
+        self.slots = DeferredSemaphore(at_once)
+        self.stall_seconds = stall_seconds
+        self.going: dict[tuple[Reference, Trust], Fetch] = {}
+
+
 class Hub:
     """Finds, downloads, imports and exports models.
 
@@ -63,20 +77,18 @@ class Hub:
         self._cache = cache
         self._imported = imported
         self._given = environment
+        self._downloads = _Errand("fetch", (), _MAX_FETCHES, settings.stall_seconds)
+        self._looks = _Errand("look", ("--look",), _MAX_LOOKS, _LOOK_SECONDS)
         self.configure(settings)
         self._spawn = spawn
         self._reactor = reactor
-        self._slots = DeferredSemaphore(_MAX_FETCHES)
-        self._look_slots = DeferredSemaphore(_MAX_LOOKS)
-        self._fetches: dict[tuple[Reference, Trust], Fetch] = {}
-        self._looks: dict[tuple[Reference, Trust], Fetch] = {}
         # Those too that nobody waits for any more, until their process is gone.
         self._unfinished: set[Fetch] = set()
         self._stopped = False
 
     def configure(self, settings: config.Hub) -> None:
         """Go by these from the next download on."""
-        self._stall_seconds = settings.stall_seconds
+        self._downloads.stall_seconds = settings.stall_seconds
         self._environment = _fetcher_environment(self._cache, settings, self._given)
 
     def resolve(
@@ -96,7 +108,7 @@ class Hub:
             return fail(ShuttingDown())
         if reference.folder is not None:
             return self._in_thread(partial(disk.look, trust=trust), Path(reference.folder))
-        return self._wait(self._fetches, reference, trust, progress)
+        return self._wait(self._downloads, reference, trust, progress)
 
     def look(self, reference: Reference, trust: Trust) -> Deferred[Resolution]:
         """The commit and the size of the weights on the hub, of which nothing is downloaded.
@@ -109,16 +121,16 @@ class Hub:
 
     def _wait(
         self,
-        fetches: dict[tuple[Reference, Trust], Fetch],
+        errand: _Errand,
         reference: Reference,
         trust: Trust,
         progress: Callable[[Progress], None],
     ) -> Deferred[Resolution]:
-        """What the fetcher among ``fetches`` brings that there is, or that is started for it."""
-        fetch = fetches.get((reference, trust))
+        """What a fetcher brings that is on that errand already, or is sent on it."""
+        fetch = errand.going.get((reference, trust))
         if fetch is not None and not fetch.closed:
             return fetch.wait(progress)
-        fetch = self._new(fetches, reference, trust)
+        fetch = self._new(errand, reference, trust)
         # In this order: a fetcher that can't be started fails at once.
         waiting = fetch.wait(progress)
         fetch.start()
@@ -219,7 +231,7 @@ class Hub:
 
     def describe(self) -> list[str]:
         """What is being downloaded, in lines."""
-        return [f"downloads {reference.repository}" for reference, _ in self._fetches]
+        return [f"downloads {reference.repository}" for reference, _ in self._downloads.going]
 
     def stop(self) -> Deferred[None]:
         """Cancel every download; fires when no fetcher is left."""
@@ -242,39 +254,30 @@ class Hub:
         found = deferToThreadPool(self._reactor, self._reactor.getThreadPool(), function, path)
         return found.addTimeout(_DISK_SECONDS, self._reactor).addErrback(slow)
 
-    def _new(
-        self,
-        fetches: dict[tuple[Reference, Trust], Fetch],
-        reference: Reference,
-        trust: Trust,
-    ) -> Fetch:
-        looks = fetches is self._looks
+    def _new(self, errand: _Errand, reference: Reference, trust: Trust) -> Fetch:
         repository = reference.repository or ""
         arguments = [*_COMMAND, repository, reference.revision or "", str(self._cache)]
         if trust.allow_pickle:
             arguments.append("--allow-pickle")
         if trust.trust_remote_code:
             arguments.append("--trust-remote-code")
-        if looks:
-            arguments.append("--look")
+        arguments += errand.options
         # It names a log file too.
-        name = ("look-" if looks else "fetch-") + re.sub(r"[^A-Za-z0-9._-]+", "--", str(reference))[
-            :200
-        ]
+        name = f"{errand.name}-" + re.sub(r"[^A-Za-z0-9._-]+", "--", str(reference))[:200]
         fetch = Fetch(
             str(reference),
             lambda receive: self._spawn(name, tuple(arguments), self._environment, receive),
-            slots=self._look_slots if looks else self._slots,
-            stall_seconds=_LOOK_SECONDS if looks else self._stall_seconds,
+            slots=errand.slots,
+            stall_seconds=errand.stall_seconds,
             reactor=self._reactor,
         )
-        fetches[reference, trust] = fetch
+        errand.going[reference, trust] = fetch
         self._unfinished.add(fetch)
 
         def ended() -> None:
             self._unfinished.discard(fetch)
-            if fetches.get((reference, trust)) is fetch:
-                del fetches[reference, trust]
+            if errand.going.get((reference, trust)) is fetch:
+                del errand.going[reference, trust]
 
         fetch.at_end(ended)
         return fetch
